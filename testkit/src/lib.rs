@@ -1,0 +1,8 @@
+//! What the tests of every crate share: programs they need, bounded waiting, hosts of their own (namespaces), clean-up.
+#![forbid(unsafe_code)]
+
+mod eventually;
+mod need;
+
+pub use eventually::{Deadline, eventually};
+pub use need::need;

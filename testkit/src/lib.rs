@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod eventually;
+mod image;
 mod need;
 
 pub use eventually::{Deadline, eventually};
+pub use image::Image;
 pub use need::need;

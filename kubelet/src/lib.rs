@@ -1,1 +1,16 @@
+//! The node agent: it makes the pods that are bound to this node run, and says how they are.
+//!
+//! Data flows from the API's watch (or a folder of static pods) to one worker per pod ([`pods`]), which drives the
+//! container verbs of [`cri`]; `native` carries these verbs out through `coracle-runtime`, with the long-lived part (being
+//! the parent of containers, holding their output, writing their logs) in a process of its own, the [`supervisor`].
 #![forbid(unsafe_code)]
+
+pub mod config;
+pub mod cri;
+pub mod names;
+
+pub mod pods;
+pub mod supervisor;
+
+pub use config::Config;
+pub use names::{ContainerId, Layout, PodKey};

@@ -1,0 +1,93 @@
+//! Settings of one node.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::names::Layout;
+
+/// What the node agent is told at start. Field names follow the kubelet's configuration where one exists.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `metadata.name` of the Node.
+    pub node_name: String,
+    /// Addresses of the node, preferred first; `status.addresses` and `hostIPs`.
+    pub node_ips: Vec<IpAddr>,
+    /// Labels set on the Node at registration besides the usual ones.
+    pub node_labels: BTreeMap<String, String>,
+    /// Taints set on the Node at registration: `key=value:effect` taken apart.
+    pub register_with_taints: Vec<(String, String, String)>,
+    /// Where files lie.
+    pub layout: Layout,
+    /// Folder of static pod manifests, if any.
+    pub static_pod_path: Option<PathBuf>,
+    /// The executable that is started again as the supervisor, with [`Self::supervisor_arguments`].
+    pub executable: PathBuf,
+    /// Arguments before the supervisor's own: `["supervisor"]` in the product.
+    pub supervisor_arguments: Vec<String>,
+    /// The root cgroup of all pods, relative to the cgroup2 mount: `kubepods`.
+    pub cgroup_root: PathBuf,
+    /// Port of the node's HTTPS API; `status.daemonEndpoints`.
+    pub port: u16,
+    /// `clusterDomain` of pods' resolv.conf.
+    pub cluster_domain: String,
+    /// `clusterDNS` of pods' resolv.conf.
+    pub cluster_dns: Vec<IpAddr>,
+    /// The resolver configuration that `dnsPolicy: Default` copies.
+    pub resolv_conf: PathBuf,
+    /// Most pods at once; `capacity.pods`.
+    pub max_pods: u32,
+    /// Bytes of one log file before it is rotated.
+    pub container_log_max_size_bytes: u64,
+    /// Log files kept of one container, the current one included; at least 2.
+    pub container_log_max_files: u32,
+    /// `kubeReserved` + `systemReserved` of memory in bytes, subtracted from allocatable.
+    pub reserved_memory_bytes: u64,
+    /// The same of CPU, in thousandths.
+    pub reserved_cpu_millis: u64,
+    /// Sysctls that pods may set besides the safe ones; `*` at the end matches a prefix.
+    pub allowed_unsafe_sysctls: Vec<String>,
+    /// Whether pods get the runtime's default seccomp profile when they name none.
+    pub seccomp_default: bool,
+    /// How often the Lease is renewed.
+    pub lease_renew_interval: Duration,
+    /// How often an unchanged node status is written all the same.
+    pub node_status_report_interval: Duration,
+    /// Time pods get at node shutdown, and the part of it kept for critical pods.
+    pub shutdown_grace_period: Duration,
+    /// Part of `shutdown_grace_period` that critical pods have to themselves.
+    pub shutdown_grace_period_critical_pods: Duration,
+}
+
+impl Config {
+    /// The product's defaults for a node of this name.
+    pub fn new(node_name: impl Into<String>) -> Self {
+        Self {
+            node_name: node_name.into(),
+            node_ips: Vec::new(),
+            node_labels: BTreeMap::new(),
+            register_with_taints: Vec::new(),
+            layout: Layout::default(),
+            static_pod_path: None,
+            executable: "/proc/self/exe".into(),
+            supervisor_arguments: vec!["supervisor".into()],
+            cgroup_root: "kubepods".into(),
+            port: 10250,
+            cluster_domain: "cluster.local".into(),
+            cluster_dns: vec![IpAddr::from([10, 43, 0, 10])],
+            resolv_conf: "/etc/resolv.conf".into(),
+            max_pods: 500,
+            container_log_max_size_bytes: 10 << 20,
+            container_log_max_files: 5,
+            reserved_memory_bytes: 0,
+            reserved_cpu_millis: 0,
+            allowed_unsafe_sysctls: Vec::new(),
+            seccomp_default: true,
+            lease_renew_interval: Duration::from_secs(10),
+            node_status_report_interval: Duration::from_secs(300),
+            shutdown_grace_period: Duration::ZERO,
+            shutdown_grace_period_critical_pods: Duration::ZERO,
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The pods of this node as everything beside the workers sees them: the node's HTTPS API, statistics, eviction.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use parking_lot::RwLock;
+
+use crate::names::{ContainerId, PodKey};
+
+/// One incarnation of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Incarnation {
+    /// Container name in the pod (init, app or ephemeral).
+    pub name: String,
+    /// Its id.
+    pub id: ContainerId,
+    /// Restart count at its start; the number in its log's name.
+    pub attempt: u32,
+    /// Whether its process runs.
+    pub running: bool,
+}
+
+/// One pod and its containers.
+#[derive(Clone, Debug)]
+pub struct PodEntry {
+    /// UID, namespace, name.
+    pub key: PodKey,
+    /// The pod with the newest status that this node knows.
+    pub pod: Arc<Pod>,
+    /// Its sandbox, once there is one.
+    pub sandbox: Option<ContainerId>,
+    /// Incarnations that are kept: of each container the newest and, if it was restarted, the one before.
+    pub containers: Vec<Incarnation>,
+}
+
+impl PodEntry {
+    /// The newest incarnation of a container, or the one before it.
+    pub fn container(&self, name: &str, previous: bool) -> Option<&Incarnation> {
+        let mut all: Vec<_> = self.containers.iter().filter(|c| c.name == name).collect();
+        all.sort_by_key(|c| std::cmp::Reverse(c.attempt));
+        all.get(usize::from(previous)).copied()
+    }
+
+    /// The pod's specification.
+    pub fn spec(&self) -> Option<&PodSpec> {
+        self.pod.spec.as_ref()
+    }
+}
+
+/// The table. Cheap to share; readers never wait for a worker.
+#[derive(Debug, Default)]
+pub struct PodTable {
+    by_uid: RwLock<HashMap<String, Arc<PodEntry>>>,
+}
+
+impl PodTable {
+    /// All pods, in no order.
+    pub fn list(&self) -> Vec<Arc<PodEntry>> {
+        self.by_uid.read().values().cloned().collect()
+    }
+
+    /// The pod of this UID.
+    pub fn by_uid(&self, uid: &str) -> Option<Arc<PodEntry>> {
+        self.by_uid.read().get(uid).cloned()
+    }
+
+    /// The pod of this name; of two (one still ending) the newer.
+    pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<PodEntry>> {
+        self.by_uid
+            .read()
+            .values()
+            .filter(|e| e.key.namespace == namespace && e.key.name == name)
+            .max_by_key(|e| e.pod.metadata.creation_timestamp.clone())
+            .cloned()
+    }
+
+    /// Notes a pod's newest state.
+    pub fn put(&self, entry: PodEntry) {
+        self.by_uid
+            .write()
+            .insert(entry.key.uid.clone(), Arc::new(entry));
+    }
+
+    /// Forgets a pod.
+    pub fn remove(&self, uid: &str) {
+        self.by_uid.write().remove(uid);
+    }
+}

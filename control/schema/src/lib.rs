@@ -1,1 +1,13 @@
+//! The schema engine: built-in kinds and custom resources are decoded, pruned, defaulted, validated, merged and described by
+//! the same code, over `serde_json::Value`. Pure functions, no IO.
+
 #![forbid(unsafe_code)]
+
+pub mod gofmt;
+mod error;
+pub mod schema;
+pub mod validate;
+pub mod patch;
+
+pub use error::{ErrorKind, FieldError, Path, aggregate};
+pub use schema::{Field, Kind, ListType, Schema, SchemaRef, definition_for};

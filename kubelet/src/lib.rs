@@ -9,6 +9,7 @@ pub mod config;
 pub mod cri;
 pub mod names;
 
+pub mod images;
 pub mod pods;
 pub mod supervisor;
 

@@ -3,11 +3,16 @@
 
 #![forbid(unsafe_code)]
 
-pub mod gofmt;
+pub mod decode;
+pub mod default;
 mod error;
+pub mod gofmt;
+pub mod patch;
+pub mod protobuf;
+pub mod prune;
+pub mod quantity;
 pub mod schema;
 pub mod validate;
-pub mod patch;
 
 pub use error::{ErrorKind, FieldError, Path, aggregate};
 pub use schema::{Field, Kind, ListType, Schema, SchemaRef, definition_for};

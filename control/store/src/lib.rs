@@ -17,13 +17,13 @@ mod event;
 mod hub;
 mod state;
 
-// mod embedded;
+mod embedded;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
-// pub use embedded::{Embedded, EmbeddedOptions};
+pub use embedded::{Embedded, EmbeddedOptions, SnapshotSummary, restore, save, verify};
 pub use error::{Error, OpenError};
 pub use event::{Batch, Event, EventKind, Watch};
 pub use object::{Deleted, Draft, DraftError, Entry, ListOptions, Listing, Precondition};
@@ -44,7 +44,12 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`Error::Conflict`] with the object that stands there when the precondition does not hold.
-    async fn put(&self, key: &str, draft: Draft, precondition: Precondition) -> Result<Entry, Error>;
+    async fn put(
+        &self,
+        key: &str,
+        draft: Draft,
+        precondition: Precondition,
+    ) -> Result<Entry, Error>;
 
     /// Removes the object at `key` when `precondition` holds; durable when it returns.
     ///

@@ -30,7 +30,11 @@ impl Entry {
     /// The same object as if written by `revision`: what a watcher of its deletion gets to see.
     pub fn at_revision(&self, revision: u64) -> Entry {
         let (head, tail) = self.halves();
-        Entry { revision, value: splice(head, revision, tail), ..self.clone() }
+        Entry {
+            revision,
+            value: splice(head, revision, tail),
+            ..self.clone()
+        }
     }
 }
 
@@ -62,7 +66,10 @@ impl Draft {
     pub fn encode(object: &Value) -> Result<Draft, DraftError> {
         const FIELD: &str = "resourceVersion";
         let fields = object.as_object().ok_or(DraftError::NoMetadata)?;
-        let metadata = fields.get("metadata").and_then(Value::as_object).ok_or(DraftError::NoMetadata)?;
+        let metadata = fields
+            .get("metadata")
+            .and_then(Value::as_object)
+            .ok_or(DraftError::NoMetadata)?;
         let mut json = Vec::with_capacity(1024);
         let mut splice = 0;
         let mut separator = b'{';
@@ -77,7 +84,10 @@ impl Draft {
             }
             // Sorted like everything else: the field goes before the first name that is greater.
             let mut inner = b'{';
-            let mut names = metadata.iter().filter(|(name, _)| *name != FIELD).peekable();
+            let mut names = metadata
+                .iter()
+                .filter(|(name, _)| *name != FIELD)
+                .peekable();
             loop {
                 if splice == 0 && names.peek().is_none_or(|(name, _)| name.as_str() > FIELD) {
                     json.push(inner);
@@ -86,7 +96,9 @@ impl Draft {
                     json.push(b'"');
                     inner = b',';
                 }
-                let Some((name, value)) = names.next() else { break };
+                let Some((name, value)) = names.next() else {
+                    break;
+                };
                 json.push(inner);
                 inner = b',';
                 serde_json::to_writer(&mut json, name)?;
@@ -96,7 +108,10 @@ impl Draft {
             json.push(b'}');
         }
         json.push(b'}');
-        Ok(Draft { json: json.into(), splice })
+        Ok(Draft {
+            json: json.into(),
+            splice,
+        })
     }
 
     /// Whether the place for the revision lies within the JSON and its size is allowed.
@@ -106,7 +121,11 @@ impl Draft {
 
     /// The bytes as written by `revision`.
     pub(crate) fn finish(&self, revision: u64) -> Bytes {
-        splice(&self.json[..self.splice], revision, &self.json[self.splice..])
+        splice(
+            &self.json[..self.splice],
+            revision,
+            &self.json[self.splice..],
+        )
     }
 }
 

@@ -27,21 +27,14 @@ impl Image {
     /// An image with busybox and a link for each of its usual applets, which needs the Debian package busybox-static.
     pub fn busybox(tag: &str) -> Self {
         let applets = [
-            "sh", "cat", "echo", "sleep", "ls", "id", "env", "true", "false", "wget", "nslookup",
-            "ip", "nc", "mount", "hostname", "head", "seq", "touch", "kill", "stat", "dd", "grep",
-            "ps", "printf", "test", "rm", "mkdir", "date", "trap", "yes", "tty", "stty", "chmod",
-            "ping",
+            "sh", "cat", "echo", "sleep", "ls", "id", "env", "true", "false", "wget", "nslookup", "ip", "nc", "mount",
+            "hostname", "head", "seq", "touch", "kill", "stat", "dd", "grep", "ps", "printf", "test", "rm", "mkdir",
+            "date", "trap", "yes", "tty", "stty", "chmod", "ping",
         ];
         Self {
             tag: tag.into(),
-            files: vec![(
-                crate::need("busybox", "busybox-static"),
-                "/bin/busybox".into(),
-            )],
-            links: applets
-                .iter()
-                .map(|name| ("busybox".into(), format!("/bin/{name}")))
-                .collect(),
+            files: vec![(crate::need("busybox", "busybox-static"), "/bin/busybox".into())],
+            links: applets.iter().map(|name| ("busybox".into(), format!("/bin/{name}"))).collect(),
             folders: vec!["/tmp".into(), "/etc".into(), "/root".into()],
             entrypoint: vec!["/bin/sh".into()],
             env: vec!["PATH=/bin".into()],
@@ -78,20 +71,10 @@ impl Image {
             "manifests": [listed],
         }))?;
         let mut tar = tar::Builder::new(std::fs::File::create(archive)?);
-        append(
-            &mut tar,
-            "oci-layout",
-            br#"{"imageLayoutVersion":"1.0.0"}"#,
-            0o644,
-        )?;
+        append(&mut tar, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)?;
         append(&mut tar, "index.json", &index, 0o644)?;
         for blob in [&layer, &config, &manifest] {
-            append(
-                &mut tar,
-                &format!("blobs/sha256/{}", hex(blob)),
-                blob,
-                0o644,
-            )?;
+            append(&mut tar, &format!("blobs/sha256/{}", hex(blob)), blob, 0o644)?;
         }
         tar.into_inner()?.flush()
     }
@@ -130,24 +113,12 @@ fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
     header
 }
 
-fn append<W: Write>(
-    tar: &mut tar::Builder<W>,
-    path: &str,
-    bytes: &[u8],
-    mode: u32,
-) -> std::io::Result<()> {
-    tar.append_data(
-        &mut header(tar::EntryType::Regular, bytes.len() as u64, mode),
-        path,
-        bytes,
-    )
+fn append<W: Write>(tar: &mut tar::Builder<W>, path: &str, bytes: &[u8], mode: u32) -> std::io::Result<()> {
+    tar.append_data(&mut header(tar::EntryType::Regular, bytes.len() as u64, mode), path, bytes)
 }
 
 fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn digest(bytes: &[u8]) -> String {

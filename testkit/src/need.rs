@@ -18,15 +18,12 @@ pub fn need(program: &str, package: &str) -> PathBuf {
     if let Some(path) = find(program) {
         return path;
     }
-    let _turn = APT
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _turn = APT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if find(program).is_none() {
         apt(&["update", "-qq"]);
         apt(&["install", "-y", "-qq", "--no-install-recommends", package]);
     }
-    find(program)
-        .unwrap_or_else(|| panic!("package {package} is installed but has no program {program}"))
+    find(program).unwrap_or_else(|| panic!("package {package} is installed but has no program {program}"))
 }
 
 fn find(program: &str) -> Option<PathBuf> {
@@ -44,9 +41,5 @@ fn apt(arguments: &[&str]) {
         .env("DEBIAN_FRONTEND", "noninteractive")
         .output()
         .expect("apt-get starts");
-    assert!(
-        output.status.success(),
-        "apt-get {arguments:?} failed: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "apt-get {arguments:?} failed: {}", String::from_utf8_lossy(&output.stderr));
 }

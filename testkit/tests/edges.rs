@@ -9,10 +9,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("coracle-sys", &[]),
     ("coracle-runtime", &["coracle-sys"]),
     ("coracle-netns", &["coracle-sys"]),
-    (
-        "coracle-kubelet",
-        &["coracle-runtime", "coracle-netns", "coracle-sys"],
-    ),
+    ("coracle-kubelet", &["coracle-runtime", "coracle-netns", "coracle-sys"]),
     ("coracle-store", &[]),
     ("coracle-schema", &[]),
     ("coracle-api", &["coracle-store", "coracle-schema"]),
@@ -30,33 +27,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "coracle-store",
         ],
     ),
-    (
-        "coracle-bench",
-        &[
-            "coracle-api",
-            "coracle-netns",
-            "coracle-scheduler",
-            "coracle-store",
-        ],
-    ),
+    ("coracle-bench", &["coracle-api", "coracle-netns", "coracle-scheduler", "coracle-store"]),
     ("coracle-testkit", &[]),
     ("coracle-hello", &[]),
 ];
 
 fn metadata() -> serde_json::Value {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("testkit lies in the workspace");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("testkit lies in the workspace");
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
         .current_dir(root)
         .output()
         .expect("cargo starts");
-    assert!(
-        output.status.success(),
-        "cargo metadata: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).expect("cargo prints JSON")
 }
 
@@ -68,17 +51,12 @@ fn text(value: &serde_json::Value) -> &str {
 fn crates_depend_downwards_only() {
     let metadata = metadata();
     let packages = metadata["packages"].as_array().expect("packages");
-    let ours: BTreeSet<_> = packages
-        .iter()
-        .map(|package| text(&package["name"]))
-        .collect();
+    let ours: BTreeSet<_> = packages.iter().map(|package| text(&package["name"])).collect();
     let allowed: BTreeMap<_, _> = ALLOWED.iter().copied().collect();
     let mut edges = 0;
     for package in packages {
         let name = text(&package["name"]);
-        let allowed = allowed
-            .get(name)
-            .unwrap_or_else(|| panic!("{name} has no row in the table of layers"));
+        let allowed = allowed.get(name).unwrap_or_else(|| panic!("{name} has no row in the table of layers"));
         for dependency in package["dependencies"].as_array().expect("dependencies") {
             let to = text(&dependency["name"]);
             if dependency["kind"] == "dev" || !ours.contains(to) {
@@ -100,11 +78,7 @@ fn the_runtime_knows_nothing_of_kubernetes() {
         }
         for dependency in package["dependencies"].as_array().expect("dependencies") {
             let to = text(&dependency["name"]);
-            assert!(
-                !["kube", "k8s-openapi", "tokio", "hyper"].contains(&to),
-                "{} depends on {to}",
-                package["name"]
-            );
+            assert!(!["kube", "k8s-openapi", "tokio", "hyper"].contains(&to), "{} depends on {to}", package["name"]);
         }
     }
 }
@@ -123,10 +97,7 @@ fn unsafe_code_is_in_sys_alone() {
             }
             let path = text(&target["src_path"]);
             let source = std::fs::read_to_string(path).expect("a source file");
-            assert!(
-                source.contains("#![forbid(unsafe_code)]"),
-                "{path} does not forbid unsafe code"
-            );
+            assert!(source.contains("#![forbid(unsafe_code)]"), "{path} does not forbid unsafe code");
         }
     }
 }

@@ -8,22 +8,13 @@ use std::process::Command;
 const MAX_LINES: usize = 1_000;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("testkit lies in the workspace")
-        .to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("testkit lies in the workspace").to_path_buf()
 }
 
 /// Every Rust source of the workspace that git knows or would add.
 fn sources() -> Vec<(PathBuf, String)> {
     let listing = Command::new("git")
-        .args([
-            "ls-files",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-            "*.rs",
-        ])
+        .args(["ls-files", "--cached", "--others", "--exclude-standard", "*.rs"])
         .current_dir(root())
         .output()
         .expect("git starts");
@@ -38,17 +29,12 @@ fn sources() -> Vec<(PathBuf, String)> {
             (path, text)
         })
         .collect();
-    assert!(
-        files.len() > 20,
-        "the listing is implausibly short: {} files",
-        files.len()
-    );
+    assert!(files.len() > 20, "the listing is implausibly short: {} files", files.len());
     files
 }
 
 fn is_test(path: &Path) -> bool {
-    path.components()
-        .any(|part| part.as_os_str() == "tests" || part.as_os_str() == "testkit")
+    path.components().any(|part| part.as_os_str() == "tests" || part.as_os_str() == "testkit")
         || path.file_stem().is_some_and(|stem| stem == "tests")
 }
 
@@ -70,19 +56,11 @@ fn files_hold_one_concept() {
     let long: Vec<_> = sources()
         .iter()
         .filter(|(path, _)| !is_test(path))
-        .map(|(path, text)| {
-            (
-                path,
-                product_lines(text).last().map_or(0, |(number, _)| number),
-            )
-        })
+        .map(|(path, text)| (path, product_lines(text).last().map_or(0, |(number, _)| number)))
         .filter(|(_, lines)| *lines > MAX_LINES)
         .map(|(path, lines)| format!("{}: {lines} lines", path.display()))
         .collect();
-    report(
-        &long,
-        &format!("files of more than {MAX_LINES} lines, tests apart"),
-    );
+    report(&long, &format!("files of more than {MAX_LINES} lines, tests apart"));
 }
 
 #[test]
@@ -114,19 +92,14 @@ fn panics_stay_in_tests() {
     let words = [concat!(".unwr", "ap()"), concat!("panic", "!(\"\")")];
     let broken: Vec<_> = sources()
         .iter()
-        .filter(|(path, _)| {
-            !is_test(path) && !path.starts_with("fuzz") && !path.ends_with("build.rs")
-        })
+        .filter(|(path, _)| !is_test(path) && !path.starts_with("fuzz") && !path.ends_with("build.rs"))
         .flat_map(|(path, text)| {
             product_lines(text)
                 .filter(|(_, line)| words.iter().any(|word| line.contains(word)))
                 .map(move |(number, line)| format!("{}:{number}: {}", path.display(), line.trim()))
         })
         .collect();
-    report(
-        &broken,
-        "unwrap outside tests: return an error, or expect() with the reason why it cannot fail",
-    );
+    report(&broken, "unwrap outside tests: return an error, or expect() with the reason why it cannot fail");
 }
 
 #[test]
@@ -139,9 +112,7 @@ fn lints_are_silenced_with_a_reason() {
                 .filter(|&index| {
                     let line = lines[index].trim_start();
                     (line.starts_with("#[allow(") || line.starts_with("#![allow("))
-                        && !lines[index..lines.len().min(index + 5)]
-                            .iter()
-                            .any(|line| line.contains("reason"))
+                        && !lines[index..lines.len().min(index + 5)].iter().any(|line| line.contains("reason"))
                 })
                 .map(|index| format!("{}:{}", path.display(), index + 1))
                 .collect::<Vec<_>>()
@@ -157,27 +128,16 @@ fn every_file_is_part_of_the_build() {
         .iter()
         .map(|(path, _)| path)
         .filter(|path| {
-            let parts: Vec<_> = path
-                .components()
-                .map(|part| part.as_os_str().to_string_lossy().into_owned())
-                .collect();
-            let stem = path
-                .file_stem()
-                .map(|stem| stem.to_string_lossy().into_owned())
-                .unwrap_or_default();
+            let parts: Vec<_> = path.components().map(|part| part.as_os_str().to_string_lossy().into_owned()).collect();
+            let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
             let entry = ["main", "lib", "build"].contains(&stem.as_str())
                 || parts.iter().rev().nth(1).is_some_and(|folder| {
-                    ["bin", "tests", "examples", "benches", "fuzz_targets"]
-                        .contains(&folder.as_str())
+                    ["bin", "tests", "examples", "benches", "fuzz_targets"].contains(&folder.as_str())
                 });
             if entry {
                 return false;
             }
-            let name = if stem == "mod" {
-                parts.iter().rev().nth(1).cloned().unwrap_or_default()
-            } else {
-                stem
-            };
+            let name = if stem == "mod" { parts.iter().rev().nth(1).cloned().unwrap_or_default() } else { stem };
             !files.iter().any(|(_, text)| {
                 text.lines().any(|line| {
                     let line = line.trim();

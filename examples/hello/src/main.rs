@@ -24,15 +24,12 @@ fn main() -> Result<()> {
         ["lines", count] => lines(parse(count)?),
         [] => serve(DEFAULT_PORT),
         [port] => serve(parse(port)?),
-        _ => Err(Error::other(
-            "usage: hello [PORT] | hello get URL | hello lines COUNT",
-        )),
+        _ => Err(Error::other("usage: hello [PORT] | hello get URL | hello lines COUNT")),
     }
 }
 
 fn parse<T: std::str::FromStr>(text: &str) -> Result<T> {
-    text.parse()
-        .map_err(|_| Error::other(format!("not a valid number: {text}")))
+    text.parse().map_err(|_| Error::other(format!("not a valid number: {text}")))
 }
 
 /// The first process of a container ignores signals it does not ask for, so ask for SIGTERM.
@@ -67,8 +64,7 @@ fn serve(port: u16) -> Result<()> {
         println!("stopping");
         exit(code);
     });
-    let listener =
-        TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))?;
+    let listener = TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))?;
     println!("listening on port {port}");
     for stream in listener.incoming() {
         std::thread::spawn(|| stream.and_then(answer));
@@ -77,10 +73,7 @@ fn serve(port: u16) -> Result<()> {
 }
 
 fn host() -> String {
-    nix::unistd::gethostname().map_or_else(
-        |_| "unknown".into(),
-        |name| name.to_string_lossy().into_owned(),
-    )
+    nix::unistd::gethostname().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
 }
 
 fn answer(mut stream: TcpStream) -> Result<()> {
@@ -101,42 +94,21 @@ fn answer(mut stream: TcpStream) -> Result<()> {
         _ => ("404 Not Found", "no such path".into()),
     };
     println!("{} {path} {status}", stream.peer_addr()?.ip());
-    write!(
-        stream,
-        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}\n",
-        body.len() + 1
-    )
+    write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}\n", body.len() + 1)
 }
 
 fn get(url: &str) -> Result<()> {
-    let rest = url
-        .strip_prefix("http://")
-        .ok_or_else(|| Error::other("only http:// URLs"))?;
+    let rest = url.strip_prefix("http://").ok_or_else(|| Error::other("only http:// URLs"))?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let address = if host.contains(':') {
-        host.to_owned()
-    } else {
-        format!("{host}:80")
-    };
+    let address = if host.contains(':') { host.to_owned() } else { format!("{host}:80") };
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(CLIENT_TIMEOUT))?;
-    write!(
-        stream,
-        "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-    )?;
+    write!(stream, "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
     let mut response = String::new();
     stream.read_to_string(&mut response)?;
-    let (head, body) = response
-        .split_once("\r\n\r\n")
-        .ok_or_else(|| Error::other("no HTTP response"))?;
-    if !head
-        .split(' ')
-        .nth(1)
-        .is_some_and(|code| code.starts_with('2'))
-    {
-        return Err(Error::other(
-            head.lines().next().unwrap_or_default().to_owned(),
-        ));
+    let (head, body) = response.split_once("\r\n\r\n").ok_or_else(|| Error::other("no HTTP response"))?;
+    if !head.split(' ').nth(1).is_some_and(|code| code.starts_with('2')) {
+        return Err(Error::other(head.lines().next().unwrap_or_default().to_owned()));
     }
     print!("{body}");
     Ok(())

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod apply;
 pub mod decode;
 pub mod default;
 mod error;

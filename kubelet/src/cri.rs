@@ -81,11 +81,7 @@ impl RuntimeError {
     /// An `Io` error of one step on one path.
     pub fn io(step: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io {
-            step,
-            path: Some(path),
-            source,
-        }
+        move |source| Self::Io { step, path: Some(path), source }
     }
 }
 
@@ -499,11 +495,7 @@ pub trait ContainerRuntime: Send + Sync + 'static {
     async fn pod_sandbox_status(&self, id: &ContainerId) -> Result<SandboxStatus>;
 
     /// Sets a container up to the point where its program could start.
-    async fn create_container(
-        &self,
-        sandbox: &ContainerId,
-        config: ContainerConfig,
-    ) -> Result<ContainerId>;
+    async fn create_container(&self, sandbox: &ContainerId, config: ContainerConfig) -> Result<ContainerId>;
     /// Starts the program.
     async fn start_container(&self, id: &ContainerId) -> Result<()>;
     /// Sends the stop signal, waits `timeout`, then kills; returns when the container has ended. Idempotent.
@@ -515,27 +507,14 @@ pub trait ContainerRuntime: Send + Sync + 'static {
     /// One container.
     async fn container_status(&self, id: &ContainerId) -> Result<ContainerStatus>;
     /// Changes limits in place.
-    async fn update_container_resources(
-        &self,
-        id: &ContainerId,
-        resources: &Resources,
-    ) -> Result<()>;
+    async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()>;
     /// Changes the pod cgroup's limits in place.
-    async fn update_pod_sandbox_resources(
-        &self,
-        id: &ContainerId,
-        resources: &Resources,
-    ) -> Result<()>;
+    async fn update_pod_sandbox_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()>;
     /// Opens the log file anew (after something else moved it).
     async fn reopen_container_log(&self, id: &ContainerId) -> Result<()>;
 
     /// Runs a program and collects its output.
-    async fn exec_sync(
-        &self,
-        id: &ContainerId,
-        command: &[String],
-        timeout: Option<Duration>,
-    ) -> Result<ExecOutput>;
+    async fn exec_sync(&self, id: &ContainerId, command: &[String], timeout: Option<Duration>) -> Result<ExecOutput>;
     /// Runs a program with streams.
     async fn exec(&self, id: &ContainerId, request: ExecRequest) -> Result<ExecSession>;
     /// Joins a container's own streams; output from now on.

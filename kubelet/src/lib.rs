@@ -12,6 +12,7 @@ pub mod names;
 pub mod images;
 pub mod pods;
 pub mod supervisor;
+pub mod volumes;
 
 pub use config::Config;
 pub use names::{ContainerId, Layout, PodKey};

@@ -38,13 +38,7 @@ impl ContainerId {
     pub fn derive(uid: &str, name: &str, attempt: u32) -> Self {
         use sha2::Digest;
         let mut hash = sha2::Sha256::new();
-        for part in [
-            uid.as_bytes(),
-            b"\0",
-            name.as_bytes(),
-            b"\0",
-            &attempt.to_le_bytes(),
-        ] {
+        for part in [uid.as_bytes(), b"\0", name.as_bytes(), b"\0", &attempt.to_le_bytes()] {
             hash.update(part);
         }
         Self(hex::encode(hash.finalize()))
@@ -52,8 +46,7 @@ impl ContainerId {
 
     /// Reads an id that came from outside; `None` unless it is [`Self::LENGTH`] lower-case hexadecimal digits.
     pub fn parse(text: &str) -> Option<Self> {
-        let digits = text.len() == Self::LENGTH
-            && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let digits = text.len() == Self::LENGTH && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         digits.then(|| Self(text.to_owned()))
     }
 
@@ -144,23 +137,17 @@ impl Layout {
 
     /// `/var/log/pods/<namespace>_<name>_<uid>`.
     pub fn pod_log_folder(&self, pod: &PodKey) -> PathBuf {
-        self.pod_logs
-            .join(format!("{}_{}_{}", pod.namespace, pod.name, pod.uid))
+        self.pod_logs.join(format!("{}_{}_{}", pod.namespace, pod.name, pod.uid))
     }
 
     /// `/var/log/pods/<namespace>_<name>_<uid>/<container>/<attempt>.log`; rotated files carry `.<timestamp>` behind.
     pub fn container_log(&self, pod: &PodKey, container: &str, attempt: u32) -> PathBuf {
-        self.pod_log_folder(pod)
-            .join(container)
-            .join(format!("{attempt}.log"))
+        self.pod_log_folder(pod).join(container).join(format!("{attempt}.log"))
     }
 
     /// `/var/log/containers/<pod>_<namespace>_<container>-<id>.log`, a link to the newest log file.
     pub fn container_log_link(&self, pod: &PodKey, container: &str, id: &ContainerId) -> PathBuf {
-        self.container_logs.join(format!(
-            "{}_{}_{}-{}.log",
-            pod.name, pod.namespace, container, id
-        ))
+        self.container_logs.join(format!("{}_{}_{}-{}.log", pod.name, pod.namespace, container, id))
     }
 }
 
@@ -172,12 +159,7 @@ mod tests {
     fn ids_depend_on_every_part() {
         let id = ContainerId::derive("u", "web", 0);
         assert_eq!(id, ContainerId::derive("u", "web", 0));
-        for other in [
-            ("v", "web", 0),
-            ("u", "we", 0),
-            ("u", "web", 1),
-            ("uweb", "", 0),
-        ] {
+        for other in [("v", "web", 0), ("u", "we", 0), ("u", "web", 1), ("uweb", "", 0)] {
             assert_ne!(id, ContainerId::derive(other.0, other.1, other.2));
         }
         assert_eq!(ContainerId::parse(id.as_str()), Some(id));
@@ -186,15 +168,8 @@ mod tests {
 
     #[test]
     fn log_paths_are_where_log_shippers_look() {
-        let pod = PodKey {
-            uid: "1-2".into(),
-            namespace: "default".into(),
-            name: "web".into(),
-        };
+        let pod = PodKey { uid: "1-2".into(), namespace: "default".into(), name: "web".into() };
         let layout = Layout::default();
-        assert_eq!(
-            layout.container_log(&pod, "app", 3),
-            Path::new("/var/log/pods/default_web_1-2/app/3.log")
-        );
+        assert_eq!(layout.container_log(&pod, "app", 3), Path::new("/var/log/pods/default_web_1-2/app/3.log"));
     }
 }

@@ -24,10 +24,7 @@ pub(super) enum Archive {
     /// In a folder.
     Folder(PathBuf),
     /// Unpacked member by member into the staging area, for members come in any order and are needed in another.
-    Spooled {
-        origin: PathBuf,
-        members: BTreeMap<PathBuf, Member>,
-    },
+    Spooled { origin: PathBuf, members: BTreeMap<PathBuf, Member> },
 }
 
 pub(super) enum Member {
@@ -49,27 +46,16 @@ impl Archive {
     }
 
     /// Spools a tar stream; `origin` names it in errors.
-    pub(super) fn spool(
-        stream: impl Read,
-        origin: &Path,
-        stage: &Stage,
-    ) -> Result<Self, ImageError> {
-        let not_an_image = |reason: String| ImageError::NotAnImage {
-            path: origin.to_owned(),
-            reason,
-        };
+    pub(super) fn spool(stream: impl Read, origin: &Path, stage: &Stage) -> Result<Self, ImageError> {
+        let not_an_image = |reason: String| ImageError::NotAnImage { path: origin.to_owned(), reason };
         let stream = decompress(stream).step("read", origin)?;
         let mut archive = tar::Archive::new(stream);
         let mut members = BTreeMap::new();
         let entries = archive.entries().step("read", origin)?;
         for (number, entry) in entries.enumerate() {
-            let mut entry =
-                entry.map_err(|error| not_an_image(format!("not a tar archive: {error}")))?;
+            let mut entry = entry.map_err(|error| not_an_image(format!("not a tar archive: {error}")))?;
             if number >= MAX_MEMBERS {
-                return Err(ImageError::TooMany {
-                    what: "number of files in an archive",
-                    limit: MAX_MEMBERS,
-                });
+                return Err(ImageError::TooMany { what: "number of files in an archive", limit: MAX_MEMBERS });
             }
             let raw = entry.path_bytes().into_owned();
             let climbs = || ImageError::Escape {
@@ -86,11 +72,8 @@ impl Archive {
                 }
                 EntryType::Symlink | EntryType::Link => {
                     let target = entry.link_name_bytes().unwrap_or_default().into_owned();
-                    let base = if kind == EntryType::Symlink {
-                        name.parent().unwrap_or(Path::new(""))
-                    } else {
-                        Path::new("")
-                    };
+                    let base =
+                        if kind == EntryType::Symlink { name.parent().unwrap_or(Path::new("")) } else { Path::new("") };
                     let mut whole = base.as_os_str().as_encoded_bytes().to_vec();
                     whole.push(b'/');
                     whole.extend(target);
@@ -102,10 +85,7 @@ impl Archive {
         if members.is_empty() {
             return Err(not_an_image("the archive is empty".into()));
         }
-        Ok(Self::Spooled {
-            origin: origin.to_owned(),
-            members,
-        })
+        Ok(Self::Spooled { origin: origin.to_owned(), members })
     }
 
     /// What to call it in errors.
@@ -119,10 +99,7 @@ impl Archive {
     /// The file of that name.
     fn locate(&self, name: &str) -> Result<Option<PathBuf>, ImageError> {
         let Some(mut wanted) = normalize(name.as_bytes()) else {
-            return Err(ImageError::Escape {
-                layer: self.origin().display().to_string(),
-                entry: name.to_owned(),
-            });
+            return Err(ImageError::Escape { layer: self.origin().display().to_string(), entry: name.to_owned() });
         };
         match self {
             Self::Folder(root) => {
@@ -137,10 +114,7 @@ impl Archive {
                         None => return Ok(None),
                     }
                 }
-                Err(ImageError::TooMany {
-                    what: "chain of links in an archive",
-                    limit: MAX_ALIASES,
-                })
+                Err(ImageError::TooMany { what: "chain of links in an archive", limit: MAX_ALIASES })
             }
         }
     }
@@ -159,10 +133,7 @@ impl Archive {
     }
 
     fn lacks(&self, name: &str) -> ImageError {
-        ImageError::NotAnImage {
-            path: self.origin().to_owned(),
-            reason: format!("{name} is missing"),
-        }
+        ImageError::NotAnImage { path: self.origin().to_owned(), reason: format!("{name} is missing") }
     }
 
     /// Puts a file into the staging area, verified against `expected` if that is known; returns where, its digest and
@@ -174,10 +145,8 @@ impl Archive {
         stage: &Stage,
     ) -> Result<(PathBuf, Digest, u64), ImageError> {
         let from = self.locate(name)?.ok_or_else(|| self.lacks(name))?;
-        let to = tempfile::Builder::new()
-            .prefix("blob-")
-            .tempfile_in(stage.path())
-            .step("create file in", stage.path())?;
+        let to =
+            tempfile::Builder::new().prefix("blob-").tempfile_in(stage.path()).step("create file in", stage.path())?;
         let hasher = expected.map_or_else(super::digest::Hasher::sha256, Digest::hasher);
         let mut writer = Digesting::new(to.as_file(), hasher);
         let mut reader = File::open(&from).step("open", &from)?;
@@ -193,9 +162,7 @@ impl Archive {
                 actual: digest.to_string(),
             });
         }
-        let (_, path) = to
-            .keep()
-            .map_err(|error| ImageError::io("keep", stage.path(), error.error))?;
+        let (_, path) = to.keep().map_err(|error| ImageError::io("keep", stage.path(), error.error))?;
         // The spooled copy has served unless another image of the archive shares it.
         if let Self::Spooled { .. } = self {
             fs::metadata(&from).step("look at", &from)?;

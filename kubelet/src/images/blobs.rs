@@ -47,9 +47,7 @@ impl Layout {
         if path.is_file() {
             return fs::remove_file(staged).step("remove", staged);
         }
-        File::open(staged)
-            .and_then(|file| file.sync_all())
-            .step("sync", staged)?;
+        File::open(staged).and_then(|file| file.sync_all()).step("sync", staged)?;
         fs::rename(staged, &path).step("rename to", &path)?;
         sync_folder(path.parent().unwrap_or(self.root()))
     }
@@ -58,10 +56,7 @@ impl Layout {
 /// Reads at most [`MAX_DOCUMENT_BYTES`].
 pub(super) fn read_document(reader: impl Read, path: &Path) -> Result<Vec<u8>, ImageError> {
     let mut bytes = Vec::new();
-    reader
-        .take(MAX_DOCUMENT_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .step("read", path)?;
+    reader.take(MAX_DOCUMENT_BYTES + 1).read_to_end(&mut bytes).step("read", path)?;
     if bytes.len() as u64 > MAX_DOCUMENT_BYTES {
         return Err(ImageError::document(
             path.display().to_string(),
@@ -74,10 +69,7 @@ pub(super) fn read_document(reader: impl Read, path: &Path) -> Result<Vec<u8>, I
 /// Writes `reader` to a new file at `path`, returning its SHA-256 digest and size.
 pub(super) fn spool(reader: &mut dyn Read, path: &Path) -> Result<(Digest, u64), ImageError> {
     let file = File::create_new(path).step("create", path)?;
-    let mut writer = Digesting::new(
-        io::BufWriter::with_capacity(COPY_BUFFER_BYTES, file),
-        Hasher::sha256(),
-    );
+    let mut writer = Digesting::new(io::BufWriter::with_capacity(COPY_BUFFER_BYTES, file), Hasher::sha256());
     copy(reader, &mut writer, path)?;
     writer.flush().step("write", path)?;
     let (_, digest, bytes) = writer.finish();

@@ -14,12 +14,7 @@ use super::{ImageError, ImageStore, ImportSource, Progress, Stage, StoreOptions}
 #[derive(Debug, Args)]
 pub struct ImageArgs {
     /// Folder of the node's data
-    #[arg(
-        long,
-        default_value = "/var/lib/coracle",
-        env = "CORACLE_DATA_DIR",
-        global = true
-    )]
+    #[arg(long, default_value = "/var/lib/coracle", env = "CORACLE_DATA_DIR", global = true)]
     data_dir: PathBuf,
     /// Mirrors, credentials and certificates of registries
     #[arg(long, default_value = "/etc/coracle/registries.yaml", global = true)]
@@ -79,23 +74,15 @@ enum ImageCommand {
 /// The first thing that fails.
 pub async fn run(args: ImageArgs, out: &mut (dyn Write + Send)) -> Result<(), ImageError> {
     let registries = RegistryConfig::load(&args.registries)?;
-    let store = ImageStore::open(
-        &args.data_dir.join("images"),
-        StoreOptions {
-            registries,
-            ..StoreOptions::default()
-        },
-    )?;
-    let mut say = |line: String| {
-        writeln!(out, "{line}").map_err(|error| ImageError::io("write", "standard output", error))
-    };
+    let store =
+        ImageStore::open(&args.data_dir.join("images"), StoreOptions { registries, ..StoreOptions::default() })?;
+    let mut say =
+        |line: String| writeln!(out, "{line}").map_err(|error| ImageError::io("write", "standard output", error));
     match args.command {
         ImageCommand::Pull { references } => {
             for reference in references {
                 let bars = Arc::new(Bars::default());
-                let image = store
-                    .pull(&reference, &Keyring::default(), bars.clone())
-                    .await;
+                let image = store.pull(&reference, &Keyring::default(), bars.clone()).await;
                 bars.end();
                 say(image?.id.clone())?;
             }
@@ -107,21 +94,14 @@ pub async fn run(args: ImageArgs, out: &mut (dyn Write + Send)) -> Result<(), Im
                 ImportSource::Path(path)
             };
             for image in store.import(source, name.as_deref()).await? {
-                say(image
-                    .repo_tags
-                    .first()
-                    .cloned()
-                    .unwrap_or_else(|| image.id.clone()))?;
+                say(image.repo_tags.first().cloned().unwrap_or_else(|| image.id.clone()))?;
             }
         }
         ImageCommand::Export { references, output } => {
             let to: Box<dyn Write + Send> = if output.as_os_str() == "-" {
                 Box::new(std::io::stdout())
             } else {
-                Box::new(
-                    std::fs::File::create(&output)
-                        .map_err(|error| ImageError::io("create", &output, error))?,
-                )
+                Box::new(std::fs::File::create(&output).map_err(|error| ImageError::io("create", &output, error))?)
             };
             store.export(references, to).await?;
         }
@@ -135,35 +115,21 @@ pub async fn run(args: ImageArgs, out: &mut (dyn Write + Send)) -> Result<(), Im
             }
             let mut rows = vec![["REPOSITORY", "TAG", "IMAGE ID", "SIZE"].map(str::to_owned)];
             for image in images {
-                let id = image
-                    .id
-                    .trim_start_matches("sha256:")
-                    .chars()
-                    .take(12)
-                    .collect::<String>();
+                let id = image.id.trim_start_matches("sha256:").chars().take(12).collect::<String>();
                 let size = human_bytes(image.size_bytes);
                 if image.repo_tags.is_empty() {
                     rows.push(["<none>".into(), "<none>".into(), id.clone(), size.clone()]);
                 }
                 for tag in &image.repo_tags {
                     let (repository, tag) = tag.rsplit_once(':').unwrap_or((tag, ""));
-                    rows.push([
-                        repository.to_owned(),
-                        tag.to_owned(),
-                        id.clone(),
-                        size.clone(),
-                    ]);
+                    rows.push([repository.to_owned(), tag.to_owned(), id.clone(), size.clone()]);
                 }
             }
-            let widths: Vec<usize> = (0..4)
-                .map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0))
-                .collect();
+            let widths: Vec<usize> =
+                (0..4).map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0)).collect();
             for row in rows {
-                let cells: Vec<String> = row
-                    .iter()
-                    .zip(&widths)
-                    .map(|(cell, width)| format!("{cell:width$}"))
-                    .collect();
+                let cells: Vec<String> =
+                    row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
                 say(cells.join("   ").trim_end().to_owned())?;
             }
         }
@@ -198,11 +164,7 @@ fn human_bytes(bytes: u64) -> String {
         value /= 1000.0;
         unit += 1;
     }
-    if unit == 0 {
-        format!("{bytes}B")
-    } else {
-        format!("{value:.1}{}", UNITS[unit])
-    }
+    if unit == 0 { format!("{bytes}B") } else { format!("{value:.1}{}", UNITS[unit]) }
 }
 
 /// One line per blob on a terminal, redrawn in place at most ten times a second.
@@ -229,16 +191,10 @@ impl Bars {
 
     fn draw(&self, state: &mut BarState, force: bool) {
         use std::io::IsTerminal;
-        if !std::io::stderr().is_terminal()
-            || (!force && state.drawn_at.is_some_and(|at| at.elapsed() < REDRAW))
-        {
+        if !std::io::stderr().is_terminal() || (!force && state.drawn_at.is_some_and(|at| at.elapsed() < REDRAW)) {
             return;
         }
-        let mut text = if state.drawn_rows > 0 {
-            format!("\x1b[{}A", state.drawn_rows)
-        } else {
-            String::new()
-        };
+        let mut text = if state.drawn_rows > 0 { format!("\x1b[{}A", state.drawn_rows) } else { String::new() };
         for (digest, stage, done, total) in &state.rows {
             let filled = usize::try_from(done * BAR_WIDTH / (*total).max(1)).unwrap_or(0);
             let what = match stage {
@@ -247,11 +203,7 @@ impl Bars {
                 Stage::Downloaded if state.unpacking => "unpacking",
                 Stage::Downloaded => "downloaded",
             };
-            let short: String = digest
-                .trim_start_matches("sha256:")
-                .chars()
-                .take(12)
-                .collect();
+            let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
             let width = usize::try_from(BAR_WIDTH).unwrap_or(0);
             text.push_str(&format!(
                 "\x1b[2K{short} [{:-<width$}] {:>8} / {:>8} {what}\n",

@@ -27,9 +27,7 @@ impl Digest {
 
     /// `sha256` or `sha512`
     pub fn algorithm(&self) -> &str {
-        self.0
-            .split_once(':')
-            .map_or("", |(algorithm, _)| algorithm)
+        self.0.split_once(':').map_or("", |(algorithm, _)| algorithm)
     }
 
     /// The hexadecimal part.
@@ -39,11 +37,7 @@ impl Digest {
 
     /// A hasher of this digest's algorithm.
     pub(super) fn hasher(&self) -> Hasher {
-        if self.algorithm() == "sha512" {
-            Hasher::Sha512(Sha512::new())
-        } else {
-            Hasher::sha256()
-        }
+        if self.algorithm() == "sha512" { Hasher::Sha512(Sha512::new()) } else { Hasher::sha256() }
     }
 }
 
@@ -55,20 +49,13 @@ impl FromStr for Digest {
             Some(("sha256", hex)) if hex.len() == 64 => hex,
             Some(("sha512", hex)) if hex.len() == 128 => hex,
             _ => {
-                return Err(ImageError::Digest {
-                    digest: text.chars().take(200).collect(),
-                });
+                return Err(ImageError::Digest { digest: text.chars().take(200).collect() });
             }
         };
-        if digits
-            .bytes()
-            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-        {
+        if digits.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
             Ok(Self(text.to_owned()))
         } else {
-            Err(ImageError::Digest {
-                digest: text.to_owned(),
-            })
+            Err(ImageError::Digest { digest: text.to_owned() })
         }
     }
 }
@@ -134,11 +121,7 @@ pub(super) struct Digesting<T> {
 
 impl<T> Digesting<T> {
     pub(super) fn new(inner: T, hasher: Hasher) -> Self {
-        Self {
-            inner,
-            hasher,
-            bytes: 0,
-        }
+        Self { inner, hasher, bytes: 0 }
     }
 
     /// The inner stream, the digest and the number of bytes that passed.
@@ -178,17 +161,8 @@ mod tests {
 
     #[test]
     fn digests_are_checked_for_form() {
-        assert_eq!(
-            Digest::of(b"").as_str(),
-            "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-        );
-        for bad in [
-            "",
-            "sha256:",
-            "md5:00",
-            "sha256:../../etc/passwd",
-            &format!("sha256:{}", "G".repeat(64)),
-        ] {
+        assert_eq!(Digest::of(b"").as_str(), "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        for bad in ["", "sha256:", "md5:00", "sha256:../../etc/passwd", &format!("sha256:{}", "G".repeat(64))] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
     }

@@ -17,28 +17,16 @@ pub enum ImageError {
     Ambiguous { reference: String, count: usize },
     /// A file operation of the store failed.
     #[error("cannot {step} {}: {source}", path.display())]
-    Io {
-        step: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    Io { step: &'static str, path: PathBuf, source: io::Error },
     /// The file system of the store is full. Whatever was half-written has been removed.
     #[error("disk full while {step} {}: free space under it, or run `coracle image prune`", path.display())]
     DiskFull { step: &'static str, path: PathBuf },
     /// Content does not have the digest it was announced with.
     #[error("{what} has digest {actual}, not {expected} as announced: the content was refused")]
-    DigestMismatch {
-        what: String,
-        expected: String,
-        actual: String,
-    },
+    DigestMismatch { what: String, expected: String, actual: String },
     /// Content does not have the size it was announced with.
     #[error("{what} has {actual} bytes, not {expected} as announced: the content was refused")]
-    SizeMismatch {
-        what: String,
-        expected: u64,
-        actual: u64,
-    },
+    SizeMismatch { what: String, expected: u64, actual: u64 },
     /// A digest of an algorithm that cannot be checked, or that is malformed.
     #[error("unsupported digest {digest:?}: only sha256 and sha512 can be checked")]
     Digest { digest: String },
@@ -47,11 +35,7 @@ pub enum ImageError {
     Document { what: String, reason: String },
     /// No entry of an index fits this host.
     #[error("{what} has no image for platform {platform}; it has: {available}")]
-    Platform {
-        what: String,
-        platform: String,
-        available: String,
-    },
+    Platform { what: String, platform: String, available: String },
     /// An archive that is neither a docker-archive nor an OCI layout.
     #[error("{} is neither a docker-archive nor an OCI image layout: {reason}", path.display())]
     NotAnImage { path: PathBuf, reason: String },
@@ -60,11 +44,7 @@ pub enum ImageError {
     Escape { layer: String, entry: String },
     /// A layer entry that cannot be made.
     #[error("layer {layer}: cannot unpack {entry:?}: {reason}")]
-    Entry {
-        layer: String,
-        entry: String,
-        reason: String,
-    },
+    Entry { layer: String, entry: String, reason: String },
     /// A layer that is larger than any honest layer: a decompression bomb.
     #[error("layer {layer} was refused as a decompression bomb: {reason}")]
     Bomb { layer: String, reason: String },
@@ -73,29 +53,16 @@ pub enum ImageError {
     Damaged { layer: String, source: io::Error },
     /// The image is in use.
     #[error("image {reference:?} is used by container {container}: remove that first")]
-    InUse {
-        reference: String,
-        container: String,
-    },
+    InUse { reference: String, container: String },
     /// The registry answered with an error.
     #[error("registry {host}: {method} {path} answered {status}: {message}")]
-    Registry {
-        host: String,
-        method: String,
-        path: String,
-        status: u16,
-        message: String,
-    },
+    Registry { host: String, method: String, path: String, status: u16, message: String },
     /// The registry could not be reached or the connection broke.
     #[error("registry {host}: {reason}")]
     Transport { host: String, reason: String },
     /// The registry wants credentials that we do not have, or refused those that we have.
     #[error("pull access denied for {repository} at {host}: {reason}")]
-    Unauthorized {
-        host: String,
-        repository: String,
-        reason: String,
-    },
+    Unauthorized { host: String, repository: String, reason: String },
     /// The registry configuration file is malformed.
     #[error("invalid registry configuration {}: {reason}", path.display())]
     Config { path: PathBuf, reason: String },
@@ -109,26 +76,17 @@ pub enum ImageError {
 
 impl ImageError {
     /// An IO error of `step` at `path`; a full disk becomes its own variant, for it has its own advice.
-    pub(crate) fn io(
-        step: &'static str,
-        path: impl AsRef<Path>,
-        source: impl Into<io::Error>,
-    ) -> Self {
+    pub(crate) fn io(step: &'static str, path: impl AsRef<Path>, source: impl Into<io::Error>) -> Self {
         let (path, source) = (path.as_ref().to_owned(), source.into());
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Self::DiskFull { step, path }
-            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { step, path },
             _ => Self::Io { step, path, source },
         }
     }
 
     /// A malformed document.
     pub(crate) fn document(what: impl Into<String>, reason: impl ToString) -> Self {
-        Self::Document {
-            what: what.into(),
-            reason: reason.to_string(),
-        }
+        Self::Document { what: what.into(), reason: reason.to_string() }
     }
 }
 

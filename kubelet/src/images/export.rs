@@ -82,16 +82,9 @@ impl ImageStore {
         .await
     }
 
-    fn export_blob(
-        &self,
-        tar: &mut tar::Builder<Box<dyn Write + Send>>,
-        digest: &Digest,
-    ) -> Result<(), ImageError> {
+    fn export_blob(&self, tar: &mut tar::Builder<Box<dyn Write + Send>>, digest: &Digest) -> Result<(), ImageError> {
         let file = self.layout.open_blob(digest)?;
-        let bytes = file
-            .metadata()
-            .step("look at", self.layout.blob(digest))?
-            .len();
+        let bytes = file.metadata().step("look at", self.layout.blob(digest))?.len();
         append(tar, &blob_path(digest), bytes, file)
     }
 }
@@ -111,6 +104,5 @@ fn append(
     header.set_mode(0o644);
     // The same images give the same archive, byte for byte.
     header.set_mtime(0);
-    tar.append_data(&mut header, name, content)
-        .step("write", name)
+    tar.append_data(&mut header, name, content).step("write", name)
 }

@@ -58,21 +58,11 @@ impl ImageStore {
             let image = &table.images[&id];
             let last = image.tags.iter().all(|tag| names.contains(tag));
             if last
-                && let Some((container, _)) = store
-                    .layout
-                    .read_snapshots()?
-                    .into_iter()
-                    .find(|(_, used)| *used == id)
+                && let Some((container, _)) = store.layout.read_snapshots()?.into_iter().find(|(_, used)| *used == id)
             {
-                return Err(ImageError::InUse {
-                    reference,
-                    container,
-                });
+                return Err(ImageError::InUse { reference, container });
             }
-            let mut removed = Removed {
-                untagged: names.iter().cloned().collect(),
-                ..Removed::default()
-            };
+            let mut removed = Removed { untagged: names.iter().cloned().collect(), ..Removed::default() };
             store.change_table(|table| {
                 if last {
                     table.images.remove(&id);
@@ -98,20 +88,13 @@ impl ImageStore {
     pub async fn prune(self: &Arc<Self>, all: bool) -> Result<Removed, ImageError> {
         self.blocking(move |store| {
             let _collecting = store.layout.collecting()?;
-            let used: BTreeSet<Digest> = store
-                .layout
-                .read_snapshots()?
-                .into_iter()
-                .map(|(_, image)| image)
-                .collect();
+            let used: BTreeSet<Digest> = store.layout.read_snapshots()?.into_iter().map(|(_, image)| image).collect();
             let mut removed = store.change_table(|table| {
                 let mut removed = Removed::default();
                 table.images.retain(|id, image| {
                     let keep = image.pinned || used.contains(id) || !(all || image.tags.is_empty());
                     if !keep {
-                        removed
-                            .untagged
-                            .extend(image.tags.iter().chain(&image.digests).cloned());
+                        removed.untagged.extend(image.tags.iter().chain(&image.digests).cloned());
                         removed.deleted.push(id.to_string());
                     }
                     keep
@@ -197,39 +180,19 @@ impl ImageStore {
             }
         }
         for algorithm in folders(&self.layout.root().join("blobs"))? {
-            let name = algorithm
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
+            let name = algorithm.file_name().unwrap_or_default().to_string_lossy().into_owned();
             for path in folders(&algorithm)? {
-                let hex = path
-                    .file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned();
-                let known = format!("{name}:{hex}")
-                    .parse::<Digest>()
-                    .is_ok_and(|digest| blobs.contains(&digest));
+                let hex = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let known = format!("{name}:{hex}").parse::<Digest>().is_ok_and(|digest| blobs.contains(&digest));
                 if !known {
                     freed += fs::metadata(&path).step("look at", &path)?.blocks() * 512;
                     fs::remove_file(&path).step("remove", &path)?;
                 }
             }
         }
-        let finished: BTreeSet<String> = self
-            .layout
-            .read_snapshots()?
-            .into_iter()
-            .map(|(name, _)| name)
-            .collect();
+        let finished: BTreeSet<String> = self.layout.read_snapshots()?.into_iter().map(|(name, _)| name).collect();
         for path in folders(&self.layout.snapshots())? {
-            if !finished.contains(
-                path.file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .as_ref(),
-            ) {
+            if !finished.contains(path.file_name().unwrap_or_default().to_string_lossy().as_ref()) {
                 fs::remove_dir_all(&path).step("remove", &path)?;
             }
         }
@@ -239,9 +202,7 @@ impl ImageStore {
 
 fn folders(folder: &Path) -> Result<Vec<PathBuf>, ImageError> {
     let entries = fs::read_dir(folder).step("read folder", folder)?;
-    entries
-        .map(|entry| Ok(entry.step("read folder", folder)?.path()))
-        .collect()
+    entries.map(|entry| Ok(entry.step("read folder", folder)?.path())).collect()
 }
 
 /// The names of an image that a reference means: one tag, one digest, or (for an ID) all of them.
@@ -256,18 +217,10 @@ fn names_meant(table: &Table, id: &Digest, reference: &str) -> BTreeSet<String> 
             // With the last tag of a repository go its digests.
             let mut names: BTreeSet<String> = [name.clone()].into();
             let repository = reference.name();
-            let left = image
-                .tags
-                .iter()
-                .any(|tag| *tag != name && tag.starts_with(&format!("{repository}:")));
+            let left = image.tags.iter().any(|tag| *tag != name && tag.starts_with(&format!("{repository}:")));
             if !left {
-                names.extend(
-                    image
-                        .digests
-                        .iter()
-                        .filter(|known| known.starts_with(&format!("{repository}@")))
-                        .cloned(),
-                );
+                names
+                    .extend(image.digests.iter().filter(|known| known.starts_with(&format!("{repository}@"))).cloned());
             }
             return names;
         }

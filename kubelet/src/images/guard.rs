@@ -17,11 +17,7 @@ pub struct LayerLimits {
 
 impl Default for LayerLimits {
     fn default() -> Self {
-        Self {
-            bytes: 64 << 30,
-            entries: 4_000_000,
-            ratio: 400,
-        }
+        Self { bytes: 64 << 30, entries: 4_000_000, ratio: 400 }
     }
 }
 
@@ -56,18 +52,12 @@ impl Guard {
 
     /// Counts compressed bytes.
     pub(super) fn compressed<R>(&self, inner: R) -> CountCompressed<R> {
-        CountCompressed {
-            inner,
-            guard: self.clone(),
-        }
+        CountCompressed { inner, guard: self.clone() }
     }
 
     /// Counts uncompressed bytes and ends the stream when a limit is passed.
     pub(super) fn unpacked<R>(&self, inner: R) -> Guarded<R> {
-        Guarded {
-            inner,
-            guard: self.clone(),
-        }
+        Guarded { inner, guard: self.clone() }
     }
 
     /// From here until [`Guard::body`], only headers are read, which have a small bound of their own: an archive
@@ -93,11 +83,7 @@ impl Guard {
 
     /// Checks the count of entries.
     pub(super) fn entry(&self, count: u64) -> io::Result<()> {
-        if count > self.0.limits.entries {
-            Err(self.refuse("too many entries"))
-        } else {
-            Ok(())
-        }
+        if count > self.0.limits.entries { Err(self.refuse("too many entries")) } else { Ok(()) }
     }
 
     fn refuse(&self, why: &'static str) -> io::Error {
@@ -132,15 +118,11 @@ impl<R: Read> Read for Guarded<R> {
         let total = state.unpacked.get() + count as u64;
         state.unpacked.set(total);
         if total > state.limits.bytes {
-            return Err(self
-                .guard
-                .refuse("it unpacks to more than the limit of a layer"));
+            return Err(self.guard.refuse("it unpacks to more than the limit of a layer"));
         }
         // Decoders read ahead, so the count of compressed bytes is never behind what came out of them.
         if total > RATIO_FREE_BYTES && total / state.compressed.get().max(1) > state.limits.ratio {
-            return Err(self
-                .guard
-                .refuse("it unpacks to far more than its compressed size"));
+            return Err(self.guard.refuse("it unpacks to far more than its compressed size"));
         }
         if let Some(budget) = state.header_budget.get() {
             match budget.checked_sub(count as u64) {

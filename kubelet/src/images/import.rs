@@ -5,9 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use oci_spec::image::{
-    Descriptor, ImageConfiguration, ImageIndex, ImageManifest, ImageManifestBuilder, MediaType,
-};
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, ImageManifestBuilder, MediaType};
 use serde::Deserialize;
 
 use super::archive::Archive;
@@ -24,10 +22,7 @@ const MAX_LAYERS: usize = 500;
 /// Indexes inside indexes.
 const MAX_INDEX_DEPTH: usize = 3;
 /// Annotations that name an image in an index.
-const NAME_ANNOTATIONS: [&str; 2] = [
-    "io.containerd.image.name",
-    "org.opencontainers.image.ref.name",
-];
+const NAME_ANNOTATIONS: [&str; 2] = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
 
 /// Where an import comes from.
 pub enum ImportSource {
@@ -63,9 +58,7 @@ impl ImageStore {
             let stage = store.layout.stage()?;
             let archive = match source {
                 ImportSource::Path(path) => Archive::open(&path, &stage)?,
-                ImportSource::Stream(stream) => {
-                    Archive::spool(stream, Path::new("standard input"), &stage)?
-                }
+                ImportSource::Stream(stream) => Archive::spool(stream, Path::new("standard input"), &stage)?,
             };
             if archive.document("oci-layout")?.is_some() {
                 store.import_oci(&archive, &stage, name.as_ref())
@@ -88,8 +81,8 @@ impl ImageStore {
         manifest: &[u8],
         name: Option<&Reference>,
     ) -> Result<Vec<Arc<Image>>, ImageError> {
-        let entries: Vec<DockerManifest> = serde_json::from_slice(manifest)
-            .map_err(|error| ImageError::document("manifest.json", error))?;
+        let entries: Vec<DockerManifest> =
+            serde_json::from_slice(manifest).map_err(|error| ImageError::document("manifest.json", error))?;
         let single = entries.len() == 1;
         let mut images = Vec::new();
         for entry in entries {
@@ -110,22 +103,13 @@ impl ImageStore {
             let manifest = ImageManifestBuilder::default()
                 .schema_version(2u32)
                 .media_type(MediaType::ImageManifest)
-                .config(descriptor(
-                    MediaType::ImageConfig,
-                    config_bytes.len() as u64,
-                    &config_digest,
-                )?)
+                .config(descriptor(MediaType::ImageConfig, config_bytes.len() as u64, &config_digest)?)
                 .layers(layers)
                 .build()
                 .map_err(|error| ImageError::document("manifest", error))?;
-            let bytes = serde_json::to_vec(&manifest)
-                .map_err(|error| ImageError::document("manifest", error))?;
-            let mut names = entry
-                .repo_tags
-                .unwrap_or_default()
-                .iter()
-                .map(|tag| tag.parse())
-                .collect::<Result<Vec<_>, _>>()?;
+            let bytes = serde_json::to_vec(&manifest).map_err(|error| ImageError::document("manifest", error))?;
+            let mut names =
+                entry.repo_tags.unwrap_or_default().iter().map(|tag| tag.parse()).collect::<Result<Vec<_>, _>>()?;
             names.extend(name.filter(|_| single).cloned());
             images.push(self.assemble(stage, &bytes, &names)?);
         }
@@ -170,10 +154,7 @@ impl ImageStore {
         verify(&digest, &bytes)?;
         if let Some(index) = as_index(&bytes) {
             if depth == 0 {
-                return Err(ImageError::TooMany {
-                    what: "depth of indexes",
-                    limit: MAX_INDEX_DEPTH,
-                });
+                return Err(ImageError::TooMany { what: "depth of indexes", limit: MAX_INDEX_DEPTH });
             }
             let chosen = for_this_host(&index, digest.as_str())?;
             return self.stage_manifest(archive, stage, chosen, depth - 1);
@@ -186,11 +167,7 @@ impl ImageStore {
             }
             let (path, _, actual) = archive.stage(&blob_name(&digest), Some(&digest), stage)?;
             if actual != blob.size() {
-                return Err(ImageError::SizeMismatch {
-                    what: digest.to_string(),
-                    expected: blob.size(),
-                    actual,
-                });
+                return Err(ImageError::SizeMismatch { what: digest.to_string(), expected: blob.size(), actual });
             }
             self.layout.adopt_blob(&path, &digest)?;
         }
@@ -214,15 +191,13 @@ impl ImageStore {
         let mut known = self.layout.read_layers()?;
         let mut below: Vec<Layer> = Vec::new();
         let mut blobs = Vec::new();
-        for ((descriptor, diff_id), chain_id) in manifest.layers().iter().zip(&diff_ids).zip(&chain)
-        {
+        for ((descriptor, diff_id), chain_id) in manifest.layers().iter().zip(&diff_ids).zip(&chain) {
             let digest = Digest::try_from(descriptor.digest())?;
             let layer = match known.remove(chain_id) {
                 Some(layer) => layer,
                 None => {
                     let content = self.layout.open_blob(&digest)?;
-                    self.layout
-                        .add_layer(stage, content, diff_id, &below, self.options.limits)?
+                    self.layout.add_layer(stage, content, diff_id, &below, self.options.limits)?
                 }
             };
             below.push(layer);
@@ -235,19 +210,10 @@ impl ImageStore {
             tags.extend(name.tagged());
             digests.insert(name.at(name.digest.as_deref().unwrap_or(manifest_digest.as_str())));
         }
-        let bytes =
-            manifest.layers().iter().map(Descriptor::size).sum::<u64>() + manifest.config().size();
+        let bytes = manifest.layers().iter().map(Descriptor::size).sum::<u64>() + manifest.config().size();
         let added_at = jiff::Timestamp::now().as_second();
-        let record = ImageRecord {
-            manifest: manifest_digest,
-            blobs,
-            chain,
-            bytes,
-            tags,
-            digests,
-            added_at,
-            pinned: false,
-        };
+        let record =
+            ImageRecord { manifest: manifest_digest, blobs, chain, bytes, tags, digests, added_at, pinned: false };
         self.register(&id, record)
     }
 }
@@ -282,42 +248,28 @@ pub(super) fn as_index(bytes: &[u8]) -> Option<ImageIndex> {
 }
 
 pub(super) fn parse_manifest(bytes: &[u8]) -> Result<ImageManifest, ImageError> {
-    let manifest: ImageManifest = serde_json::from_slice(bytes)
-        .map_err(|error| ImageError::document("image manifest", error))?;
+    let manifest: ImageManifest =
+        serde_json::from_slice(bytes).map_err(|error| ImageError::document("image manifest", error))?;
     if manifest.layers().len() > MAX_LAYERS {
-        return Err(ImageError::TooMany {
-            what: "number of layers",
-            limit: MAX_LAYERS,
-        });
+        return Err(ImageError::TooMany { what: "number of layers", limit: MAX_LAYERS });
     }
     Ok(manifest)
 }
 
 fn diff_ids(config: &ImageConfiguration) -> Result<Vec<Digest>, ImageError> {
-    config
-        .rootfs()
-        .diff_ids()
-        .iter()
-        .map(|id| id.parse())
-        .collect()
+    config.rootfs().diff_ids().iter().map(|id| id.parse()).collect()
 }
 
 fn check_layer_count(layers: usize, diff_ids: usize) -> Result<(), ImageError> {
     if layers == diff_ids {
         return Ok(());
     }
-    Err(ImageError::document(
-        "image",
-        format!("its manifest has {layers} layers, its configuration {diff_ids}"),
-    ))
+    Err(ImageError::document("image", format!("its manifest has {layers} layers, its configuration {diff_ids}")))
 }
 
 /// The entry of an index that this host can run: same operating system and architecture; among several (variants of
 /// arm) the first that the host's architecture can run, as the index orders them.
-pub(super) fn for_this_host<'a>(
-    index: &'a ImageIndex,
-    what: &str,
-) -> Result<&'a Descriptor, ImageError> {
+pub(super) fn for_this_host<'a>(index: &'a ImageIndex, what: &str) -> Result<&'a Descriptor, ImageError> {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -327,10 +279,7 @@ pub(super) fn for_this_host<'a>(
         other => other,
     };
     let fits = |entry: &&Descriptor| match entry.platform() {
-        Some(platform) => {
-            platform.os().to_string() == "linux"
-                && platform.architecture().to_string() == architecture
-        }
+        Some(platform) => platform.os().to_string() == "linux" && platform.architecture().to_string() == architecture,
         None => false,
     };
     if let Some(entry) = index.manifests().iter().find(fits) {
@@ -351,11 +300,7 @@ pub(super) fn for_this_host<'a>(
     Err(ImageError::Platform {
         what: what.to_owned(),
         platform: format!("linux/{architecture}"),
-        available: if available.is_empty() {
-            "none with a platform".into()
-        } else {
-            available.join(", ")
-        },
+        available: if available.is_empty() { "none with a platform".into() } else { available.join(", ") },
     })
 }
 
@@ -364,29 +309,18 @@ fn named(entry: &Descriptor, base: Option<&Reference>) -> Result<Option<Referenc
     let Some(annotations) = entry.annotations() else {
         return Ok(None);
     };
-    let Some(text) = NAME_ANNOTATIONS
-        .iter()
-        .find_map(|key| annotations.get(*key))
-    else {
+    let Some(text) = NAME_ANNOTATIONS.iter().find_map(|key| annotations.get(*key)) else {
         return Ok(None);
     };
     match base {
-        Some(base) if !text.contains(['/', ':', '@']) => {
-            format!("{}:{text}", base.name()).parse().map(Some)
-        }
+        Some(base) if !text.contains(['/', ':', '@']) => format!("{}:{text}", base.name()).parse().map(Some),
         _ => text.parse().map(Some),
     }
 }
 
-fn descriptor(
-    media_type: MediaType,
-    bytes: u64,
-    digest: &Digest,
-) -> Result<Descriptor, ImageError> {
-    let digest: oci_spec::image::Digest = digest
-        .as_str()
-        .parse()
-        .map_err(|error| ImageError::document("digest", error))?;
+fn descriptor(media_type: MediaType, bytes: u64, digest: &Digest) -> Result<Descriptor, ImageError> {
+    let digest: oci_spec::image::Digest =
+        digest.as_str().parse().map_err(|error| ImageError::document("digest", error))?;
     Ok(Descriptor::new(media_type, bytes, digest))
 }
 

@@ -121,19 +121,12 @@ impl Layout {
         }
         if let Some(first) = under.first() {
             // A layer need not say what its root is like; then it is as below.
-            super::unpack::copy_attributes(first, &top)
-                .step("copy attributes of root to", &root)?;
+            super::unpack::copy_attributes(first, &top).step("copy attributes of root to", &root)?;
         }
         let unpacked = unpack(name, content, diff_id, Merged::new(top, under), limits)?;
-        let record = LayerRecord {
-            chain_id,
-            diff_id: diff_id.clone(),
-            parent,
-            bytes: unpacked.bytes,
-            inodes: unpacked.inodes,
-        };
-        let json = serde_json::to_vec(&record)
-            .map_err(|error| ImageError::document("layer.json", error))?;
+        let record =
+            LayerRecord { chain_id, diff_id: diff_id.clone(), parent, bytes: unpacked.bytes, inodes: unpacked.inodes };
+        let json = serde_json::to_vec(&record).map_err(|error| ImageError::document("layer.json", error))?;
         let path = work.path().join("layer.json");
         fs::write(&path, json).step("write", &path)?;
         let handle = File::open(work.path()).step("open", work.path())?;
@@ -151,11 +144,7 @@ impl Layout {
             let mut next = 1;
             for entry in fs::read_dir(&layers).step("read folder", &layers)? {
                 let name = entry.step("read folder", &layers)?.file_name();
-                next = next.max(
-                    name.to_str()
-                        .and_then(|name| name.parse::<u64>().ok())
-                        .map_or(1, |number| number + 1),
-                );
+                next = next.max(name.to_str().and_then(|name| name.parse::<u64>().ok()).map_or(1, |number| number + 1));
             }
             let folder = layers.join(next.to_string());
             // Renaming onto a folder that is not empty fails, so a number is never taken twice.
@@ -167,17 +156,11 @@ impl Layout {
                     return Ok(Layer { folder, record });
                 }
                 Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
-                    ) => {}
+                    if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {}
                 Err(error) => return Err(ImageError::io("rename to", &folder, error)),
             }
         }
-        Err(ImageError::TooMany {
-            what: "attempts to name a layer folder",
-            limit: MAX_NUMBER_ATTEMPTS,
-        })
+        Err(ImageError::TooMany { what: "attempts to name a layer folder", limit: MAX_NUMBER_ATTEMPTS })
     }
 }
 
@@ -190,24 +173,14 @@ fn unpack(
     limits: LayerLimits,
 ) -> Result<Unpacked, ImageError> {
     let guard = Guard::new(limits);
-    let damaged = |source| ImageError::Damaged {
-        layer: name.to_owned(),
-        source,
-    };
+    let damaged = |source| ImageError::Damaged { layer: name.to_owned(), source };
     let content = decompress(guard.compressed(content)).map_err(damaged)?;
-    let hasher = if diff_id.algorithm() == "sha512" {
-        diff_id.hasher()
-    } else {
-        Hasher::sha256()
-    };
+    let hasher = if diff_id.algorithm() == "sha512" { diff_id.hasher() } else { Hasher::sha256() };
     let mut stream = Digesting::new(guard.unpacked(content), hasher);
     let unpacked = Unpacker::new(name, merged).run(&mut stream, &guard)?;
     // Padding behind the end marker belongs to the digest.
     io::copy(&mut stream, &mut io::sink()).map_err(|source| match guard.verdict() {
-        Some(reason) => ImageError::Bomb {
-            layer: name.to_owned(),
-            reason: reason.to_owned(),
-        },
+        Some(reason) => ImageError::Bomb { layer: name.to_owned(), reason: reason.to_owned() },
         None => damaged(source),
     })?;
     let (_, actual, _) = stream.finish();
@@ -242,18 +215,8 @@ pub(super) fn decompress<'a>(content: impl Read + 'a) -> io::Result<Box<dyn Read
 /// Unpacks an untrusted stream into an empty folder, whatever its digest; for fuzz targets and tests of refusal.
 pub fn fuzz_unpack(content: &[u8], folder: &Path) -> Result<(), ImageError> {
     let top = OwnedFd::from(File::open(folder).step("open", folder)?);
-    let limits = LayerLimits {
-        bytes: 1 << 20,
-        entries: 1000,
-        ratio: 1000,
-    };
-    match unpack(
-        "fuzz",
-        content,
-        &Digest::of(b""),
-        Merged::new(top, Vec::new()),
-        limits,
-    ) {
+    let limits = LayerLimits { bytes: 1 << 20, entries: 1000, ratio: 1000 };
+    match unpack("fuzz", content, &Digest::of(b""), Merged::new(top, Vec::new()), limits) {
         Ok(_) | Err(ImageError::DigestMismatch { .. }) => Ok(()),
         Err(error) => Err(error),
     }

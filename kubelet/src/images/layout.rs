@@ -20,9 +20,7 @@ pub(super) struct Layout {
 impl Layout {
     /// Opens (and where needed makes) the folders under `root`, and removes unfinished work whose owner is gone.
     pub(super) fn open(root: &Path) -> Result<Self, ImageError> {
-        let layout = Self {
-            root: root.to_owned(),
-        };
+        let layout = Self { root: root.to_owned() };
         for folder in [
             layout.root.clone(),
             layout.root.join("blobs/sha256"),
@@ -31,11 +29,7 @@ impl Layout {
             layout.snapshots(),
             layout.staging(),
         ] {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&folder)
-                .step("create folder", &folder)?;
+            DirBuilder::new().recursive(true).mode(0o700).create(&folder).step("create folder", &folder)?;
         }
         layout.clear_staging()?;
         Ok(layout)
@@ -46,10 +40,7 @@ impl Layout {
     }
 
     pub(super) fn blob(&self, digest: &Digest) -> PathBuf {
-        self.root
-            .join("blobs")
-            .join(digest.algorithm())
-            .join(digest.hex())
+        self.root.join("blobs").join(digest.algorithm()).join(digest.hex())
     }
 
     pub(super) fn layers(&self) -> PathBuf {
@@ -71,10 +62,7 @@ impl Layout {
     /// A folder for unfinished work, removed when dropped and by the next opening after a crash.
     pub(super) fn stage(&self) -> Result<Stage, ImageError> {
         let folder = self.staging();
-        let dir = tempfile::Builder::new()
-            .prefix("")
-            .tempdir_in(&folder)
-            .step("create folder in", &folder)?;
+        let dir = tempfile::Builder::new().prefix("").tempdir_in(&folder).step("create folder in", &folder)?;
         let handle = File::open(dir.path()).step("open", dir.path())?;
         let lock = Flock::lock(handle, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, errno)| ImageError::io("lock", dir.path(), errno))?;
@@ -118,8 +106,7 @@ impl Layout {
     /// Held around a change of the table.
     pub(super) fn table_turn(&self) -> Result<StoreLock, ImageError> {
         let path = self.root.join("table.lock");
-        lock_file(&path, FlockArg::LockExclusive)?
-            .ok_or_else(|| ImageError::io("lock", &path, Errno::EWOULDBLOCK))
+        lock_file(&path, FlockArg::LockExclusive)?.ok_or_else(|| ImageError::io("lock", &path, Errno::EWOULDBLOCK))
     }
 
     fn lock(&self, how: FlockArg) -> Result<Option<StoreLock>, ImageError> {
@@ -128,13 +115,8 @@ impl Layout {
 }
 
 fn lock_file(path: &Path, how: FlockArg) -> Result<Option<StoreLock>, ImageError> {
-    let mut file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(path)
-        .step("open", path)?;
+    let mut file =
+        OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path).step("open", path)?;
     loop {
         match Flock::lock(file, how) {
             Ok(lock) => return Ok(Some(StoreLock { _lock: lock })),
@@ -166,9 +148,7 @@ impl Stage {
 
 /// Makes the directory entries of `folder` durable.
 pub(super) fn sync_folder(folder: &Path) -> Result<(), ImageError> {
-    File::open(folder)
-        .and_then(|handle| handle.sync_all())
-        .step("sync", folder)
+    File::open(folder).and_then(|handle| handle.sync_all()).step("sync", folder)
 }
 
 /// Replaces `path` by `bytes` so that after a crash either the old or the new content is there, whole.
@@ -177,7 +157,6 @@ pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
     let mut file = tempfile::NamedTempFile::new_in(folder).step("create file in", folder)?;
     file.write_all(bytes).step("write", path)?;
     file.as_file().sync_all().step("sync", path)?;
-    file.persist(path)
-        .map_err(|error| ImageError::io("rename to", path, error.error))?;
+    file.persist(path).map_err(|error| ImageError::io("rename to", path, error.error))?;
     sync_folder(folder)
 }

@@ -64,14 +64,12 @@ impl Merged {
             match openat2(root, path, how) {
                 Ok(found) => {
                     let stat = fstatat(&found, "", AtFlags::AT_EMPTY_PATH)?;
-                    return Ok(
-                        match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
-                            SFlag::S_IFDIR => Seen::Folder { layer },
-                            SFlag::S_IFLNK => Seen::Link(readlinkat(root, path)?),
-                            SFlag::S_IFCHR if stat.st_rdev == 0 => Seen::Absent,
-                            _ => Seen::Other { layer },
-                        },
-                    );
+                    return Ok(match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
+                        SFlag::S_IFDIR => Seen::Folder { layer },
+                        SFlag::S_IFLNK => Seen::Link(readlinkat(root, path)?),
+                        SFlag::S_IFCHR if stat.st_rdev == 0 => Seen::Absent,
+                        _ => Seen::Other { layer },
+                    });
                 }
                 Err(Errno::ENOENT) if !self.hides_below(layer, path)? => {}
                 // A file, link or whiteout in place of one of the parents, or an opaque parent: what is below is hidden.
@@ -125,11 +123,7 @@ impl Merged {
 
     /// Opens a real folder of one layer, without following links.
     pub(super) fn open_folder(&self, layer: usize, path: &Path) -> Result<OwnedFd, Errno> {
-        let path = if path.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            path
-        };
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let how = OpenHow::new()
             .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
@@ -264,17 +258,11 @@ mod tests {
         symlink("/loop", low.join("loop")).expect("link");
         let open = |path: &Path| OwnedFd::from(fs::File::open(path).expect("open"));
         let merged = Merged::new(open(&top), vec![open(&low)]);
-        assert_eq!(
-            merged.resolve(Path::new("lib/modules")),
-            Ok("usr/lib/modules".into())
-        );
+        assert_eq!(merged.resolve(Path::new("lib/modules")), Ok("usr/lib/modules".into()));
         assert_eq!(merged.resolve(Path::new("out/etc")), Ok("etc".into()));
         assert_eq!(merged.resolve(Path::new("loop/x")), Err(Errno::ELOOP));
         // A folder of the layer being unpacked hides the link below.
         fs::create_dir(top.join("lib")).expect("mkdir");
-        assert_eq!(
-            merged.resolve(Path::new("lib/modules")),
-            Ok("lib/modules".into())
-        );
+        assert_eq!(merged.resolve(Path::new("lib/modules")), Ok("lib/modules".into()));
     }
 }

@@ -80,10 +80,7 @@ impl ImageStore {
                 attempts.push(self.client.configured_credentials(endpoint, &reference));
             }
             for credentials in attempts {
-                match self
-                    .pull_from(endpoint, credentials.as_ref(), &reference, &progress)
-                    .await
-                {
+                match self.pull_from(endpoint, credentials.as_ref(), &reference, &progress).await {
                     Ok(image) => return Ok(image),
                     Err(error) => {
                         tracing::debug!(host = %endpoint.host, image = %reference, %error, "pull failed");
@@ -96,10 +93,7 @@ impl ImageStore {
                 }
             }
             // What is wrong on our side will not get better elsewhere.
-            if matches!(
-                last,
-                Some(ImageError::DiskFull { .. } | ImageError::Io { .. })
-            ) {
+            if matches!(last, Some(ImageError::DiskFull { .. } | ImageError::Io { .. })) {
                 break;
             }
         }
@@ -116,11 +110,7 @@ impl ImageStore {
         reference: &Reference,
         progress: &Arc<dyn Progress>,
     ) -> Result<Arc<Image>, ImageError> {
-        let fetch = Fetch {
-            endpoint,
-            repository: &reference.repository,
-            credentials,
-        };
+        let fetch = Fetch { endpoint, repository: &reference.repository, credentials };
         let top = self.fetch_manifest(&fetch, reference.selector()).await?;
         let mut named = reference.clone();
         let top_digest = match &reference.digest {
@@ -137,21 +127,17 @@ impl ImageStore {
         for depth in 0.. {
             let Some(index) = as_index(&bytes) else { break };
             if depth == MAX_INDEX_DEPTH {
-                return Err(ImageError::TooMany {
-                    what: "depth of indexes",
-                    limit: MAX_INDEX_DEPTH,
-                });
+                return Err(ImageError::TooMany { what: "depth of indexes", limit: MAX_INDEX_DEPTH });
             }
             let chosen = Digest::try_from(for_this_host(&index, &reference.to_string())?.digest())?;
             bytes = self.fetch_manifest(&fetch, chosen.as_str()).await?;
             verify(&chosen, &bytes)?;
         }
         let manifest = parse_manifest(&bytes)?;
-        let (adding, stage) = self
-            .blocking(|store| Ok((store.layout.adding()?, store.layout.stage()?)))
-            .await?;
+        let (adding, stage) = self.blocking(|store| Ok((store.layout.adding()?, store.layout.stage()?))).await?;
         let stage = Arc::new(stage);
-        futures::stream::iter(manifest.layers().iter().chain([manifest.config()]))
+        let blobs: Vec<Descriptor> = manifest.layers().iter().chain([manifest.config()]).cloned().collect();
+        futures::stream::iter(blobs)
             .map(|blob| self.fetch_blob(&fetch, blob, &stage, progress))
             .buffer_unordered(PARALLEL_LAYERS)
             .try_collect::<Vec<()>>()
@@ -191,17 +177,10 @@ impl ImageStore {
                 }
             }
         })?;
-        self.resolve(&image.id)?
-            .ok_or_else(|| ImageError::NotFound {
-                reference: image.id.clone(),
-            })
+        self.resolve(&image.id)?.ok_or_else(|| ImageError::NotFound { reference: image.id.clone() })
     }
 
-    async fn fetch_manifest(
-        &self,
-        fetch: &Fetch<'_>,
-        selector: &str,
-    ) -> Result<Vec<u8>, ImageError> {
+    async fn fetch_manifest(&self, fetch: &Fetch<'_>, selector: &str) -> Result<Vec<u8>, ImageError> {
         let mut attempt = 1;
         loop {
             match self.client.manifest(fetch, selector).await {
@@ -217,7 +196,7 @@ impl ImageStore {
     async fn fetch_blob(
         &self,
         fetch: &Fetch<'_>,
-        blob: &Descriptor,
+        blob: Descriptor,
         stage: &Arc<StageFolder>,
         progress: &Arc<dyn Progress>,
     ) -> Result<(), ImageError> {
@@ -226,18 +205,10 @@ impl ImageStore {
             progress.blob(digest.as_str(), Stage::Exists, blob.size(), blob.size());
             return Ok(());
         }
-        let file = tempfile::Builder::new()
-            .prefix("blob-")
-            .tempfile_in(stage.path())
-            .step("create file in", stage.path())?;
-        let mut download = Download {
-            digest: &digest,
-            total: blob.size(),
-            file,
-            hasher: digest.hasher(),
-            done: 0,
-            progress,
-        };
+        let file =
+            tempfile::Builder::new().prefix("blob-").tempfile_in(stage.path()).step("create file in", stage.path())?;
+        let mut download =
+            Download { digest: &digest, total: blob.size(), file, hasher: digest.hasher(), done: 0, progress };
         let mut attempt = 1;
         loop {
             let before = download.done;
@@ -245,11 +216,7 @@ impl ImageStore {
                 Ok(()) => break,
                 Err(error) if passing(&error) => {
                     // Progress earns new patience.
-                    attempt = if download.done > before {
-                        1
-                    } else {
-                        attempt + 1
-                    };
+                    attempt = if download.done > before { 1 } else { attempt + 1 };
                     if attempt >= MAX_ATTEMPTS {
                         return Err(error);
                     }
@@ -259,19 +226,9 @@ impl ImageStore {
                 Err(error) => return Err(error),
             }
         }
-        let Download {
-            file,
-            hasher,
-            done,
-            total,
-            ..
-        } = download;
+        let Download { file, hasher, done, total, .. } = download;
         if done != total {
-            return Err(ImageError::SizeMismatch {
-                what: digest.to_string(),
-                expected: total,
-                actual: done,
-            });
+            return Err(ImageError::SizeMismatch { what: digest.to_string(), expected: total, actual: done });
         }
         let actual = hasher.finish();
         if actual != digest {
@@ -284,9 +241,7 @@ impl ImageStore {
         let layout = self.layout.clone();
         let adopted = digest.clone();
         tokio::task::spawn_blocking(move || {
-            let (_, path) = file
-                .keep()
-                .map_err(|error| ImageError::io("keep", layout.staging(), error.error))?;
+            let (_, path) = file.keep().map_err(|error| ImageError::io("keep", layout.staging(), error.error))?;
             layout.adopt_blob(&path, &adopted)
         })
         .await
@@ -295,22 +250,12 @@ impl ImageStore {
         Ok(())
     }
 
-    async fn download(
-        &self,
-        fetch: &Fetch<'_>,
-        download: &mut Download<'_>,
-    ) -> Result<(), ImageError> {
-        let broken = |reason: String| ImageError::Transport {
-            host: fetch.endpoint.host.clone(),
-            reason,
-        };
+    async fn download(&self, fetch: &Fetch<'_>, download: &mut Download<'_>) -> Result<(), ImageError> {
+        let broken = |reason: String| ImageError::Transport { host: fetch.endpoint.host.clone(), reason };
         if download.done == download.total && download.total > 0 {
             return Ok(());
         }
-        let response = self
-            .client
-            .blob(fetch, download.digest.as_str(), download.done)
-            .await?;
+        let response = self.client.blob(fetch, download.digest.as_str(), download.done).await?;
         if download.done > 0 && response.status() != StatusCode::PARTIAL_CONTENT {
             download.restart()?;
         }
@@ -320,18 +265,12 @@ impl ImageStore {
                 .await
                 .map_err(|_| broken(format!("nothing came for {} s", STALL_TIMEOUT.as_secs())))?;
             let Some(frame) = frame else { break };
-            if let Ok(data) = frame
-                .map_err(|error| broken(error.to_string()))?
-                .into_data()
-            {
+            if let Ok(data) = frame.map_err(|error| broken(error.to_string()))?.into_data() {
                 download.write(&data)?;
             }
         }
         if download.done < download.total {
-            return Err(broken(format!(
-                "the connection ended after {} of {} bytes",
-                download.done, download.total
-            )));
+            return Err(broken(format!("the connection ended after {} of {} bytes", download.done, download.total)));
         }
         Ok(())
     }
@@ -349,13 +288,8 @@ struct Download<'a> {
 
 impl Download<'_> {
     fn restart(&mut self) -> Result<(), ImageError> {
-        self.file
-            .as_file()
-            .set_len(0)
-            .step("truncate", self.file.path())?;
-        self.file
-            .seek(SeekFrom::Start(0))
-            .step("rewind", self.file.path())?;
+        self.file.as_file().set_len(0).step("truncate", self.file.path())?;
+        self.file.seek(SeekFrom::Start(0)).step("rewind", self.file.path())?;
         self.hasher = self.digest.hasher();
         self.done = 0;
         Ok(())
@@ -375,8 +309,7 @@ impl Download<'_> {
         self.file.write_all(data).step("write", path)?;
         self.hasher.update(data);
         self.done = after;
-        self.progress
-            .blob(self.digest.as_str(), Stage::Downloading, after, self.total);
+        self.progress.blob(self.digest.as_str(), Stage::Downloading, after, self.total);
         Ok(())
     }
 }

@@ -33,11 +33,7 @@ pub struct Reference {
 impl Reference {
     /// The host (and port) that serves this reference's registry when no mirror is configured.
     pub fn host(&self) -> &str {
-        if self.registry == DOCKER_HUB {
-            DOCKER_HUB_HOST
-        } else {
-            &self.registry
-        }
+        if self.registry == DOCKER_HUB { DOCKER_HUB_HOST } else { &self.registry }
     }
 
     /// `docker.io/library/nginx`
@@ -55,10 +51,7 @@ impl Reference {
 
     /// What stands in the path of a manifest request: the digest, else the tag.
     pub fn selector(&self) -> &str {
-        self.digest
-            .as_deref()
-            .or(self.tag.as_deref())
-            .unwrap_or("latest")
+        self.digest.as_deref().or(self.tag.as_deref()).unwrap_or("latest")
     }
 
     /// The same repository at a digest.
@@ -83,27 +76,14 @@ impl FromStr for Reference {
             return Err(refuse("cannot specify 64-byte hexadecimal strings".into()));
         }
         let parsed: Parsed = text.parse().map_err(|error| refuse(format!("{error}")))?;
-        if parsed
-            .repository()
-            .bytes()
-            .any(|byte| byte.is_ascii_uppercase())
-        {
+        if parsed.repository().bytes().any(|byte| byte.is_ascii_uppercase()) {
             return Err(refuse("repository name must be lowercase".into()));
         }
         let digest = parsed.digest().map(str::to_owned);
         // The library adds `latest` where no tag is given; beside a digest that would be an invention.
         let tag = parsed.tag().map(str::to_owned);
-        let tag = if digest.is_none() {
-            Some(tag.unwrap_or_else(|| "latest".into()))
-        } else {
-            tag
-        };
-        Ok(Self {
-            registry: parsed.registry().to_owned(),
-            repository: parsed.repository().to_owned(),
-            tag,
-            digest,
-        })
+        let tag = if digest.is_none() { Some(tag.unwrap_or_else(|| "latest".into())) } else { tag };
+        Ok(Self { registry: parsed.registry().to_owned(), repository: parsed.repository().to_owned(), tag, digest })
     }
 }
 
@@ -126,10 +106,8 @@ pub(super) fn image_id(text: &str) -> Option<&str> {
         Some(hex) => (hex, 1),
         None => (text, MIN_SHORT_ID),
     };
-    let fits = (least..=64).contains(&hex.len())
-        && hex
-            .bytes()
-            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let fits =
+        (least..=64).contains(&hex.len()) && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
     fits.then_some(hex)
 }
 
@@ -160,10 +138,7 @@ mod tests {
     fn digests_pin_without_a_tag() {
         let digest = format!("sha256:{}", "a".repeat(64));
         let reference: Reference = format!("nginx@{digest}").parse().expect("digest reference");
-        assert_eq!(
-            reference.to_string(),
-            format!("docker.io/library/nginx@{digest}")
-        );
+        assert_eq!(reference.to_string(), format!("docker.io/library/nginx@{digest}"));
         assert_eq!(reference.selector(), digest);
         let both: Reference = format!("nginx:1@{digest}").parse().expect("tag and digest");
         assert_eq!(both.selector(), digest);
@@ -174,19 +149,9 @@ mod tests {
     fn malformed_references_are_refused() {
         let hex = "0123456789abcdef".repeat(4);
         let long = "a".repeat(2000);
-        for bad in [
-            "",
-            "UPPER/x",
-            "a b",
-            "x:",
-            "x@sha256:12",
-            ":tag",
-            "/x",
-            "x//y",
-            "http://x/y",
-            hex.as_str(),
-            long.as_str(),
-        ] {
+        for bad in
+            ["", "UPPER/x", "a b", "x:", "x@sha256:12", ":tag", "/x", "x//y", "http://x/y", hex.as_str(), long.as_str()]
+        {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?} was accepted");
         }
     }

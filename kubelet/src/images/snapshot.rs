@@ -24,13 +24,13 @@ impl Snapshot {
     /// The options of mount(2): `lowerdir=…,upperdir=…,workdir=…`. Colons and commas in paths are escaped. Kernels take
     /// one page of them; an image with more than about a hundred layers needs fsconfig(2) with [`Self::lowerdirs`].
     pub fn mount_options(&self) -> String {
+        format!("{},upperdir={},workdir={}", self.lower_option(), escape(&self.upper), escape(&self.work))
+    }
+
+    /// `lowerdir=…` alone, for a read-only mount.
+    pub fn lower_option(&self) -> String {
         let lower: Vec<String> = self.lowerdirs.iter().map(|path| escape(path)).collect();
-        format!(
-            "lowerdir={},upperdir={},workdir={}",
-            lower.join(":"),
-            escape(&self.upper),
-            escape(&self.work)
-        )
+        format!("lowerdir={}", lower.join(":"))
     }
 }
 
@@ -65,19 +65,14 @@ impl ImageStore {
             Some(known) if known == id => return Ok(snapshot),
             Some(known) => {
                 let what = format!("snapshot of container {container}");
-                return Err(ImageError::document(
-                    what,
-                    format!("it belongs to image {known}, not {id}"),
-                ));
+                return Err(ImageError::document(what, format!("it belongs to image {known}, not {id}")));
             }
             None => {}
         }
         for layer in &image.layers {
             // Removed by another process since the image was resolved.
             if !layer.is_dir() {
-                return Err(ImageError::NotFound {
-                    reference: image.id.clone(),
-                });
+                return Err(ImageError::NotFound { reference: image.id.clone() });
             }
         }
         // The link to the image comes last: without it the folder counts as unfinished and is made anew.
@@ -85,19 +80,13 @@ impl ImageStore {
             fs::remove_dir_all(&folder).step("remove unfinished", &folder)?;
         }
         for path in [&folder, &snapshot.upper, &snapshot.work] {
-            DirBuilder::new()
-                .mode(0o755)
-                .create(path)
-                .step("create folder", path)?;
+            DirBuilder::new().mode(0o755).create(path).step("create folder", path)?;
         }
         if let Some(top) = snapshot.lowerdirs.first() {
             // The root of the merged view is the upper one's.
-            let (model, made) = (
-                File::open(top).step("open", top)?,
-                File::open(&snapshot.upper).step("open", &snapshot.upper)?,
-            );
-            super::unpack::copy_attributes(&model, &made)
-                .step("copy attributes of root to", &snapshot.upper)?;
+            let (model, made) =
+                (File::open(top).step("open", top)?, File::open(&snapshot.upper).step("open", &snapshot.upper)?);
+            super::unpack::copy_attributes(&model, &made).step("copy attributes of root to", &snapshot.upper)?;
         }
         let link = folder.join("image");
         std::os::unix::fs::symlink(id.as_str(), &link).step("create", &link)?;
@@ -123,12 +112,7 @@ impl ImageStore {
     /// # Errors
     /// When the folder cannot be read.
     pub fn snapshots(&self) -> Result<Vec<(String, String)>, ImageError> {
-        Ok(self
-            .layout
-            .read_snapshots()?
-            .into_iter()
-            .map(|(container, id)| (container, id.to_string()))
-            .collect())
+        Ok(self.layout.read_snapshots()?.into_iter().map(|(container, id)| (container, id.to_string())).collect())
     }
 }
 
@@ -147,11 +131,7 @@ impl super::layout::Layout {
         let root = self.snapshots();
         let mut snapshots = Vec::new();
         for entry in fs::read_dir(&root).step("read folder", &root)? {
-            let name = entry
-                .step("read folder", &root)?
-                .file_name()
-                .to_string_lossy()
-                .into_owned();
+            let name = entry.step("read folder", &root)?.file_name().to_string_lossy().into_owned();
             if let Some(image) = self.snapshot_image(&name)? {
                 snapshots.push((name, image));
             }
@@ -163,15 +143,6 @@ impl super::layout::Layout {
 /// A container ID becomes a folder's name.
 fn check_container(container: &str) -> Result<(), ImageError> {
     let fits = (1..=128).contains(&container.len())
-        && container
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
-    if fits {
-        Ok(())
-    } else {
-        Err(ImageError::document(
-            "container ID",
-            format!("{container:?} cannot name a folder"),
-        ))
-    }
+        && container.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+    if fits { Ok(()) } else { Err(ImageError::document("container ID", format!("{container:?} cannot name a folder"))) }
 }

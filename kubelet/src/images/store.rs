@@ -73,20 +73,9 @@ impl ImageStore {
     pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>, ImageError> {
         let layout = Layout::open(root)?;
         let table = Arc::new(layout.read_table()?);
-        let cache = Cache {
-            version: None,
-            table,
-            layers: layout.read_layers()?,
-            images: BTreeMap::new(),
-        };
+        let cache = Cache { version: None, table, layers: layout.read_layers()?, images: BTreeMap::new() };
         let client = super::registry::Client::new(options.registries.clone())?;
-        Ok(Arc::new(Self {
-            layout,
-            options,
-            cache: Mutex::new(cache),
-            writing: Mutex::new(()),
-            client,
-        }))
+        Ok(Arc::new(Self { layout, options, cache: Mutex::new(cache), writing: Mutex::new(()), client }))
     }
 
     /// The image that a reference means: a name with tag or digest, or an image ID, complete or shortened.
@@ -112,11 +101,7 @@ impl ImageStore {
         let mut cache = self.cache.lock();
         self.refresh(&mut cache)?;
         let table = cache.table.clone();
-        table
-            .images
-            .keys()
-            .map(|id| self.image(&mut cache, id))
-            .collect()
+        table.images.keys().map(|id| self.image(&mut cache, id)).collect()
     }
 
     fn refresh(&self, cache: &mut Cache) -> Result<(), ImageError> {
@@ -138,9 +123,7 @@ impl ImageStore {
             return Ok(image.clone());
         }
         let Some(record) = cache.table.images.get(id) else {
-            return Err(ImageError::NotFound {
-                reference: id.to_string(),
-            });
+            return Err(ImageError::NotFound { reference: id.to_string() });
         };
         let config = self.read_config(id)?;
         let layers = record
@@ -172,15 +155,11 @@ impl ImageStore {
     /// The configuration of an image whose blob is there.
     pub(super) fn read_config(&self, id: &Digest) -> Result<ImageConfiguration, ImageError> {
         let bytes = self.layout.read_document(id)?;
-        serde_json::from_slice(&bytes)
-            .map_err(|error| ImageError::document(format!("image configuration {id}"), error))
+        serde_json::from_slice(&bytes).map_err(|error| ImageError::document(format!("image configuration {id}"), error))
     }
 
     /// Changes the table on disk. The caller holds the store lock, shared or exclusive.
-    pub(super) fn change_table<T>(
-        &self,
-        change: impl FnOnce(&mut Table) -> T,
-    ) -> Result<T, ImageError> {
+    pub(super) fn change_table<T>(&self, change: impl FnOnce(&mut Table) -> T) -> Result<T, ImageError> {
         let _turn = self.writing.lock();
         let _others = self.layout.table_turn()?;
         let mut table = self.layout.read_table()?;
@@ -190,16 +169,9 @@ impl ImageStore {
     }
 
     /// Registers an image whose blobs and layers are complete.
-    pub(super) fn register(
-        &self,
-        id: &Digest,
-        record: ImageRecord,
-    ) -> Result<Arc<Image>, ImageError> {
+    pub(super) fn register(&self, id: &Digest, record: ImageRecord) -> Result<Arc<Image>, ImageError> {
         self.change_table(|table| table.add(id.clone(), record))?;
-        self.resolve(id.as_str())?
-            .ok_or_else(|| ImageError::NotFound {
-                reference: id.to_string(),
-            })
+        self.resolve(id.as_str())?.ok_or_else(|| ImageError::NotFound { reference: id.to_string() })
     }
 
     /// Runs blocking work of the store away from the async threads.
@@ -208,8 +180,6 @@ impl ImageStore {
         work: impl FnOnce(&Self) -> Result<T, ImageError> + Send + 'static,
     ) -> Result<T, ImageError> {
         let store = self.clone();
-        tokio::task::spawn_blocking(move || work(&store))
-            .await
-            .map_err(|error| ImageError::Task(error.to_string()))?
+        tokio::task::spawn_blocking(move || work(&store)).await.map_err(|error| ImageError::Task(error.to_string()))?
     }
 }

@@ -61,8 +61,9 @@ impl Layout {
     pub(super) fn read_table(&self) -> Result<Table, ImageError> {
         let path = self.table();
         match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|error| ImageError::document(path.display().to_string(), error)),
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map_err(|error| ImageError::document(path.display().to_string(), error))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Table::default()),
             Err(error) => Err(ImageError::io("read", &path, error)),
         }
@@ -71,13 +72,9 @@ impl Layout {
     /// Writes the table.
     pub(super) fn write_table(&self, table: &Table) -> Result<(), ImageError> {
         if table.images.len() > MAX_IMAGES {
-            return Err(ImageError::TooMany {
-                what: "number of images",
-                limit: MAX_IMAGES,
-            });
+            return Err(ImageError::TooMany { what: "number of images", limit: MAX_IMAGES });
         }
-        let json = serde_json::to_vec_pretty(table)
-            .map_err(|error| ImageError::document("images.json", error))?;
+        let json = serde_json::to_vec_pretty(table).map_err(|error| ImageError::document("images.json", error))?;
         replace(&self.table(), &json).step("write", self.table())
     }
 }
@@ -95,35 +92,23 @@ impl From<ImageError> for io::Error {
 impl Table {
     /// The image that `text` means: an ID (complete or shortened), a tag, or a digest of a repository.
     pub(super) fn find(&self, text: &str) -> Result<Option<&Digest>, ImageError> {
-        let by_id = |hex: &str| {
-            self.images
-                .keys()
-                .filter(|id| id.hex().starts_with(hex))
-                .collect::<Vec<_>>()
-        };
+        let by_id = |hex: &str| self.images.keys().filter(|id| id.hex().starts_with(hex)).collect::<Vec<_>>();
         if let Some(hex) = text.strip_prefix("sha256:").and_then(|_| image_id(text)) {
             return match by_id(hex).as_slice() {
                 [] => Ok(None),
                 [one] => Ok(Some(*one)),
-                many => Err(ImageError::Ambiguous {
-                    reference: text.to_owned(),
-                    count: many.len(),
-                }),
+                many => Err(ImageError::Ambiguous { reference: text.to_owned(), count: many.len() }),
             };
         }
         if let Ok(reference) = text.parse::<Reference>() {
             let found = match &reference.digest {
                 Some(digest) => {
                     let name = reference.at(digest);
-                    self.images
-                        .iter()
-                        .find(|(_, image)| image.digests.contains(&name))
+                    self.images.iter().find(|(_, image)| image.digests.contains(&name))
                 }
                 None => {
                     let name = reference.to_string();
-                    self.images
-                        .iter()
-                        .find(|(_, image)| image.tags.contains(&name))
+                    self.images.iter().find(|(_, image)| image.tags.contains(&name))
                 }
             };
             if let Some((id, _)) = found {
@@ -138,10 +123,7 @@ impl Table {
         match by_id(hex).as_slice() {
             [] => Ok(None),
             [one] => Ok(Some(*one)),
-            many => Err(ImageError::Ambiguous {
-                reference: text.to_owned(),
-                count: many.len(),
-            }),
+            many => Err(ImageError::Ambiguous { reference: text.to_owned(), count: many.len() }),
         }
     }
 
@@ -185,29 +167,11 @@ mod tests {
         let id = Digest::of(b"config");
         table.add(id.clone(), record("docker.io/library/x:latest"));
         let short = &id.hex()[..12];
-        for name in [
-            "x",
-            "x:latest",
-            "docker.io/x",
-            "docker.io/library/x:latest",
-            id.as_str(),
-            id.hex(),
-            short,
-        ] {
+        for name in ["x", "x:latest", "docker.io/x", "docker.io/library/x:latest", id.as_str(), id.hex(), short] {
             assert_eq!(table.find(name).expect(name), Some(&id), "{name}");
         }
-        assert_eq!(
-            table
-                .find(&format!("x@{}", Digest::of(b"m")))
-                .expect("digest"),
-            Some(&id)
-        );
-        assert_eq!(
-            table
-                .find(&format!("x:other@{}", Digest::of(b"m")))
-                .expect("digest"),
-            Some(&id)
-        );
+        assert_eq!(table.find(&format!("x@{}", Digest::of(b"m"))).expect("digest"), Some(&id));
+        assert_eq!(table.find(&format!("x:other@{}", Digest::of(b"m"))).expect("digest"), Some(&id));
         assert_eq!(table.find("y").expect("valid"), None);
         assert!(table.find("NOT VALID").is_err());
     }

@@ -14,13 +14,11 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{
-    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmod, fchmodat, fstatat, futimens, makedev,
-    mkdirat, mknodat, utimensat,
+    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmod, fchmodat, fstatat, futimens, makedev, mkdirat, mknodat,
+    utimensat,
 };
 use nix::sys::time::TimeSpec;
-use nix::unistd::{
-    Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, fchownat, linkat, symlinkat, unlinkat,
-};
+use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, fchownat, linkat, symlinkat, unlinkat};
 use tar::EntryType;
 use xattr::FileExt;
 
@@ -85,21 +83,11 @@ impl<'a> Unpacker<'a> {
     }
 
     /// Unpacks the whole stream. The stream stands behind the archive's end marker afterwards.
-    pub(super) fn run(
-        mut self,
-        stream: &mut dyn Read,
-        guard: &Guard,
-    ) -> Result<Unpacked, ImageError> {
+    pub(super) fn run(mut self, stream: &mut dyn Read, guard: &Guard) -> Result<Unpacked, ImageError> {
         let mut archive = tar::Archive::new(stream);
         let damaged = |source: io::Error| match guard.verdict() {
-            Some(reason) => ImageError::Bomb {
-                layer: self.layer.to_owned(),
-                reason: reason.to_owned(),
-            },
-            None => ImageError::Damaged {
-                layer: self.layer.to_owned(),
-                source,
-            },
+            Some(reason) => ImageError::Bomb { layer: self.layer.to_owned(), reason: reason.to_owned() },
+            None => ImageError::Damaged { layer: self.layer.to_owned(), source },
         };
         guard.headers();
         let mut entries = archive.entries().map_err(damaged)?;
@@ -108,9 +96,7 @@ impl<'a> Unpacker<'a> {
             let mut entry = entry.map_err(|error| self.damaged(guard, error))?;
             guard.body();
             count += 1;
-            guard
-                .entry(count)
-                .map_err(|error| self.damaged(guard, error))?;
+            guard.entry(count).map_err(|error| self.damaged(guard, error))?;
             self.entry(&mut entry, guard)?;
             // What is left of the content must not count as headers of the next entry.
             io::copy(&mut entry, &mut io::sink()).map_err(|error| self.damaged(guard, error))?;
@@ -119,8 +105,9 @@ impl<'a> Unpacker<'a> {
         guard.body();
         for (path, mtime) in std::mem::take(&mut self.folder_times) {
             match self.merged.open_folder(0, &path) {
-                Ok(folder) => futimens(&folder, &mtime, &mtime)
-                    .map_err(|errno| self.failed(&path, "set times", errno))?,
+                Ok(folder) => {
+                    futimens(&folder, &mtime, &mtime).map_err(|errno| self.failed(&path, "set times", errno))?
+                }
                 // Replaced by something else later in the archive.
                 Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
                 Err(errno) => return Err(self.failed(&path, "open", errno)),
@@ -131,23 +118,14 @@ impl<'a> Unpacker<'a> {
 
     fn damaged(&self, guard: &Guard, source: io::Error) -> ImageError {
         match guard.verdict() {
-            Some(reason) => ImageError::Bomb {
-                layer: self.layer.to_owned(),
-                reason: reason.to_owned(),
-            },
-            None => ImageError::Damaged {
-                layer: self.layer.to_owned(),
-                source,
-            },
+            Some(reason) => ImageError::Bomb { layer: self.layer.to_owned(), reason: reason.to_owned() },
+            None => ImageError::Damaged { layer: self.layer.to_owned(), source },
         }
     }
 
     fn failed(&self, path: &Path, step: &'static str, errno: Errno) -> ImageError {
         if matches!(errno, Errno::ENOSPC | Errno::EDQUOT) {
-            return ImageError::DiskFull {
-                step: "unpacking",
-                path: path.to_owned(),
-            };
+            return ImageError::DiskFull { step: "unpacking", path: path.to_owned() };
         }
         ImageError::Entry {
             layer: self.layer.to_owned(),
@@ -157,25 +135,14 @@ impl<'a> Unpacker<'a> {
     }
 
     fn refused(&self, path: &Path, reason: impl Into<String>) -> ImageError {
-        ImageError::Entry {
-            layer: self.layer.to_owned(),
-            entry: path.display().to_string(),
-            reason: reason.into(),
-        }
+        ImageError::Entry { layer: self.layer.to_owned(), entry: path.display().to_string(), reason: reason.into() }
     }
 
     fn escape(&self, path: &[u8]) -> ImageError {
-        ImageError::Escape {
-            layer: self.layer.to_owned(),
-            entry: String::from_utf8_lossy(path).into_owned(),
-        }
+        ImageError::Escape { layer: self.layer.to_owned(), entry: String::from_utf8_lossy(path).into_owned() }
     }
 
-    fn entry<R: Read>(
-        &mut self,
-        entry: &mut tar::Entry<'_, R>,
-        guard: &Guard,
-    ) -> Result<(), ImageError> {
+    fn entry<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>, guard: &Guard) -> Result<(), ImageError> {
         let kind = entry.header().entry_type();
         if kind == EntryType::XGlobalHeader {
             return Ok(());
@@ -185,10 +152,7 @@ impl<'a> Unpacker<'a> {
         let attributes = self.attributes(entry, &path)?;
         let Some(name) = path.file_name().map(OsStr::to_owned) else {
             if kind.is_dir() {
-                let root = self
-                    .merged
-                    .open_folder(0, Path::new(""))
-                    .map_err(|e| self.failed(&path, "open", e))?;
+                let root = self.merged.open_folder(0, Path::new("")).map_err(|e| self.failed(&path, "open", e))?;
                 self.apply_to_folder(&root, &path, &attributes)?;
             }
             return Ok(());
@@ -225,23 +189,12 @@ impl<'a> Unpacker<'a> {
                     EntryType::Block => SFlag::S_IFBLK,
                     _ => SFlag::S_IFIFO,
                 };
-                mknodat(
-                    self.here(),
-                    name.as_os_str(),
-                    node,
-                    Mode::from_bits_truncate(0o600),
-                    device,
-                )
-                .map_err(|errno| self.failed(&path, "make device node", errno))?;
+                mknodat(self.here(), name.as_os_str(), node, Mode::from_bits_truncate(0o600), device)
+                    .map_err(|errno| self.failed(&path, "make device node", errno))?;
                 self.apply_by_name(&path, &name, &attributes, Some(attributes.mode))
             }
-            other => Err(self.refused(
-                &path,
-                format!(
-                    "entries of type {:?} are not allowed in a layer",
-                    other.as_byte() as char
-                ),
-            )),
+            other => Err(self
+                .refused(&path, format!("entries of type {:?} are not allowed in a layer", other.as_byte() as char))),
         }
     }
 
@@ -253,11 +206,7 @@ impl<'a> Unpacker<'a> {
         }
     }
 
-    fn link_target<R: Read>(
-        &self,
-        entry: &tar::Entry<'_, R>,
-        path: &Path,
-    ) -> Result<Vec<u8>, ImageError> {
+    fn link_target<R: Read>(&self, entry: &tar::Entry<'_, R>, path: &Path) -> Result<Vec<u8>, ImageError> {
         match entry.link_name_bytes() {
             Some(target) if !target.is_empty() && !target.contains(&0) => Ok(target.into_owned()),
             _ => Err(self.refused(path, "a link without a target")),
@@ -280,11 +229,7 @@ impl<'a> Unpacker<'a> {
         }
     }
 
-    fn attributes<R: Read>(
-        &self,
-        entry: &mut tar::Entry<'_, R>,
-        path: &Path,
-    ) -> Result<Attributes, ImageError> {
+    fn attributes<R: Read>(&self, entry: &mut tar::Entry<'_, R>, path: &Path) -> Result<Attributes, ImageError> {
         let bad = |error: io::Error| ImageError::Entry {
             layer: self.layer.to_owned(),
             entry: path.display().to_string(),
@@ -292,17 +237,13 @@ impl<'a> Unpacker<'a> {
         };
         let header = entry.header();
         let id = |value: io::Result<u64>| -> Result<u32, ImageError> {
-            u32::try_from(value.map_err(bad)?)
-                .map_err(|_| self.refused(path, "an owner beyond 32 bits"))
+            u32::try_from(value.map_err(bad)?).map_err(|_| self.refused(path, "an owner beyond 32 bits"))
         };
         let mut attributes = Attributes {
             uid: id(header.uid())?,
             gid: id(header.gid())?,
             mode: header.mode().map_err(bad)? & 0o7777,
-            mtime: TimeSpec::new(
-                i64::try_from(header.mtime().map_err(bad)?).unwrap_or(i64::MAX),
-                0,
-            ),
+            mtime: TimeSpec::new(i64::try_from(header.mtime().map_err(bad)?).unwrap_or(i64::MAX), 0),
             xattrs: Vec::new(),
         };
         let Some(extensions) = entry.pax_extensions().map_err(bad)? else {
@@ -310,49 +251,26 @@ impl<'a> Unpacker<'a> {
         };
         for extension in extensions {
             let extension = extension.map_err(bad)?;
-            let key = extension
-                .key()
-                .map_err(|_| self.refused(path, "a PAX record whose key is not UTF-8"))?;
-            let number = || {
-                extension
-                    .value()
-                    .ok()
-                    .and_then(|text| text.parse::<u32>().ok())
-            };
+            let key = extension.key().map_err(|_| self.refused(path, "a PAX record whose key is not UTF-8"))?;
+            let number = || extension.value().ok().and_then(|text| text.parse::<u32>().ok());
             match key {
-                "uid" => {
-                    attributes.uid =
-                        number().ok_or_else(|| self.refused(path, "a malformed PAX uid"))?
-                }
-                "gid" => {
-                    attributes.gid =
-                        number().ok_or_else(|| self.refused(path, "a malformed PAX gid"))?
-                }
+                "uid" => attributes.uid = number().ok_or_else(|| self.refused(path, "a malformed PAX uid"))?,
+                "gid" => attributes.gid = number().ok_or_else(|| self.refused(path, "a malformed PAX gid"))?,
                 "mtime" => {
                     let text = extension.value().unwrap_or_default();
-                    attributes.mtime = pax_time(text)
-                        .ok_or_else(|| self.refused(path, "a malformed PAX mtime"))?;
+                    attributes.mtime = pax_time(text).ok_or_else(|| self.refused(path, "a malformed PAX mtime"))?;
                 }
                 _ => {
                     let Some(name) = key.strip_prefix(PAX_XATTR) else {
                         continue;
                     };
-                    if FORBIDDEN_XATTRS
-                        .iter()
-                        .any(|prefix| name.starts_with(prefix))
-                    {
-                        return Err(self.refused(
-                            path,
-                            format!("the extended attribute {name} belongs to overlayfs"),
-                        ));
+                    if FORBIDDEN_XATTRS.iter().any(|prefix| name.starts_with(prefix)) {
+                        return Err(self.refused(path, format!("the extended attribute {name} belongs to overlayfs")));
                     }
                     if attributes.xattrs.len() == MAX_XATTRS {
-                        return Err(self
-                            .refused(path, format!("more than {MAX_XATTRS} extended attributes")));
+                        return Err(self.refused(path, format!("more than {MAX_XATTRS} extended attributes")));
                     }
-                    attributes
-                        .xattrs
-                        .push((name.into(), extension.value_bytes().to_owned()));
+                    attributes.xattrs.push((name.into(), extension.value_bytes().to_owned()));
                 }
             }
         }
@@ -370,15 +288,9 @@ impl<'a> Unpacker<'a> {
         let (path, folder) = match self.merged.open_folder(0, path) {
             Ok(folder) => (path.to_owned(), folder),
             Err(Errno::ENOENT | Errno::ELOOP | Errno::ENOTDIR) => {
-                let real = self
-                    .merged
-                    .resolve(path)
-                    .map_err(|errno| self.failed(path, "resolve", errno))?;
+                let real = self.merged.resolve(path).map_err(|errno| self.failed(path, "resolve", errno))?;
                 self.make_like_below(&real)?;
-                let folder = self
-                    .merged
-                    .open_folder(0, &real)
-                    .map_err(|errno| self.failed(&real, "open", errno))?;
+                let folder = self.merged.open_folder(0, &real).map_err(|errno| self.failed(&real, "open", errno))?;
                 (real, folder)
             }
             Err(errno) => return Err(self.failed(path, "open", errno)),
@@ -389,19 +301,12 @@ impl<'a> Unpacker<'a> {
 
     /// Makes every missing folder on the way to `path`, each with the attributes of the one it will hide.
     fn make_like_below(&mut self, path: &Path) -> Result<(), ImageError> {
-        let mut ways: Vec<&Path> = path
-            .ancestors()
-            .filter(|way| !way.as_os_str().is_empty())
-            .collect();
+        let mut ways: Vec<&Path> = path.ancestors().filter(|way| !way.as_os_str().is_empty()).collect();
         ways.reverse();
         let mut made_inodes = 0;
         for way in ways {
             let fail = |step, errno| self.failed(way, step, errno);
-            let layer = match self
-                .merged
-                .look(way)
-                .map_err(|errno| fail("look at", errno))?
-            {
+            let layer = match self.merged.look(way).map_err(|errno| fail("look at", errno))? {
                 Seen::Folder { layer: 0 } => continue,
                 Seen::Folder { layer } => Some(layer),
                 Seen::Absent => None,
@@ -412,27 +317,16 @@ impl<'a> Unpacker<'a> {
             let (Some(name), Some(above)) = (way.file_name(), way.parent()) else {
                 continue;
             };
-            let above = self
-                .merged
-                .open_folder(0, above)
-                .map_err(|errno| fail("open folder of", errno))?;
+            let above = self.merged.open_folder(0, above).map_err(|errno| fail("open folder of", errno))?;
             let replaced = make_folder(&above, name).map_err(|errno| fail("make folder", errno))?;
             made_inodes += 1;
-            let made = self
-                .merged
-                .open_folder(0, way)
-                .map_err(|errno| fail("open", errno))?;
+            let made = self.merged.open_folder(0, way).map_err(|errno| fail("open", errno))?;
             if replaced {
-                set_xattr(&made, OPAQUE.as_ref(), b"y")
-                    .map_err(|errno| fail("mark opaque", errno))?;
+                set_xattr(&made, OPAQUE.as_ref(), b"y").map_err(|errno| fail("mark opaque", errno))?;
             }
             if let Some(layer) = layer {
-                let model = self
-                    .merged
-                    .open_folder(layer, way)
-                    .map_err(|errno| fail("open below", errno))?;
-                let mtime = copy_attributes(&model, &made)
-                    .map_err(|errno| fail("copy attributes of", errno))?;
+                let model = self.merged.open_folder(layer, way).map_err(|errno| fail("open below", errno))?;
+                let mtime = copy_attributes(&model, &made).map_err(|errno| fail("copy attributes of", errno))?;
                 self.folder_times.insert(way.to_owned(), mtime);
             }
         }
@@ -440,12 +334,7 @@ impl<'a> Unpacker<'a> {
         Ok(())
     }
 
-    fn folder(
-        &mut self,
-        path: &Path,
-        name: &OsStr,
-        attributes: &Attributes,
-    ) -> Result<(), ImageError> {
+    fn folder(&mut self, path: &Path, name: &OsStr, attributes: &Attributes) -> Result<(), ImageError> {
         let exists = match fstatat(self.here(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits(),
             Err(Errno::ENOENT) => false,
@@ -468,18 +357,12 @@ impl<'a> Unpacker<'a> {
         .map_err(|errno| self.failed(path, "open", errno))?;
         if opaque {
             // The layer both removed and remade it: nothing from below may show through.
-            set_xattr(&folder, OPAQUE.as_ref(), b"y")
-                .map_err(|errno| self.failed(path, "mark opaque", errno))?;
+            set_xattr(&folder, OPAQUE.as_ref(), b"y").map_err(|errno| self.failed(path, "mark opaque", errno))?;
         }
         self.apply_to_folder(&folder, path, attributes)
     }
 
-    fn apply_to_folder(
-        &mut self,
-        folder: &OwnedFd,
-        path: &Path,
-        attributes: &Attributes,
-    ) -> Result<(), ImageError> {
+    fn apply_to_folder(&mut self, folder: &OwnedFd, path: &Path, attributes: &Attributes) -> Result<(), ImageError> {
         self.apply_to_fd(folder, path, attributes)?;
         self.folder_times.insert(path.to_owned(), attributes.mtime);
         Ok(())
@@ -513,28 +396,17 @@ impl<'a> Unpacker<'a> {
             self.done.bytes += count as u64;
         }
         self.apply_to_fd(&file, path, attributes)?;
-        futimens(&file, &attributes.mtime, &attributes.mtime)
-            .map_err(|errno| self.failed(path, "set times of", errno))
+        futimens(&file, &attributes.mtime, &attributes.mtime).map_err(|errno| self.failed(path, "set times of", errno))
     }
 
     /// Owner first (a change of owner clears setuid and capabilities), then mode, then attributes.
-    fn apply_to_fd(
-        &self,
-        fd: impl AsFd,
-        path: &Path,
-        attributes: &Attributes,
-    ) -> Result<(), ImageError> {
-        fchown(
-            &fd,
-            Some(Uid::from_raw(attributes.uid)),
-            Some(Gid::from_raw(attributes.gid)),
-        )
-        .map_err(|errno| self.failed(path, "set owner of", errno))?;
+    fn apply_to_fd(&self, fd: impl AsFd, path: &Path, attributes: &Attributes) -> Result<(), ImageError> {
+        fchown(&fd, Some(Uid::from_raw(attributes.uid)), Some(Gid::from_raw(attributes.gid)))
+            .map_err(|errno| self.failed(path, "set owner of", errno))?;
         fchmod(&fd, Mode::from_bits_truncate(attributes.mode))
             .map_err(|errno| self.failed(path, "set mode of", errno))?;
         for (name, value) in &attributes.xattrs {
-            set_xattr(&fd, name, value)
-                .map_err(|errno| self.failed(path, "set an extended attribute of", errno))?;
+            set_xattr(&fd, name, value).map_err(|errno| self.failed(path, "set an extended attribute of", errno))?;
         }
         Ok(())
     }
@@ -549,38 +421,19 @@ impl<'a> Unpacker<'a> {
         mode: Option<u32>,
     ) -> Result<(), ImageError> {
         let (uid, gid) = (Uid::from_raw(attributes.uid), Gid::from_raw(attributes.gid));
-        fchownat(
-            self.here(),
-            name,
-            Some(uid),
-            Some(gid),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        )
-        .map_err(|errno| self.failed(path, "set owner of", errno))?;
+        fchownat(self.here(), name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
+            .map_err(|errno| self.failed(path, "set owner of", errno))?;
         if let Some(mode) = mode {
-            fchmodat(
-                self.here(),
-                name,
-                Mode::from_bits_truncate(mode),
-                FchmodatFlags::FollowSymlink,
-            )
-            .map_err(|errno| self.failed(path, "set mode of", errno))?;
+            fchmodat(self.here(), name, Mode::from_bits_truncate(mode), FchmodatFlags::FollowSymlink)
+                .map_err(|errno| self.failed(path, "set mode of", errno))?;
         }
         for (key, value) in &attributes.xattrs {
-            let by_fd =
-                PathBuf::from(format!("/proc/self/fd/{}", self.here().as_raw_fd())).join(name);
-            xattr::set(&by_fd, key, value).map_err(|error| {
-                self.failed(path, "set an extended attribute of", errno_of(error))
-            })?;
+            let by_fd = PathBuf::from(format!("/proc/self/fd/{}", self.here().as_raw_fd())).join(name);
+            xattr::set(&by_fd, key, value)
+                .map_err(|error| self.failed(path, "set an extended attribute of", errno_of(error)))?;
         }
-        utimensat(
-            self.here(),
-            name,
-            &attributes.mtime,
-            &attributes.mtime,
-            UtimensatFlags::NoFollowSymlink,
-        )
-        .map_err(|errno| self.failed(path, "set times of", errno))
+        utimensat(self.here(), name, &attributes.mtime, &attributes.mtime, UtimensatFlags::NoFollowSymlink)
+            .map_err(|errno| self.failed(path, "set times of", errno))
     }
 
     fn hard_link(&mut self, path: &Path, name: &OsStr, target: &Path) -> Result<(), ImageError> {
@@ -588,24 +441,14 @@ impl<'a> Unpacker<'a> {
         let Some(target_name) = target.file_name() else {
             return Err(self.refused(path, "a hard link to the root"));
         };
-        let real = self
-            .merged
-            .resolve(parent)
-            .map_err(|errno| self.failed(target, "resolve", errno))?
-            .join(target_name);
+        let real =
+            self.merged.resolve(parent).map_err(|errno| self.failed(target, "resolve", errno))?.join(target_name);
         if real == path {
             return Ok(());
         }
-        match self
-            .merged
-            .look(&real)
-            .map_err(|errno| self.failed(&real, "look at", errno))?
-        {
+        match self.merged.look(&real).map_err(|errno| self.failed(&real, "look at", errno))? {
             Seen::Absent => {
-                return Err(self.refused(
-                    path,
-                    format!("a hard link to {}, which does not exist", target.display()),
-                ));
+                return Err(self.refused(path, format!("a hard link to {}, which does not exist", target.display())));
             }
             Seen::Folder { .. } => return Err(self.refused(path, "a hard link to a folder")),
             Seen::Other { layer, .. } if layer > 0 => self.copy_up(layer, &real)?,
@@ -623,28 +466,17 @@ impl<'a> Unpacker<'a> {
     /// Copies a regular file of a layer below into this one, as overlayfs does when a file is linked.
     fn copy_up(&mut self, layer: usize, path: &Path) -> Result<(), ImageError> {
         let fail = |step: &'static str| move |this: &Self, errno| this.failed(path, step, errno);
-        let (parent, Some(name)) = (path.parent().unwrap_or(Path::new("")), path.file_name())
-        else {
+        let (parent, Some(name)) = (path.parent().unwrap_or(Path::new("")), path.file_name()) else {
             return Ok(());
         };
         self.make_like_below(parent)?;
-        let below = self
-            .merged
-            .open_folder(layer, parent)
-            .map_err(|e| fail("open below")(self, e))?;
-        let here = self
-            .merged
-            .open_folder(0, parent)
-            .map_err(|e| fail("open")(self, e))?;
+        let below = self.merged.open_folder(layer, parent).map_err(|e| fail("open below")(self, e))?;
+        let here = self.merged.open_folder(0, parent).map_err(|e| fail("open")(self, e))?;
         let nofollow = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let model = openat(&below, name, OFlag::O_RDONLY | nofollow, Mode::empty())
-            .map_err(|e| fail("open below")(self, e))?;
+        let model =
+            openat(&below, name, OFlag::O_RDONLY | nofollow, Mode::empty()).map_err(|e| fail("open below")(self, e))?;
         let mut model = File::from(model);
-        if !model
-            .metadata()
-            .map_err(|e| fail("look at")(self, errno_of(e)))?
-            .is_file()
-        {
+        if !model.metadata().map_err(|e| fail("look at")(self, errno_of(e)))?.is_file() {
             return Err(self.refused(path, "a hard link to a special file of a layer below"));
         }
         let made = openat(
@@ -655,18 +487,15 @@ impl<'a> Unpacker<'a> {
         )
         .map_err(|e| fail("create")(self, e))?;
         let mut made = File::from(made);
-        self.done.bytes +=
-            io::copy(&mut model, &mut made).map_err(|e| fail("copy up")(self, errno_of(e)))?;
+        self.done.bytes += io::copy(&mut model, &mut made).map_err(|e| fail("copy up")(self, errno_of(e)))?;
         self.done.inodes += 1;
-        let mtime =
-            copy_attributes(&model, &made).map_err(|e| fail("copy attributes of")(self, e))?;
+        let mtime = copy_attributes(&model, &made).map_err(|e| fail("copy attributes of")(self, e))?;
         futimens(&made, &mtime, &mtime).map_err(|e| fail("set times of")(self, e))
     }
 
     fn is_whiteout(&self, name: &OsStr) -> bool {
-        fstatat(self.here(), name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|stat| {
-            stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFCHR.bits() && stat.st_rdev == 0
-        })
+        fstatat(self.here(), name, AtFlags::AT_SYMLINK_NOFOLLOW)
+            .is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFCHR.bits() && stat.st_rdev == 0)
     }
 
     fn whiteout(&mut self, parent: &Path, name: &[u8], hidden: &OsStr) -> Result<(), ImageError> {
@@ -684,12 +513,8 @@ impl<'a> Unpacker<'a> {
         // A whiteout speaks of the layers below; what this layer itself brings stays, whatever the order of entries.
         match fstatat(self.here(), hidden, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits() => {
-                let folder = self
-                    .merged
-                    .open_folder(0, &path)
-                    .map_err(|errno| self.failed(&path, "open", errno))?;
-                set_xattr(&folder, OPAQUE.as_ref(), b"y")
-                    .map_err(|errno| self.failed(&path, "mark opaque", errno))
+                let folder = self.merged.open_folder(0, &path).map_err(|errno| self.failed(&path, "open", errno))?;
+                set_xattr(&folder, OPAQUE.as_ref(), b"y").map_err(|errno| self.failed(&path, "mark opaque", errno))
             }
             Ok(_) => Ok(()),
             Err(Errno::ENOENT) => mknodat(self.here(), hidden, SFlag::S_IFCHR, Mode::empty(), 0)
@@ -703,10 +528,8 @@ impl<'a> Unpacker<'a> {
         match unlinkat(self.here(), name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
             Err(Errno::EISDIR | Errno::EPERM) => {
-                self.folder_times
-                    .retain(|folder, _| !folder.starts_with(path));
-                remove_tree(self.here(), name)
-                    .map_err(|errno| self.failed(path, "replace folder", errno))
+                self.folder_times.retain(|folder, _| !folder.starts_with(path));
+                remove_tree(self.here(), name).map_err(|errno| self.failed(path, "replace folder", errno))
             }
             Err(errno) => Err(self.failed(path, "replace", errno)),
         }
@@ -749,11 +572,7 @@ fn remove_tree(parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
 fn set_xattr(fd: impl AsFd, name: &OsStr, value: &[u8]) -> Result<(), Errno> {
     let file = File::from(fd.as_fd().try_clone_to_owned().map_err(errno_of)?);
     match file.set_xattr(name, value).map_err(errno_of) {
-        Err(Errno::ENOTSUP)
-            if name.as_bytes().starts_with(b"security.") && name != "security.capability" =>
-        {
-            Ok(())
-        }
+        Err(Errno::ENOTSUP) if name.as_bytes().starts_with(b"security.") && name != "security.capability" => Ok(()),
         other => other,
     }
 }
@@ -761,18 +580,11 @@ fn set_xattr(fd: impl AsFd, name: &OsStr, value: &[u8]) -> Result<(), Errno> {
 /// Copies owner, mode and extended attributes; returns the time of change, to be set last.
 pub(super) fn copy_attributes(model: impl AsFd, made: impl AsFd) -> Result<TimeSpec, Errno> {
     let stat = nix::sys::stat::fstat(&model)?;
-    fchown(
-        &made,
-        Some(Uid::from_raw(stat.st_uid)),
-        Some(Gid::from_raw(stat.st_gid)),
-    )?;
+    fchown(&made, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
     fchmod(&made, Mode::from_bits_truncate(stat.st_mode & 0o7777))?;
     let model = File::from(model.as_fd().try_clone_to_owned().map_err(errno_of)?);
     for name in model.list_xattr().map_err(errno_of)? {
-        if FORBIDDEN_XATTRS
-            .iter()
-            .any(|prefix| name.as_bytes().starts_with(prefix.as_bytes()))
-        {
+        if FORBIDDEN_XATTRS.iter().any(|prefix| name.as_bytes().starts_with(prefix.as_bytes())) {
             continue;
         }
         if let Some(value) = model.get_xattr(&name).map_err(errno_of)? {
@@ -789,9 +601,7 @@ fn pax_time(text: &str) -> Option<TimeSpec> {
     if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    let nanoseconds: i64 = format!("{:0<9}", fraction.get(..fraction.len().min(9))?)
-        .parse()
-        .ok()?;
+    let nanoseconds: i64 = format!("{:0<9}", fraction.get(..fraction.len().min(9))?).parse().ok()?;
     if whole.starts_with('-') && nanoseconds > 0 {
         return Some(TimeSpec::new(seconds - 1, 1_000_000_000 - nanoseconds));
     }

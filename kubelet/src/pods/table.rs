@@ -77,9 +77,7 @@ impl PodTable {
 
     /// Notes a pod's newest state.
     pub fn put(&self, entry: PodEntry) {
-        self.by_uid
-            .write()
-            .insert(entry.key.uid.clone(), Arc::new(entry));
+        self.by_uid.write().insert(entry.key.uid.clone(), Arc::new(entry));
     }
 
     /// Forgets a pod.

@@ -6,11 +6,7 @@ use std::collections::BTreeMap;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Challenge {
     Basic,
-    Bearer {
-        realm: String,
-        service: Option<String>,
-        scope: Option<String>,
-    },
+    Bearer { realm: String, service: Option<String>, scope: Option<String> },
 }
 
 /// The strongest challenge that we can answer: a token before a password.
@@ -22,11 +18,7 @@ pub(super) fn parse<'a>(headers: impl IntoIterator<Item = &'a str>) -> Option<Ch
             let mut parameters = parameters(rest);
             if let Some(realm) = parameters.remove("realm") {
                 let (service, scope) = (parameters.remove("service"), parameters.remove("scope"));
-                return Some(Challenge::Bearer {
-                    realm,
-                    service,
-                    scope,
-                });
+                return Some(Challenge::Bearer { realm, service, scope });
             }
         } else if scheme.eq_ignore_ascii_case("basic") {
             basic = Some(Challenge::Basic);
@@ -73,7 +65,8 @@ mod tests {
 
     #[test]
     fn challenges_are_read() {
-        let header = r#"Bearer realm="https://auth.example.com/token",service="registry",scope="repository:a/b:pull,push""#;
+        let header =
+            r#"Bearer realm="https://auth.example.com/token",service="registry",scope="repository:a/b:pull,push""#;
         assert_eq!(
             parse([r#"Basic realm="x""#, header]),
             Some(Challenge::Bearer {

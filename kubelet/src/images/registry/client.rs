@@ -92,23 +92,12 @@ impl Client {
         for endpoint in config.mirrors.values().flat_map(|mirror| &mirror.endpoint) {
             endpoint_of(endpoint, None)?;
         }
-        Ok(Self {
-            config,
-            clients: Mutex::default(),
-            tokens: Mutex::default(),
-        })
+        Ok(Self { config, clients: Mutex::default(), tokens: Mutex::default() })
     }
 
     /// Where to look for a reference, in order.
-    pub(in crate::images) fn endpoints(
-        &self,
-        reference: &Reference,
-    ) -> Result<Vec<Endpoint>, ImageError> {
-        let mirror = self
-            .config
-            .mirrors
-            .get(&reference.registry)
-            .or_else(|| self.config.mirrors.get("*"));
+    pub(in crate::images) fn endpoints(&self, reference: &Reference) -> Result<Vec<Endpoint>, ImageError> {
+        let mirror = self.config.mirrors.get(&reference.registry).or_else(|| self.config.mirrors.get("*"));
         let mut endpoints = Vec::new();
         for url in mirror.iter().flat_map(|mirror| &mirror.endpoint) {
             let mut endpoint = endpoint_of(url, None)?;
@@ -132,20 +121,12 @@ impl Client {
         endpoint: &Endpoint,
         reference: &Reference,
     ) -> Option<Credentials> {
-        self.config
-            .credentials(&endpoint.host)
-            .or_else(|| self.config.credentials(&reference.registry))
+        self.config.credentials(&endpoint.host).or_else(|| self.config.credentials(&reference.registry))
     }
 
     /// A manifest or index.
-    pub(in crate::images) async fn manifest(
-        &self,
-        fetch: &Fetch<'_>,
-        selector: &str,
-    ) -> Result<Bytes, ImageError> {
-        let url = fetch
-            .endpoint
-            .url(fetch.repository, &format!("manifests/{selector}"));
+    pub(in crate::images) async fn manifest(&self, fetch: &Fetch<'_>, selector: &str) -> Result<Bytes, ImageError> {
+        let url = fetch.endpoint.url(fetch.repository, &format!("manifests/{selector}"));
         let response = self.get(fetch, &url, Some(MANIFEST_TYPES), None).await?;
         let limit = usize::try_from(MAX_DOCUMENT_BYTES).unwrap_or(usize::MAX);
         let body = Limited::new(response.into_body(), limit)
@@ -162,9 +143,7 @@ impl Client {
         digest: &str,
         offset: u64,
     ) -> Result<Response<Incoming>, ImageError> {
-        let url = fetch
-            .endpoint
-            .url(fetch.repository, &format!("blobs/{digest}"));
+        let url = fetch.endpoint.url(fetch.repository, &format!("blobs/{digest}"));
         let range = (offset > 0).then(|| format!("bytes={offset}-"));
         self.get(fetch, &url, None, range.as_deref()).await
     }
@@ -181,9 +160,7 @@ impl Client {
         let mut authorization = self.known_token(fetch, &scope);
         // At most one round of authentication: a token just issued and refused will not get better.
         for attempt in 0..2 {
-            let response = self
-                .follow(endpoint, url, accept, range, authorization.as_deref())
-                .await?;
+            let response = self.follow(endpoint, url, accept, range, authorization.as_deref()).await?;
             let status = response.status();
             if status.is_success() {
                 return Ok(response);
@@ -201,31 +178,18 @@ impl Client {
             };
             if status == StatusCode::UNAUTHORIZED && attempt == 0 {
                 authorization = match challenge::parse(challenges.iter().map(String::as_str)) {
-                    Some(Challenge::Basic) => {
-                        match fetch.credentials.and_then(Credentials::basic) {
-                            Some(basic) => Some(basic),
-                            None => {
-                                return Err(refused(
-                                    "the registry wants a user name and password".into(),
-                                ));
-                            }
+                    Some(Challenge::Basic) => match fetch.credentials.and_then(Credentials::basic) {
+                        Some(basic) => Some(basic),
+                        None => {
+                            return Err(refused("the registry wants a user name and password".into()));
                         }
-                    }
-                    Some(Challenge::Bearer {
-                        realm,
-                        service,
-                        scope: asked,
-                    }) => {
+                    },
+                    Some(Challenge::Bearer { realm, service, scope: asked }) => {
                         let scope = asked.unwrap_or_else(|| scope.clone());
-                        Some(
-                            self.token(fetch, &realm, service.as_deref(), &scope)
-                                .await?,
-                        )
+                        Some(self.token(fetch, &realm, service.as_deref(), &scope).await?)
                     }
                     None => {
-                        return Err(refused(
-                            "the registry wants an authentication that we do not know".into(),
-                        ));
+                        return Err(refused("the registry wants an authentication that we do not know".into()));
                     }
                 };
                 continue;
@@ -262,38 +226,24 @@ impl Client {
             if let Some(range) = range {
                 request = request.header(RANGE, range);
             }
-            if let Some(authorization) =
-                authorization.filter(|_| uri.authority() == origin.as_ref())
-            {
+            if let Some(authorization) = authorization.filter(|_| uri.authority() == origin.as_ref()) {
                 request = request.header(AUTHORIZATION, authorization);
             }
-            let request = request
-                .body(Full::default())
-                .map_err(|error| transport(endpoint, error))?;
+            let request = request.body(Full::default()).map_err(|error| transport(endpoint, error))?;
             let response = self.send(endpoint, &uri, request).await?;
             if !response.status().is_redirection() {
                 return Ok(response);
             }
-            let target = response
-                .headers()
-                .get(LOCATION)
-                .and_then(|value| value.to_str().ok());
-            let target =
-                target.ok_or_else(|| transport(endpoint, "a redirect without a location"))?;
-            let next = absolute(&uri, target)
-                .ok_or_else(|| transport(endpoint, format!("a redirect to {target:?}")))?;
+            let target = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+            let target = target.ok_or_else(|| transport(endpoint, "a redirect without a location"))?;
+            let next =
+                absolute(&uri, target).ok_or_else(|| transport(endpoint, format!("a redirect to {target:?}")))?;
             if uri.scheme_str() == Some("https") && next.scheme_str() != Some("https") {
-                return Err(transport(
-                    endpoint,
-                    "a redirect from HTTPS to plain HTTP was refused",
-                ));
+                return Err(transport(endpoint, "a redirect from HTTPS to plain HTTP was refused"));
             }
             uri = next;
         }
-        Err(transport(
-            endpoint,
-            format!("more than {MAX_REDIRECTS} redirects"),
-        ))
+        Err(transport(endpoint, format!("more than {MAX_REDIRECTS} redirects")))
     }
 
     async fn send(
@@ -307,10 +257,7 @@ impl Client {
         match tokio::time::timeout(ANSWER_TIMEOUT, client.request(request)).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(transport(endpoint, Chain(&error))),
-            Err(_) => Err(transport(
-                endpoint,
-                format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()),
-            )),
+            Err(_) => Err(transport(endpoint, format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
         }
     }
 
@@ -361,25 +308,15 @@ impl Client {
         let endpoint = fetch.endpoint;
         let plain = endpoint.base.starts_with("http://");
         if !realm.starts_with("https://") && !(plain && realm.starts_with("http://")) {
-            return Err(transport(
-                endpoint,
-                format!("its token server {realm:?} is not reached by HTTPS"),
-            ));
+            return Err(transport(endpoint, format!("its token server {realm:?} is not reached by HTTPS")));
         }
         let mut query = vec![("scope", scope)];
         query.extend(service.map(|service| ("service", service)));
         let request = match fetch.credentials {
             Some(Credentials::Identity(token)) => {
-                query.extend([
-                    ("grant_type", "refresh_token"),
-                    ("client_id", "coracle"),
-                    ("refresh_token", token),
-                ]);
+                query.extend([("grant_type", "refresh_token"), ("client_id", "coracle"), ("refresh_token", token)]);
                 Request::post(realm)
-                    .header(
-                        http::header::CONTENT_TYPE,
-                        "application/x-www-form-urlencoded",
-                    )
+                    .header(http::header::CONTENT_TYPE, "application/x-www-form-urlencoded")
                     .body(Full::from(form(&query)))
             }
             credentials => {
@@ -396,10 +333,7 @@ impl Client {
         let response = self.send(endpoint, &uri, request).await?;
         let status = response.status();
         if !status.is_success() {
-            let reason = format!(
-                "the token server answered {status}: {}",
-                error_message(response).await
-            );
+            let reason = format!("the token server answered {status}: {}", error_message(response).await);
             return Err(ImageError::Unauthorized {
                 host: endpoint.host.clone(),
                 repository: fetch.repository.into(),
@@ -413,29 +347,15 @@ impl Client {
         // The parser's message could quote the token.
         let answer: Answer = serde_json::from_slice(&body.to_bytes())
             .map_err(|_| transport(endpoint, "its token server's answer is not JSON"))?;
-        let token = answer
-            .token
-            .or(answer.access_token)
-            .filter(|token| !token.is_empty());
-        let value = format!(
-            "Bearer {}",
-            token.ok_or_else(|| transport(endpoint, "its token server gave no token"))?
-        );
-        let lifetime = answer.expires_in.map_or(DEFAULT_TOKEN_LIFETIME, |s| {
-            Duration::from_secs(s.clamp(60, 86_400))
-        });
+        let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
+        let value = format!("Bearer {}", token.ok_or_else(|| transport(endpoint, "its token server gave no token"))?);
+        let lifetime = answer.expires_in.map_or(DEFAULT_TOKEN_LIFETIME, |s| Duration::from_secs(s.clamp(60, 86_400)));
         let mut tokens = self.tokens.lock();
         if tokens.len() >= MAX_TOKENS {
             tokens.clear();
         }
         let until = Instant::now() + lifetime * 9 / 10;
-        tokens.insert(
-            token_key(fetch, scope),
-            Token {
-                value: value.clone(),
-                until,
-            },
-        );
+        tokens.insert(token_key(fetch, scope), Token { value: value.clone(), until });
         Ok(value)
     }
 }
@@ -454,58 +374,32 @@ fn token_key(fetch: &Fetch<'_>, scope: &str) -> String {
 }
 
 fn endpoint_of(url: &str, namespace: Option<String>) -> Result<Endpoint, ImageError> {
-    let bad = |reason: String| ImageError::Config {
-        path: url.into(),
-        reason,
-    };
-    let uri: Uri = url
-        .parse()
-        .map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?;
-    let scheme = uri
-        .scheme_str()
-        .filter(|scheme| matches!(*scheme, "http" | "https"));
+    let bad = |reason: String| ImageError::Config { path: url.into(), reason };
+    let uri: Uri = url.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?;
+    let scheme = uri.scheme_str().filter(|scheme| matches!(*scheme, "http" | "https"));
     let scheme = scheme.ok_or_else(|| bad("an endpoint begins with http:// or https://".into()))?;
-    let host = uri
-        .authority()
-        .map(ToString::to_string)
-        .ok_or_else(|| bad("an endpoint needs a host".into()))?;
+    let host = uri.authority().map(ToString::to_string).ok_or_else(|| bad("an endpoint needs a host".into()))?;
     let path = uri.path().trim_end_matches('/');
-    let base = if path.is_empty() {
-        format!("{scheme}://{host}/v2")
-    } else {
-        format!("{scheme}://{host}{path}")
-    };
-    Ok(Endpoint {
-        base,
-        host,
-        namespace,
-    })
+    let base = if path.is_empty() { format!("{scheme}://{host}/v2") } else { format!("{scheme}://{host}{path}") };
+    Ok(Endpoint { base, host, namespace })
 }
 
 fn tls_config(tls: &TlsConfig, host: &str) -> Result<rustls::ClientConfig, ImageError> {
-    let bad = |reason: String| ImageError::Transport {
-        host: host.to_owned(),
-        reason,
-    };
+    let bad = |reason: String| ImageError::Transport { host: host.to_owned(), reason };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| bad(error.to_string()))?;
     let builder = if tls.insecure_skip_verify {
-        builder
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Trusting(provider)))
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(Trusting(provider)))
     } else {
         let mut roots = rustls::RootCertStore::empty();
         match &tls.ca_file {
             Some(path) => {
                 let pem = fs::read(path).step("read", path)?;
                 for certificate in CertificateDer::pem_slice_iter(&pem) {
-                    let certificate =
-                        certificate.map_err(|error| bad(format!("{}: {error}", path.display())))?;
-                    roots
-                        .add(certificate)
-                        .map_err(|error| bad(format!("{}: {error}", path.display())))?;
+                    let certificate = certificate.map_err(|error| bad(format!("{}: {error}", path.display())))?;
+                    roots.add(certificate).map_err(|error| bad(format!("{}: {error}", path.display())))?;
                 }
             }
             None => {
@@ -522,11 +416,8 @@ fn tls_config(tls: &TlsConfig, host: &str) -> Result<rustls::ClientConfig, Image
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|error| bad(error.to_string()))?;
             let pem = fs::read(key).step("read", key)?;
-            let key =
-                PrivateKeyDer::from_pem_slice(&pem).map_err(|error| bad(error.to_string()))?;
-            builder
-                .with_client_auth_cert(chain, key)
-                .map_err(|error| bad(error.to_string()))
+            let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| bad(error.to_string()))?;
+            builder.with_client_auth_cert(chain, key).map_err(|error| bad(error.to_string()))
         }
         (None, None) => Ok(builder.with_no_client_auth()),
         _ => Err(bad("cert_file and key_file go together".into())),
@@ -555,12 +446,7 @@ impl rustls::client::danger::ServerCertVerifier for Trusting {
         cert: &CertificateDer<'_>,
         dss: &rustls::DigitallySignedStruct,
     ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(
-            message,
-            cert,
-            dss,
-            &self.0.signature_verification_algorithms,
-        )
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -569,12 +455,7 @@ impl rustls::client::danger::ServerCertVerifier for Trusting {
         cert: &CertificateDer<'_>,
         dss: &rustls::DigitallySignedStruct,
     ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(
-            message,
-            cert,
-            dss,
-            &self.0.signature_verification_algorithms,
-        )
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
@@ -588,9 +469,7 @@ fn absolute(base: &Uri, target: &str) -> Option<Uri> {
         return target.parse().ok();
     }
     let path = target.starts_with('/').then_some(target)?;
-    format!("{}://{}{path}", base.scheme_str()?, base.authority()?)
-        .parse()
-        .ok()
+    format!("{}://{}{path}", base.scheme_str()?, base.authority()?).parse().ok()
 }
 
 /// `application/x-www-form-urlencoded`
@@ -598,40 +477,22 @@ fn form(pairs: &[(&str, &str)]) -> String {
     let encode = |text: &str| {
         text.bytes().fold(String::new(), |mut encoded, byte| {
             match byte {
-                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                    encoded.push(char::from(byte))
-                }
+                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => encoded.push(char::from(byte)),
                 _ => encoded.push_str(&format!("%{byte:02X}")),
             }
             encoded
         })
     };
-    pairs
-        .iter()
-        .map(|(key, value)| format!("{}={}", encode(key), encode(value)))
-        .collect::<Vec<_>>()
-        .join("&")
+    pairs.iter().map(|(key, value)| format!("{}={}", encode(key), encode(value))).collect::<Vec<_>>().join("&")
 }
 
 fn transport(endpoint: &Endpoint, reason: impl ToString) -> ImageError {
-    ImageError::Transport {
-        host: endpoint.host.clone(),
-        reason: reason.to_string(),
-    }
+    ImageError::Transport { host: endpoint.host.clone(), reason: reason.to_string() }
 }
 
 fn answered(endpoint: &Endpoint, url: &str, status: StatusCode, message: String) -> ImageError {
-    let path = url
-        .parse::<Uri>()
-        .map(|uri| uri.path().to_owned())
-        .unwrap_or_default();
-    ImageError::Registry {
-        host: endpoint.host.clone(),
-        method: "GET".into(),
-        path,
-        status: status.as_u16(),
-        message,
-    }
+    let path = url.parse::<Uri>().map(|uri| uri.path().to_owned()).unwrap_or_default();
+    ImageError::Registry { host: endpoint.host.clone(), method: "GET".into(), path, status: status.as_u16(), message }
 }
 
 /// The registry's own words: `{"errors":[{"code":…,"message":…}]}`, else the status's.
@@ -646,24 +507,15 @@ async fn error_message(response: Response<Incoming>) -> String {
         message: Option<String>,
     }
     let status = response.status();
-    let fallback = status
-        .canonical_reason()
-        .unwrap_or("unknown status")
-        .to_owned();
-    let Ok(body) = Limited::new(response.into_body(), MAX_ERROR_BYTES)
-        .collect()
-        .await
-    else {
+    let fallback = status.canonical_reason().unwrap_or("unknown status").to_owned();
+    let Ok(body) = Limited::new(response.into_body(), MAX_ERROR_BYTES).collect().await else {
         return fallback;
     };
     match serde_json::from_slice::<Errors>(&body.to_bytes()) {
         Ok(parsed) => match parsed.errors.into_iter().next() {
-            Some(Entry { code, message }) => [code, message]
-                .into_iter()
-                .flatten()
-                .filter(|text| !text.is_empty())
-                .collect::<Vec<_>>()
-                .join(": "),
+            Some(Entry { code, message }) => {
+                [code, message].into_iter().flatten().filter(|text| !text.is_empty()).collect::<Vec<_>>().join(": ")
+            }
             None => fallback,
         },
         Err(_) => fallback,

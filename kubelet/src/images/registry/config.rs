@@ -104,10 +104,8 @@ impl RegistryConfig {
         if text.trim().is_empty() {
             return Ok(Self::default());
         }
-        serde_saphyr::from_str(&text).map_err(|error| ImageError::Config {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        })
+        serde_saphyr::from_str(&text)
+            .map_err(|error| ImageError::Config { path: path.to_owned(), reason: error.to_string() })
     }
 
     /// The settings of a host.
@@ -135,15 +133,9 @@ mod tests {
     fn the_known_file_form_is_read() {
         let text = "mirrors:\n  docker.io:\n    endpoint:\n      - http://127.0.0.1:5000\nconfigs:\n  \"127.0.0.1:5000\":\n    auth: {username: u, password: p}\n    tls: {insecure_skip_verify: true}\n";
         let config: RegistryConfig = serde_saphyr::from_str(text).expect("valid");
-        assert_eq!(
-            config.mirrors["docker.io"].endpoint,
-            ["http://127.0.0.1:5000"]
-        );
+        assert_eq!(config.mirrors["docker.io"].endpoint, ["http://127.0.0.1:5000"]);
         assert!(config.credentials("127.0.0.1:5000").is_some());
         assert!(!format!("{config:?}").contains("password: Some"));
-        assert!(
-            serde_saphyr::from_str::<RegistryConfig>("mirror: {}").is_err(),
-            "unknown fields are refused"
-        );
+        assert!(serde_saphyr::from_str::<RegistryConfig>("mirror: {}").is_err(), "unknown fields are refused");
     }
 }

@@ -42,27 +42,20 @@ impl Credentials {
             return Some(Self::Identity(token));
         }
         if let Some(username) = username.filter(|name| !name.is_empty()) {
-            return Some(Self::Password {
-                username,
-                password: password.unwrap_or_default(),
-            });
+            return Some(Self::Password { username, password: password.unwrap_or_default() });
         }
         let decoded = STANDARD.decode(auth?.trim()).ok()?;
         let text = String::from_utf8(decoded).ok()?;
         let (username, password) = text.split_once(':')?;
-        Some(Self::Password {
-            username: username.to_owned(),
-            password: password.trim_end_matches('\0').to_owned(),
-        })
+        Some(Self::Password { username: username.to_owned(), password: password.trim_end_matches('\0').to_owned() })
     }
 
     /// The `Authorization: Basic` value, where this is a password.
     pub(super) fn basic(&self) -> Option<String> {
         match self {
-            Self::Password { username, password } => Some(format!(
-                "Basic {}",
-                STANDARD.encode(format!("{username}:{password}"))
-            )),
+            Self::Password { username, password } => {
+                Some(format!("Basic {}", STANDARD.encode(format!("{username}:{password}"))))
+            }
             Self::Identity(_) => None,
         }
     }
@@ -106,23 +99,30 @@ impl Keyring {
     /// # Errors
     /// When it is not of that form.
     pub fn add_dockercfg(&mut self, json: &[u8]) -> Result<(), ImageError> {
-        let entries = serde_json::from_slice(json)
-            .map_err(|_| ImageError::document("pull secret", "it is not a .dockercfg"))?;
+        let entries =
+            serde_json::from_slice(json).map_err(|_| ImageError::document("pull secret", "it is not a .dockercfg"))?;
         self.add(entries);
         Ok(())
     }
 
+    /// Adds the content of a pull secret of either type; other types hold no credentials.
+    ///
+    /// # Errors
+    /// When it is not of the form that its type promises.
+    pub fn add_secret(&mut self, secret_type: &str, data: &BTreeMap<String, Vec<u8>>) -> Result<(), ImageError> {
+        match secret_type {
+            "kubernetes.io/dockerconfigjson" => {
+                data.get(".dockerconfigjson").map_or(Ok(()), |json| self.add_docker_config_json(json))
+            }
+            "kubernetes.io/dockercfg" => data.get(".dockercfg").map_or(Ok(()), |json| self.add_dockercfg(json)),
+            _ => Ok(()),
+        }
+    }
+
     fn add(&mut self, entries: BTreeMap<String, DockerEntry>) {
         for (key, entry) in entries {
-            let DockerEntry {
-                username,
-                password,
-                auth,
-                identitytoken,
-            } = entry;
-            if let Some(credentials) =
-                Credentials::from_parts(username, password, auth.as_deref(), identitytoken)
-            {
+            let DockerEntry { username, password, auth, identitytoken } = entry;
+            if let Some(credentials) = Credentials::from_parts(username, password, auth.as_deref(), identitytoken) {
                 self.entries.push((pattern(&key), credentials));
             }
         }
@@ -141,19 +141,11 @@ impl Keyring {
 
 /// Docker's own key for its hub is a URL of an API that is gone.
 fn pattern(key: &str) -> String {
-    let bare = key
-        .strip_prefix("https://")
-        .or_else(|| key.strip_prefix("http://"))
-        .unwrap_or(key);
+    let bare = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
     let bare = bare.trim_end_matches('/');
-    let bare = bare
-        .strip_suffix("/v1")
-        .or_else(|| bare.strip_suffix("/v2"))
-        .unwrap_or(bare);
+    let bare = bare.strip_suffix("/v1").or_else(|| bare.strip_suffix("/v2")).unwrap_or(bare);
     match bare {
-        "index.docker.io" | "registry-1.docker.io" | "registry.hub.docker.com" => {
-            "docker.io".to_owned()
-        }
+        "index.docker.io" | "registry-1.docker.io" | "registry.hub.docker.com" => "docker.io".to_owned(),
         other => other.to_owned(),
     }
 }
@@ -163,9 +155,7 @@ fn matches(pattern: &str, registry: &str, repository: &str) -> bool {
     let (host, path) = pattern.split_once('/').unwrap_or((pattern, ""));
     let split = |host: &str| -> (String, Option<String>) {
         match host.rsplit_once(':') {
-            Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => {
-                (name.to_owned(), Some(port.to_owned()))
-            }
+            Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => (name.to_owned(), Some(port.to_owned())),
             _ => (host.to_owned(), None),
         }
     };
@@ -173,10 +163,7 @@ fn matches(pattern: &str, registry: &str, repository: &str) -> bool {
     let (want, have): (Vec<_>, Vec<_>) = (want.split('.').collect(), have.split('.').collect());
     want_port == have_port
         && want.len() == have.len()
-        && want
-            .iter()
-            .zip(&have)
-            .all(|(want, have)| glob(want.as_bytes(), have.as_bytes()))
+        && want.iter().zip(&have).all(|(want, have)| glob(want.as_bytes(), have.as_bytes()))
         && repository.starts_with(path)
 }
 
@@ -215,11 +202,7 @@ mod tests {
             ("https://example.com/v2/", "example.com/x", true),
         ] {
             let reference: Reference = image.parse().expect(image);
-            assert_eq!(
-                ring(key).lookup(&reference).len() == 1,
-                fits,
-                "{key} {image}"
-            );
+            assert_eq!(ring(key).lookup(&reference).len() == 1, fits, "{key} {image}");
         }
     }
 
@@ -229,21 +212,9 @@ mod tests {
         keyring
             .add_docker_config_json(br#"{"auths":{"example.com":{"username":"a","password":"x"},"example.com/team":{"username":"b","password":"x"}}}"#)
             .expect("valid");
-        let found = keyring
-            .lookup(&"example.com/team/x".parse().expect("valid"))
-            .into_iter()
-            .cloned()
-            .collect::<Vec<_>>();
-        assert_eq!(
-            found[0],
-            Credentials::Password {
-                username: "b".into(),
-                password: "x".into()
-            }
-        );
-        assert!(
-            !format!("{keyring:?}").contains("\"x\""),
-            "secrets are never printed"
-        );
+        let found =
+            keyring.lookup(&"example.com/team/x".parse().expect("valid")).into_iter().cloned().collect::<Vec<_>>();
+        assert_eq!(found[0], Credentials::Password { username: "b".into(), password: "x".into() });
+        assert!(!format!("{keyring:?}").contains("\"x\""), "secrets are never printed");
     }
 }

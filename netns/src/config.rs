@@ -83,7 +83,10 @@ impl Config {
 
     /// The node's own address inside its pod range of a family: the first of the range. Pods see the host under it.
     pub fn gateway(&self, family: Family) -> Option<IpAddr> {
-        self.pod_cidr(family).and_then(|cidr| cidr.hosts().next())
+        self.pod_cidr(family).map(|cidr| match cidr.network() {
+            IpAddr::V4(network) => Ipv4Addr::from(u32::from(network).saturating_add(1)).into(),
+            IpAddr::V6(network) => Ipv6Addr::from(u128::from(network).saturating_add(1)).into(),
+        })
     }
 
     /// This node's pod range of a family.

@@ -5,9 +5,21 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod error;
 pub mod model;
-mod pod;
+mod netlink;
+mod network;
+
+mod hosts;
+mod nft;
+mod policy;
+mod pods;
+mod rules;
+mod services;
 
 pub use config::{Config, Family, Overlay};
+pub use error::Error;
 pub use model::Protocol;
-pub use pod::{HostPort, PodKey, PodNet, PodNetwork};
+pub use netlink::NetlinkError;
+pub use network::Network;
+pub use pods::{HostPort, IpamError, PodKey, PodNet, PodNetwork};

@@ -117,8 +117,6 @@ pub struct Service {
     pub health_check_node_port: Option<u16>,
     /// `spec.publishNotReadyAddresses`: DNS answers with endpoints that are not ready.
     pub publish_not_ready: bool,
-    /// `spec.trafficDistribution`.
-    pub distribution: Distribution,
 }
 
 /// A port of a Service.
@@ -138,17 +136,6 @@ pub enum TrafficPolicy {
     #[default]
     Cluster,
     Local,
-}
-
-/// `spec.trafficDistribution` of a Service: which hints of its endpoints are followed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Distribution {
-    #[default]
-    None,
-    /// `PreferClose`, `PreferSameZone`: endpoints hinted for this node's zone.
-    SameZone,
-    /// `PreferSameNode`: endpoints hinted for this node, else for its zone.
-    SameNode,
 }
 
 /// An EndpointSlice.

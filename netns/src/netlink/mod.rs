@@ -1,0 +1,9 @@
+//! Netlink, spoken directly: several messages a send, every answer read (netlink(7), `Documentation/userspace-api/netlink`).
+
+mod message;
+pub(crate) mod route;
+mod socket;
+
+pub(crate) use message::{Attributes, Batch, find};
+pub use socket::NetlinkError;
+pub(crate) use socket::Socket;

@@ -1,0 +1,397 @@
+//! The network of a node, as the node agent uses it.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, PathExt};
+use crate::hosts::Hosts;
+use crate::model::{Change, Pod};
+use crate::netlink::Socket;
+use crate::pods::{self, Addresses, Host, PodKey, PodNet, PodNetwork, Record, Records, check_uid};
+use crate::policy::PolicyChange;
+use crate::rules::Rules;
+use crate::services::proxy::ProxyChange;
+use crate::{Config, HostPort};
+
+/// The network of this node: one a daemon.
+pub struct Network {
+    inner: Arc<Inner>,
+    remover: Mutex<Option<(Sender<String>, JoinHandle<()>)>>,
+}
+
+struct Inner {
+    config: Config,
+    host: Host,
+    records: Records,
+    pins: PathBuf,
+    pods: Mutex<Pods>,
+    /// A pod is gone.
+    gone: Condvar,
+    rules: Mutex<Rules>,
+    hosts: Mutex<Hosts>,
+}
+
+/// The pods of this node.
+struct Pods {
+    all: HashMap<String, Held>,
+    addresses: Vec<Addresses>,
+    host_ports: HashMap<HostPortKey, String>,
+}
+
+type HostPortKey = (crate::Protocol, Option<IpAddr>, u16);
+
+struct Held {
+    record: Record,
+    /// A thread is at work on it; whoever wants to remove it waits.
+    making: bool,
+    removing: bool,
+}
+
+impl Held {
+    fn is_made(&self) -> bool {
+        !self.making && !self.removing
+    }
+}
+
+impl Network {
+    /// Opens the network of the calling thread's network namespace: makes the node's link and rules, takes over the pods of an earlier daemon, and
+    /// finishes what it left half done.
+    pub fn new(config: Config) -> Result<Arc<Self>, Error> {
+        let pins = config.run_dir.join("netns");
+        let folder = config.run_dir.join("pods");
+        for folder in [&pins, &folder] {
+            fs::create_dir_all(folder).at("create", folder)?;
+        }
+        let mut socket = Socket::route()?;
+        let hosts = Hosts::prepare(&config, &mut socket)?;
+        let namespace = Path::new("/proc/thread-self/ns/net");
+        let host = Host {
+            namespace: File::open(namespace).at("open", namespace)?.into(),
+            mtu: hosts.pod_mtu(),
+            socket: Mutex::new(socket),
+        };
+        let rules = Rules::new(&config, Socket::netfilter()?)?;
+        let inner = Inner {
+            records: Records::new(folder),
+            pins,
+            host,
+            pods: Mutex::new(Pods { all: HashMap::new(), addresses: Vec::new(), host_ports: HashMap::new() }),
+            gone: Condvar::new(),
+            rules: Mutex::new(rules),
+            hosts: Mutex::new(hosts),
+            config,
+        };
+        inner.recover()?;
+        let inner = Arc::new(inner);
+        let (sender, receiver) = channel();
+        let worker = Arc::clone(&inner);
+        let thread = std::thread::Builder::new()
+            .name("pod-network-gone".into())
+            .spawn(move || worker.remove_pods(&receiver))
+            .map_err(|source| Error::Thread { source })?;
+        Ok(Arc::new(Self { inner, remover: Mutex::new(Some((sender, thread))) }))
+    }
+
+    /// Makes a pod's network, or returns the one that it has: safe to repeat after a crash. The rules of its host ports and the policies known
+    /// so far hold before its link is up.
+    pub async fn setup_pod(&self, key: PodKey, net: PodNet) -> Result<PodNetwork, Error> {
+        self.setup_pod_labelled(key, net, None).await
+    }
+
+    /// The same, telling policy who the pod is (its labels) before its link is up.
+    pub async fn setup_pod_labelled(&self, key: PodKey, net: PodNet, pod: Option<Pod>) -> Result<PodNetwork, Error> {
+        let inner = Arc::clone(&self.inner);
+        tokio::task::spawn_blocking(move || inner.setup_pod(key, net, pod)).await.unwrap_or_else(|error| {
+            Err(Error::Thread { source: io::Error::other(error) })
+        })
+    }
+
+    /// Removes a pod's network; an unknown pod is no error. Returns at once: the kernel takes its time, and nobody has to wait for it. The pod's
+    /// addresses are free once all is gone.
+    pub fn teardown_pod(&self, uid: &str) {
+        let send = {
+            let mut pods = self.inner.pods.lock();
+            pods.all.get_mut(uid).is_some_and(|held| !std::mem::replace(&mut held.removing, true))
+        };
+        if send && let Some((sender, _)) = &*self.remover.lock() && sender.send(uid.to_owned()).is_err() {
+            tracing::warn!(uid, "the thread that removes pod networks has ended");
+        }
+    }
+
+    /// The pods that have a network, those of an earlier daemon included.
+    pub fn pods(&self) -> Vec<(PodKey, PodNetwork)> {
+        let pods = self.inner.pods.lock();
+        let made = pods.all.values().filter(|held| held.is_made());
+        made.map(|held| (held.record.key.clone(), self.inner.network_of(&held.record))).collect()
+    }
+
+    /// The network of a pod.
+    pub fn pod(&self, uid: &str) -> Option<PodNetwork> {
+        let pods = self.inner.pods.lock();
+        pods.all.get(uid).filter(|held| held.is_made()).map(|held| self.inner.network_of(&held.record))
+    }
+
+    /// Takes changes of the cluster in: when this returns, rules and routes say so. The first call must bring all there is, for it replaces the
+    /// rules that an earlier daemon left.
+    pub async fn update(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let inner = Arc::clone(&self.inner);
+        tokio::task::spawn_blocking(move || inner.update(changes)).await.unwrap_or_else(|error| {
+            Err(Error::Thread { source: io::Error::other(error) })
+        })
+    }
+
+    /// Settings in use.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// Waits until the pods that are being removed are gone.
+    pub fn settle(&self) {
+        let mut pods = self.inner.pods.lock();
+        while pods.all.values().any(|held| held.removing) {
+            self.inner.gone.wait(&mut pods);
+        }
+    }
+
+    /// Removes every pod's network, the node's link, routes and rules: nothing of ours is left.
+    pub fn destroy(&self) -> Result<(), Error> {
+        let all: Vec<String> = self.inner.pods.lock().all.keys().cloned().collect();
+        all.iter().for_each(|uid| self.teardown_pod(uid));
+        if let Some((sender, thread)) = self.remover.lock().take() {
+            drop(sender);
+            thread.join().expect("the remover does not panic");
+        }
+        self.inner.rules.lock().destroy()?;
+        self.inner.hosts.lock().destroy(&self.inner.config, &mut self.inner.host.socket.lock())?;
+        for folder in [&self.inner.pins, self.inner.records.folder()] {
+            fs::remove_dir(folder).at("remove", folder)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        if let Some((sender, thread)) = self.remover.lock().take() {
+            drop(sender);
+            if thread.join().is_err() {
+                tracing::error!("the thread that removes pod networks panicked");
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn pin(&self, uid: &str) -> PathBuf {
+        self.pins.join(uid)
+    }
+
+    fn network_of(&self, record: &Record) -> PodNetwork {
+        PodNetwork { netns: self.pin(&record.key.uid), ips: record.ips.clone() }
+    }
+
+    /// Sorts out what an earlier daemon left: whole pods are taken over, halves are removed.
+    fn recover(&self) -> Result<(), Error> {
+        let known: HashSet<String> = pods::host_links(&self.config, &self.host)?;
+        let mut kept = Vec::new();
+        for record in self.records.load()? {
+            let uid = &record.key.uid;
+            let whole = record.made && self.pin(uid).exists() && known.contains(&pods::host_link(&self.config.link_prefix, uid));
+            if whole {
+                kept.push(record);
+            } else {
+                pods::remove(&self.config, &self.host, uid, &self.pin(uid))?;
+                self.records.remove(uid)?;
+            }
+        }
+        let uids: HashSet<&str> = kept.iter().map(|record| record.key.uid.as_str()).collect();
+        for entry in fs::read_dir(&self.pins).at("list", &self.pins)? {
+            let entry = entry.at("list", &self.pins)?;
+            if entry.file_name().to_str().is_none_or(|name| !uids.contains(name)) {
+                pods::unpin(&entry.path())?;
+            }
+        }
+        let links: HashSet<String> = uids.iter().map(|uid| pods::host_link(&self.config.link_prefix, uid)).collect();
+        pods::remove_links(&self.host, known.difference(&links))?;
+        let mut pods = self.pods.lock();
+        for range in &self.config.pod_cidrs {
+            pods.addresses.push(Addresses::new(*range, kept.iter().flat_map(|record| record.ips.iter().copied()))?);
+        }
+        let mut rules = self.rules.lock();
+        for record in kept {
+            rules.set_pod(&record.ips, &record.net.host_ports, true);
+            for port in &record.net.host_ports {
+                pods.host_ports.insert(host_port_key(port), record.key.uid.clone());
+            }
+            pods.all.insert(record.key.uid.clone(), Held { record, making: false, removing: false });
+        }
+        rules.adopt();
+        Ok(())
+    }
+
+    fn setup_pod(&self, key: PodKey, net: PodNet, pod: Option<Pod>) -> Result<PodNetwork, Error> {
+        if !check_uid(&key.uid) {
+            return Err(Error::Uid { uid: key.uid });
+        }
+        let uid = key.uid.clone();
+        let mut record = {
+            let mut pods = self.pods.lock();
+            loop {
+                match pods.all.get(&uid) {
+                    None => break,
+                    Some(held) if held.is_made() => return Ok(self.network_of(&held.record)),
+                    Some(_) => self.gone.wait(&mut pods),
+                }
+            }
+            let record = pods.admit(key, net)?;
+            pods.all.insert(uid.clone(), Held { record: record.clone(), making: true, removing: false });
+            record
+        };
+        let result = self.make_pod(&mut record, pod);
+        if result.is_err() {
+            self.remove_pod(&record);
+        } else if let Some(held) = self.pods.lock().all.get_mut(&uid) {
+            held.making = false;
+        }
+        self.gone.notify_all();
+        result.map(|()| self.network_of(&record))
+    }
+
+    fn make_pod(&self, record: &mut Record, pod: Option<Pod>) -> Result<(), Error> {
+        self.records.save(record)?;
+        {
+            let mut rules = self.rules.lock();
+            rules.set_pod(&record.ips, &record.net.host_ports, true);
+            if let Some(pod) = pod {
+                let key = crate::model::ObjectKey::new(&record.key.namespace, &record.key.name);
+                let pod = Pod { uid: record.key.uid.as_str().into(), ips: record.ips.clone(), node: Some(self.config.node_name.as_str().into()), ..pod };
+                rules.update_policy(vec![PolicyChange::Pod(key, Some(pod))]);
+            }
+            rules.commit()?;
+        }
+        pods::make(&self.config, &self.host, record, &self.pin(&record.key.uid))?;
+        record.made = true;
+        self.records.save(record)
+    }
+
+    /// Removes pods as they are told, until nobody can tell any more.
+    fn remove_pods(&self, receiver: &Receiver<String>) {
+        for uid in receiver {
+            let record = {
+                let mut pods = self.pods.lock();
+                while pods.all.get(&uid).is_some_and(|held| held.making) {
+                    self.gone.wait(&mut pods);
+                }
+                pods.all.get(&uid).map(|held| held.record.clone())
+            };
+            if let Some(record) = record {
+                self.remove_pod(&record);
+                self.gone.notify_all();
+            }
+        }
+    }
+
+    /// Removes all of a pod. What fails is reported and left on record, for the next daemon to finish; the address stays taken.
+    fn remove_pod(&self, record: &Record) {
+        let uid = &record.key.uid;
+        let result = pods::remove(&self.config, &self.host, uid, &self.pin(uid)).and_then(|()| {
+            let mut rules = self.rules.lock();
+            rules.set_pod(&record.ips, &record.net.host_ports, false);
+            rules.update_policy(vec![PolicyChange::Gone(uid.clone())]);
+            rules.commit()?;
+            self.records.remove(uid)
+        });
+        let mut pods = self.pods.lock();
+        pods.all.remove(uid);
+        match result {
+            Ok(()) => pods.release(record),
+            Err(error) => tracing::error!(uid, %error, "cannot remove a pod's network; its address stays taken until the daemon starts again"),
+        }
+    }
+
+    fn update(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let mut services = Vec::new();
+        let mut policies = Vec::new();
+        let mut nodes = Vec::new();
+        for change in changes {
+            match change {
+                Change::Service(key, service) => services.push(ProxyChange::Service(key, service)),
+                Change::Slice(key, slice) => services.push(ProxyChange::Slice(key, slice)),
+                Change::Pod(key, pod) => policies.push(PolicyChange::Pod(key, pod)),
+                Change::Namespace(name, labels) => policies.push(PolicyChange::Namespace(name, labels)),
+                Change::Policy(key, policy) => policies.push(PolicyChange::Policy(key, policy)),
+                Change::Node(name, node) => {
+                    if *name == *self.config.node_name {
+                        services.push(ProxyChange::Zone(node.as_ref().and_then(|node| node.zone.clone())));
+                    }
+                    nodes.push((name, node));
+                }
+            }
+        }
+        {
+            let mut rules = self.rules.lock();
+            rules.update_services(services);
+            rules.update_policy(policies);
+            rules.commit_known()?;
+        }
+        if !nodes.is_empty() {
+            self.hosts.lock().update(&self.config, nodes, &mut self.host.socket.lock())?;
+        }
+        Ok(())
+    }
+}
+
+impl Pods {
+    /// Takes addresses and host ports for a pod.
+    fn admit(&mut self, key: PodKey, net: PodNet) -> Result<Record, Error> {
+        for port in &net.host_ports {
+            if let Some(owner) = self.host_port_owner(port) {
+                return Err(Error::HostPortTaken { port: *port, owner: owner.clone() });
+            }
+        }
+        let mut ips = Vec::new();
+        for addresses in &mut self.addresses {
+            match addresses.take() {
+                Ok(address) => ips.push(address),
+                Err(error) => {
+                    ips.iter().for_each(|address| self.addresses.iter_mut().for_each(|all| all.release(*address)));
+                    return Err(error.into());
+                }
+            }
+        }
+        for port in &net.host_ports {
+            self.host_ports.insert(host_port_key(port), key.uid.clone());
+        }
+        Ok(Record { key, net, ips, made: false })
+    }
+
+    /// The pod that has a host port: at the same address, or one of the two at every address.
+    fn host_port_owner(&self, port: &HostPort) -> Option<&String> {
+        let (protocol, address, number) = host_port_key(port);
+        match address {
+            Some(_) => self.host_ports.get(&(protocol, address, number)).or_else(|| self.host_ports.get(&(protocol, None, number))),
+            None => self.host_ports.iter().find(|((p, _, n), _)| *p == protocol && *n == number).map(|(_, owner)| owner),
+        }
+    }
+
+    fn release(&mut self, record: &Record) {
+        for address in &record.ips {
+            self.addresses.iter_mut().for_each(|all| all.release(*address));
+        }
+        for port in &record.net.host_ports {
+            self.host_ports.remove(&host_port_key(port));
+        }
+    }
+}
+
+fn host_port_key(port: &HostPort) -> HostPortKey {
+    (port.protocol, port.host_ip.filter(|address| !address.is_unspecified()), port.host_port)
+}

@@ -1,0 +1,16 @@
+//! nftables as values: rules are lists of the kernel's expressions, sets are maps of bytes, and a [`Table`] is what the kernel has to have.
+//!
+//! We speak netlink to nf_tables (`linux/netfilter/nf_tables.h`) and need no `nft` program: a change of one element is one message, its cost does
+//! not depend on the size of the table, and every change is one transaction (docs/decisions/0004-nftables.md).
+
+mod encode;
+mod expression;
+mod set;
+mod table;
+
+pub(crate) use encode::{delete_table, table_exists};
+pub(crate) use expression::{
+    BaseChain, CmpOp, CtKey, Expr, FibResult, Hook, MetaKey, NatKind, PayloadBase, R, Reject, Reg, Rule, Verdict,
+};
+pub(crate) use set::{Element, Field, SetData, SetSpec, Value};
+pub(crate) use table::{Chain, Table};

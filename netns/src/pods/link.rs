@@ -1,0 +1,128 @@
+//! Making and removing a pod's namespace and link.
+//!
+//! A pod's link is a veth pair with full-length addresses: the host routes to each pod, and every packet, also between two pods of a node, passes
+//! the host's routing and rules (docs/decisions/0003-pod-network.md). Neighbours are permanent on both sides, so no ARP or ND is ever spoken.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::thread;
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+use parking_lot::Mutex;
+
+use super::identity::{host_link, mac};
+use super::namespace::{enter_new, unpin};
+use super::record::Record;
+use crate::error::Error;
+use crate::netlink::route::{self, Inet4Setting, Route, VethEnd};
+use crate::netlink::{Batch, Socket};
+use crate::{Config, Family};
+
+/// The pod's interface; the kernel gives it index 2 after loopback, and we ask for that.
+const POD_LINK: &str = "eth0";
+const POD_LINK_INDEX: u32 = 2;
+const LOOPBACK_INDEX: u32 = 1;
+/// A token bucket holds what the rate gives in this time, and no less than the largest packet.
+const BURST_MS: u64 = 10;
+const BURST_MIN_BYTES: u64 = 256 * 1024;
+
+/// The host's side: a socket in its namespace, and that namespace.
+pub(crate) struct Host {
+    pub(crate) socket: Mutex<Socket>,
+    pub(crate) namespace: OwnedFd,
+    pub(crate) mtu: u32,
+}
+
+/// Makes namespace, links, addresses and routes of the pod on record. What a killed daemon left of an earlier attempt must be removed before.
+pub(crate) fn make(config: &Config, host: &Host, record: &Record, pin: &Path) -> Result<(), Error> {
+    let uid = &record.key.uid;
+    let name = host_link(&config.link_prefix, uid);
+    let (host_mac, pod_mac) = (mac(1, uid), mac(2, uid));
+
+    let mut inside = Batch::default();
+    let ends = (VethEnd { name: POD_LINK, mac: pod_mac }, VethEnd { name: &name, mac: host_mac });
+    route::add_veth(&mut inside, POD_LINK_INDEX, host.mtu, &ends.0, &ends.1, host.namespace.as_fd());
+    route::set_up(&mut inside, LOOPBACK_INDEX);
+    for address in &record.ips {
+        let family = Family::of(*address);
+        let gateway = config.gateway(family).ok_or(Error::NoRange { family })?;
+        route::add_address(&mut inside, POD_LINK_INDEX, *address);
+        route::add_neighbour(&mut inside, POD_LINK_INDEX, gateway, host_mac);
+        route::add_route(&mut inside, &Route {
+            destination: IpNet::new(family.unspecified(), 0).expect("0 is a prefix length"),
+            link: Some(POD_LINK_INDEX),
+            gateway: Some(gateway),
+            onlink: true,
+            source: Some(*address),
+        });
+    }
+    limit(&mut inside, POD_LINK_INDEX, record.net.egress_bandwidth_bits);
+
+    // A thread of its own changes namespace and ends, so no thread of the daemon is ever anywhere else than the others.
+    thread::scope(|scope| {
+        let worker = thread::Builder::new().name("pod-netns".into()).spawn_scoped(scope, || {
+            enter_new(pin)?;
+            Socket::route()?.execute(&inside).map_err(Error::from)
+        });
+        worker.map_err(|source| Error::Thread { source })?.join().expect("the thread does not panic")
+    })?;
+
+    let mut socket = host.socket.lock();
+    let index = route::link_by_name(&mut socket, &name)?.index;
+    let mut outside = Batch::default();
+    route::set_inet4(&mut outside, index, &[
+        (Inet4Setting::Forwarding, 1),
+        // A pod may only send from its own address, which is the only one routed to its link.
+        (Inet4Setting::RpFilter, 1),
+        (Inet4Setting::SendRedirects, 0),
+        // Host ports and node ports are reached at 127.0.0.1 too; rules keep pods from the host's loopback.
+        (Inet4Setting::RouteLocalnet, 1),
+    ]);
+    for address in &record.ips {
+        route::add_neighbour(&mut outside, index, *address, pod_mac);
+        route::add_route(&mut outside, &pod_route(config, *address, index));
+    }
+    limit(&mut outside, index, record.net.ingress_bandwidth_bits);
+    socket.execute(&outside)?;
+    Ok(())
+}
+
+fn pod_route(config: &Config, address: IpAddr, link: u32) -> Route {
+    Route { destination: IpNet::from(address), link: Some(link), gateway: None, onlink: false, source: config.gateway(Family::of(address)) }
+}
+
+fn limit(batch: &mut Batch, link: u32, bits: Option<u64>) {
+    if let Some(bits) = bits {
+        let rate = (bits / 8).max(1);
+        let burst = (rate * BURST_MS / 1000).max(BURST_MIN_BYTES);
+        route::add_token_bucket(batch, link, rate, u32::try_from(burst).unwrap_or(u32::MAX));
+    }
+}
+
+/// Removes a pod's link and namespace; what is not there is no error.
+pub(crate) fn remove(config: &Config, host: &Host, uid: &str, pin: &Path) -> Result<(), Error> {
+    let mut batch = Batch::default();
+    route::delete_link(&mut batch, &host_link(&config.link_prefix, uid));
+    match host.socket.lock().execute(&batch) {
+        Err(error) if error.is(Errno::ENODEV) => {}
+        result => result?,
+    }
+    unpin(pin)
+}
+
+/// The host's ends of pods' links, by name.
+pub(crate) fn host_links(config: &Config, host: &Host) -> Result<HashSet<String>, Error> {
+    let len = host_link(&config.link_prefix, "").len();
+    let links = route::links(&mut host.socket.lock())?;
+    Ok(links.into_iter().map(|link| link.name).filter(|name| name.starts_with(&config.link_prefix) && name.len() == len).collect())
+}
+
+/// Removes links that belong to no pod.
+pub(crate) fn remove_links<'a>(host: &Host, names: impl Iterator<Item = &'a String>) -> Result<(), Error> {
+    let mut batch = Batch::default();
+    names.for_each(|name| route::delete_link(&mut batch, name));
+    Ok(host.socket.lock().execute(&batch)?)
+}

@@ -1,0 +1,162 @@
+//! Pods' networks in the kernel.
+
+mod support;
+
+use coracle_netns::{HostPort, PodNet, Protocol};
+use support::*;
+
+#[test]
+fn pods_reach_each_other_and_the_host_and_leave_nothing() {
+    on_own_host(|| {
+        let node = Node::start(|_| ());
+        let (a, b) = (node.pod("a"), node.pod("b"));
+        assert_eq!((a.ips[0], b.ips[0]), (address("10.42.0.2"), address("10.42.0.3")));
+        serve(&b.netns, 8080, "b");
+        let to_b = socket("10.42.0.3:8080");
+        assert_eq!(inside(&a.netns, || ask(to_b, PATIENCE)).unwrap(), ("b".into(), a.ips[0]));
+        assert_eq!(ask(to_b, PATIENCE).unwrap(), ("b".into(), address("10.42.0.1")));
+        serve(std::path::Path::new("/proc/thread-self/ns/net"), 9090, "host");
+        assert_eq!(inside(&a.netns, || ask(socket("10.42.0.1:9090"), PATIENCE)).unwrap(), ("host".into(), a.ips[0]));
+        // The same pod again is the same network.
+        assert_eq!(node.pod("a"), a);
+        node.network.teardown_pod("uid-a");
+        node.network.settle();
+        assert!(!a.netns.exists());
+        assert!(ask(socket("10.42.0.2:8080"), IMPATIENCE).is_err());
+        assert_eq!(node.pod("c").ips[0], address("10.42.0.4"), "an address just freed is not given at once");
+        node.network.destroy().unwrap();
+        assert_eq!(sh("ip -o link | grep -v ' lo:' || true"), "");
+        assert_eq!(sh("ip route"), "");
+        assert_eq!(sh("nft list ruleset"), "");
+        assert_eq!(std::fs::read_dir(node.folder.path()).unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn a_daemon_after_a_crash_takes_its_pods_over() {
+    on_own_host(|| {
+        let mut node = Node::start(|_| ());
+        let net = PodNet {
+            host_ports: vec![HostPort { protocol: Protocol::Tcp, host_ip: None, host_port: 8081, container_port: 8080 }],
+            ..PodNet::default()
+        };
+        let a = node.pod_with("a", net.clone());
+        serve(&a.netns, 8080, "a");
+        // Half a pod: on record, but never finished.
+        let record = std::fs::read_to_string(node.folder.path().join("pods/uid-a.json")).unwrap();
+        let half = record.replace("uid-a", "uid-half").replace("10.42.0.2", "10.42.0.9").replace("\"made\":true", "\"made\":false");
+        std::fs::write(node.folder.path().join("pods/uid-half.json"), half).unwrap();
+        std::fs::write(node.folder.path().join("netns/uid-stray"), "").unwrap();
+        let config = node.network.config().clone();
+        node.network = coracle_netns::Network::new(config).unwrap();
+        let pods = node.network.pods();
+        assert_eq!(pods.len(), 1);
+        assert_eq!(pods[0].1, a);
+        assert!(!node.folder.path().join("netns/uid-stray").exists() && !node.folder.path().join("pods/uid-half.json").exists());
+        assert_eq!(node.pod_with("a", net.clone()), a);
+        node.update(Vec::new());
+        assert_eq!(ask(socket("127.0.0.1:8081"), PATIENCE).unwrap().0, "a");
+        let refused = node.runtime.block_on(node.network.setup_pod(pod_key("b"), net)).unwrap_err();
+        assert_eq!(refused.to_string(), "host port 8081/Tcp is taken by pod uid-a");
+        assert_eq!(node.pod("b").ips[0], address("10.42.0.3"));
+        node.network.destroy().unwrap();
+    });
+}
+
+#[test]
+fn host_ports_lead_to_the_pod_from_everywhere() {
+    on_own_host(|| {
+        let node = Node::start(|_| ());
+        let port = |protocol, host_ip, host_port| HostPort { protocol, host_ip, host_port, container_port: 8080 };
+        sh("ip address add 192.0.2.7/32 dev lo");
+        let all = node.pod_with("all", PodNet { host_ports: vec![port(Protocol::Tcp, None, 81), port(Protocol::Udp, None, 81)], ..PodNet::default() });
+        let one = PodNet { host_ports: vec![port(Protocol::Tcp, Some(address("127.0.0.1")), 82)], ..PodNet::default() };
+        let one = node.pod_with("one", one);
+        let other = PodNet { host_ports: vec![port(Protocol::Tcp, Some(address("192.0.2.7")), 82)], ..PodNet::default() };
+        let other = node.pod_with("other", other);
+        for (pod, name) in [(&all, "all"), (&one, "one"), (&other, "other")] {
+            serve(&pod.netns, 8080, name);
+        }
+        assert_eq!(ask(socket("127.0.0.1:81"), PATIENCE).unwrap().0, "all");
+        assert_eq!(ask(socket("192.0.2.7:81"), PATIENCE).unwrap().0, "all");
+        assert_eq!(ask_udp(socket("192.0.2.7:81"), PATIENCE).unwrap().0, "all");
+        assert_eq!(ask(socket("127.0.0.1:82"), PATIENCE).unwrap().0, "one");
+        assert_eq!(ask(socket("192.0.2.7:82"), PATIENCE).unwrap().0, "other");
+        let from_pod = |to| inside(&one.netns, || ask(to, PATIENCE));
+        assert_eq!(from_pod(socket("10.42.0.1:81")).unwrap(), ("all".into(), one.ips[0]));
+        assert_eq!(inside(&all.netns, || ask(socket("192.0.2.7:81"), PATIENCE)).unwrap().0, "all", "hairpin");
+        // The host's loopback is none of the pods' business.
+        serve(std::path::Path::new("/proc/thread-self/ns/net"), 83, "host");
+        let smuggled = inside(&one.netns, || {
+            sh("ip route add 127.0.0.2/32 via 10.42.0.1 dev eth0 table local 2>/dev/null || true");
+            ask(socket("127.0.0.2:83"), IMPATIENCE)
+        });
+        assert!(smuggled.is_err());
+        node.network.teardown_pod("uid-all");
+        node.network.settle();
+        assert!(ask(socket("127.0.0.1:81"), IMPATIENCE).is_err());
+        node.network.destroy().unwrap();
+    });
+}
+
+#[test]
+fn both_families_at_once() {
+    on_own_host(|| {
+        let node = Node::start(|config| {
+            config.pod_cidrs.push("fd00:42::/64".parse().unwrap());
+            config.cluster_cidrs.push("fd00:42::/56".parse().unwrap());
+            config.service_cidrs.push("fd00:43::/112".parse().unwrap());
+        });
+        let (a, b) = (node.pod("a"), node.pod("b"));
+        serve(&b.netns, 8080, "b");
+        for (from, to) in a.ips.iter().zip(&b.ips) {
+            assert_eq!(inside(&a.netns, || ask((*to, 8080).into(), PATIENCE)).unwrap(), ("b".into(), *from));
+        }
+        assert_eq!(a.ips[1], address("fd00:42::2"));
+        node.network.destroy().unwrap();
+        assert_eq!(sh("nft list ruleset"), "");
+        assert_eq!(sh("ip -6 route"), "");
+    });
+}
+
+#[test]
+fn bandwidth_is_limited_as_asked() {
+    on_own_host(|| {
+        let node = Node::start(|_| ());
+        let net = PodNet { ingress_bandwidth_bits: Some(80_000_000), egress_bandwidth_bits: Some(8_000_000_000_000 / 100), ..PodNet::default() };
+        let pod = node.pod_with("a", net);
+        let host = sh("tc qdisc show");
+        assert!(host.contains("qdisc tbf") && host.contains("rate 80Mbit"), "{host}");
+        let inner = inside(&pod.netns, || sh("tc qdisc show dev eth0"));
+        assert!(inner.contains("qdisc tbf") && inner.contains("rate 80Gbit"), "{inner}");
+        node.network.destroy().unwrap();
+    });
+}
+
+#[test]
+fn pods_made_and_removed_at_the_same_time_do_not_meet() {
+    on_own_host(|| {
+        let node = Node::start(|_| ());
+        let names: Vec<String> = (0..24).map(|n| format!("p{n}")).collect();
+        let networks = node.runtime.block_on(async {
+            let all = names.iter().map(|name| {
+                let (network, key) = (node.network.clone(), pod_key(name));
+                tokio::spawn(async move {
+                    let made = network.setup_pod(key.clone(), PodNet::default()).await.unwrap();
+                    network.teardown_pod(&key.uid);
+                    network.setup_pod(key, PodNet::default()).await.unwrap();
+                    made
+                })
+            });
+            let mut networks = Vec::new();
+            for task in all.collect::<Vec<_>>() {
+                networks.push(task.await.unwrap());
+            }
+            networks
+        });
+        let addresses: std::collections::HashSet<_> = node.network.pods().into_iter().map(|(_, network)| network.ips[0]).collect();
+        assert_eq!((addresses.len(), networks.len()), (24, 24));
+        node.network.destroy().unwrap();
+        assert_eq!(sh("ip -o link | grep -v ' lo:' || true"), "");
+    });
+}

@@ -1,0 +1,172 @@
+//! Services in the kernel.
+
+mod support;
+
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+
+use coracle_netns::model::{Change, Endpoint, Service, ServicePort, TrafficPolicy};
+use support::*;
+
+/// A node with pods a, b, c that serve their names at 8080.
+fn three() -> (Node, Vec<coracle_netns::PodNetwork>) {
+    let node = Node::start(|_| ());
+    let pods: Vec<_> = ["a", "b", "c"].iter().map(|name| node.pod(name)).collect();
+    for (pod, name) in pods.iter().zip(["a", "b", "c"]) {
+        serve(&pod.netns, 8080, name);
+    }
+    (node, pods)
+}
+
+fn endpoints(pods: &[coracle_netns::PodNetwork]) -> Vec<Endpoint> {
+    pods.iter().map(|pod| Endpoint::ready(pod.ips[0], Some("node-1"))).collect()
+}
+
+fn tally(to: SocketAddr, count: usize) -> HashMap<String, usize> {
+    let mut all = HashMap::new();
+    for _ in 0..count {
+        *all.entry(ask(to, PATIENCE).unwrap().0).or_default() += 1;
+    }
+    all
+}
+
+#[test]
+fn a_cluster_address_balances_follows_and_refuses() {
+    on_own_host(|| {
+        let (node, pods) = three();
+        let to = socket("10.43.0.80:80");
+        node.update(vec![Change::Service(key("web"), Some(service("10.43.0.80")))]);
+        assert_eq!(ask(to, PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "no endpoints");
+        assert_eq!(inside(&pods[0].netns, || ask(to, PATIENCE)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        node.update(vec![slice("web", endpoints(&pods))]);
+        let all = tally(to, 60);
+        assert!(all.len() == 3 && all.values().all(|count| *count > 5), "{all:?}");
+        let from_pod = inside(&pods[0].netns, || tally(to, 60));
+        assert_eq!(from_pod.len(), 3, "a pod reaches all, itself too: {from_pod:?}");
+        let seen = inside(&pods[0].netns, || (0..60).map(|_| ask(to, PATIENCE).unwrap()).find(|(name, _)| name == "b").unwrap().1);
+        assert_eq!(seen, pods[0].ips[0], "the sender's address is kept");
+        node.update(vec![slice("web", endpoints(&pods[1..2]))]);
+        assert_eq!(tally(to, 10), HashMap::from([("b".to_owned(), 10)]));
+        assert_eq!(ask(socket("10.43.0.80:81"), PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "another port");
+        node.update(vec![Change::Service(key("web"), None)]);
+        assert_eq!(ask(to, PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "gone");
+        let listing = sh("nft list table ip coracle");
+        assert!(!listing.contains("balance-"), "{listing}");
+        node.network.destroy().unwrap();
+    });
+}
+
+#[test]
+fn affinity_keeps_a_client_until_its_endpoint_goes() {
+    on_own_host(|| {
+        let (node, pods) = three();
+        let to = socket("10.43.0.80:80");
+        let sticky = Service { affinity_seconds: Some(600), ..service("10.43.0.80") };
+        node.update(vec![Change::Service(key("web"), Some(sticky)), slice("web", endpoints(&pods))]);
+        let first = ask(to, PATIENCE).unwrap().0;
+        assert_eq!(tally(to, 20), HashMap::from([(first.clone(), 20)]));
+        let rest: Vec<_> = pods.iter().zip(["a", "b", "c"]).filter(|(_, name)| *name != first).map(|(pod, _)| pod.clone()).collect();
+        node.update(vec![slice("web", endpoints(&rest))]);
+        let second = ask(to, PATIENCE).unwrap().0;
+        assert_ne!(second, first);
+        assert_eq!(tally(to, 20), HashMap::from([(second, 20)]));
+        node.network.destroy().unwrap();
+    });
+}
+
+/// A network namespace joined to the host by a link: 198.51.100.1 the host, .2 the client.
+fn outsider() -> std::path::PathBuf {
+    let name = format!("out{}", std::process::id());
+    sh(&format!(
+        "mount -t tmpfs none /run/netns 2>/dev/null || {{ mkdir -p /run/netns; mount -t tmpfs none /run/netns; }}; ip netns add {name};
+         ip link add up0 type veth peer name eth0 netns {name}; ip address add 198.51.100.1/24 dev up0; ip link set up0 up;
+         ip -n {name} address add 198.51.100.2/24 dev eth0; ip -n {name} link set eth0 up; ip -n {name} link set lo up;
+         ip -n {name} route add default via 198.51.100.1"
+    ));
+    std::path::Path::new("/run/netns").join(name)
+}
+
+#[test]
+fn the_world_comes_in_by_node_ports_and_external_addresses() {
+    on_own_host(|| {
+        let (node, pods) = three();
+        let client = outsider();
+        let web = Service {
+            ports: vec![ServicePort { port: 80, node_port: Some(30080), ..ServicePort::default() }],
+            external_ips: vec![address("203.0.113.1")],
+            load_balancer_ips: vec![address("203.0.113.2")],
+            source_ranges: vec!["198.51.100.0/30".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
+            ..service("10.43.0.80")
+        };
+        let remote = Endpoint::ready(address("10.42.9.9"), Some("node-2"));
+        let mut all = endpoints(&pods[..1]);
+        node.update(vec![Change::Service(key("web"), Some(web.clone())), slice("web", all.clone())]);
+        let node_port = socket("198.51.100.1:30080");
+        let from_world = |to: &str| inside(&client, || ask(socket(to), IMPATIENCE));
+        for to in ["198.51.100.1:30080", "203.0.113.1:80", "203.0.113.2:80", "10.43.0.80:80"] {
+            assert_eq!(from_world(to).unwrap(), ("a".into(), address("10.42.0.1")), "{to}: masqueraded");
+        }
+        assert_eq!(ask(socket("127.0.0.1:30080"), PATIENCE).unwrap().0, "a");
+        assert_eq!(inside(&pods[1].netns, || ask(node_port, PATIENCE)).unwrap(), ("a".into(), pods[1].ips[0]));
+        // Only local endpoints, the client's address kept; pods and the host still reach all.
+        all.push(remote.clone());
+        let local = Service { external_policy: TrafficPolicy::Local, ..web.clone() };
+        node.update(vec![Change::Service(key("web"), Some(local)), slice("web", all)]);
+        for to in ["198.51.100.1:30080", "203.0.113.1:80", "203.0.113.2:80"] {
+            for _ in 0..8 {
+                assert_eq!(from_world(to).unwrap(), ("a".into(), address("198.51.100.2")), "{to}");
+            }
+        }
+        node.update(vec![slice("web", vec![remote])]);
+        assert_eq!(from_world("198.51.100.1:30080").unwrap_err().kind(), ErrorKind::TimedOut, "dropped, not refused");
+        // Another source range: the load balancer's address is closed, the others are not.
+        let closed = Service { source_ranges: vec!["192.0.2.0/24".parse().unwrap()], ..web };
+        node.update(vec![Change::Service(key("web"), Some(closed)), slice("web", endpoints(&pods[..1]))]);
+        assert_eq!(from_world("203.0.113.2:80").unwrap_err().kind(), ErrorKind::TimedOut);
+        assert_eq!(from_world("203.0.113.1:80").unwrap().0, "a");
+        // What leaves the cluster is masqueraded.
+        serve(&client, 7070, "world");
+        assert_eq!(inside(&pods[0].netns, || ask(socket("198.51.100.2:7070"), PATIENCE)).unwrap(), ("world".into(), address("198.51.100.1")));
+        node.network.destroy().unwrap();
+    });
+}
+
+#[test]
+fn internal_policy_local_stays_on_the_node() {
+    on_own_host(|| {
+        let (node, pods) = three();
+        let to = socket("10.43.0.80:80");
+        let web = Service { internal_policy: TrafficPolicy::Local, ..service("10.43.0.80") };
+        let remote = Endpoint::ready(address("10.42.9.9"), Some("node-2"));
+        let mut all = endpoints(&pods[2..]);
+        all.push(remote.clone());
+        node.update(vec![Change::Service(key("web"), Some(web)), slice("web", all)]);
+        assert_eq!(tally(to, 10), HashMap::from([("c".to_owned(), 10)]));
+        node.update(vec![slice("web", vec![remote])]);
+        assert_eq!(ask(to, IMPATIENCE).unwrap_err().kind(), ErrorKind::TimedOut);
+        node.network.destroy().unwrap();
+    });
+}
+
+#[test]
+fn services_go_on_while_the_daemon_starts_again_and_heal_when_emptied() {
+    on_own_host(|| {
+        let (mut node, pods) = three();
+        let to = socket("10.43.0.80:80");
+        let all = || vec![Change::Service(key("web"), Some(service("10.43.0.80"))), slice("web", endpoints(&pods))];
+        node.update(all());
+        let config = node.network.config().clone();
+        node.network = coracle_netns::Network::new(config).unwrap();
+        assert_eq!(tally(to, 30).len(), 3, "before the new daemon knows anything");
+        let d = node.pod("d");
+        serve(&d.netns, 8080, "d");
+        assert_eq!(tally(to, 30).len(), 3, "and after it made a pod");
+        node.update(all());
+        assert_eq!(tally(to, 30).len(), 3);
+        sh("nft flush ruleset");
+        node.update(vec![Change::Service(key("other"), Some(service("10.43.0.81"))), slice("other", endpoints(&pods[..1]))]);
+        assert_eq!(tally(to, 30).len(), 3, "somebody emptied the tables");
+        node.network.destroy().unwrap();
+    });
+}

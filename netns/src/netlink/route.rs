@@ -115,14 +115,14 @@ pub(crate) struct VethEnd<'a> {
     pub(crate) mac: Mac,
 }
 
-/// Makes a veth pair, both ends up: `here` with the interface index `index` in the socket's namespace, `there` in `namespace`.
+/// Makes a veth pair, both ends down as the kernel wants it: `here` with the interface index `index` in the socket's namespace, `there` in `namespace`.
 pub(crate) fn add_veth(batch: &mut Batch, index: u32, mtu: u32, here: &VethEnd<'_>, there: &VethEnd<'_>, namespace: BorrowedFd<'_>) {
     let fd = u32::try_from(namespace.as_raw_fd()).expect("a file descriptor is not negative");
-    batch.push("make the pod's link", RTM_NEWLINK, REQUEST | ACK | CREATE | EXCLUSIVE, &link_header(index, true), |a| {
+    batch.push("make the pod's link", RTM_NEWLINK, REQUEST | ACK | CREATE | EXCLUSIVE, &link_header(index, false), |a| {
         a.text(IFLA_IFNAME, here.name).bytes(IFLA_ADDRESS, &here.mac).u32(IFLA_MTU, mtu);
         a.nest(IFLA_LINKINFO, |a| {
             a.text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |a| {
-                a.wrap(VETH_INFO_PEER, &link_header(0, true), |a| {
+                a.wrap(VETH_INFO_PEER, &link_header(0, false), |a| {
                     a.text(IFLA_IFNAME, there.name).bytes(IFLA_ADDRESS, &there.mac).u32(IFLA_MTU, mtu).u32(IFLA_NET_NS_FD, fd);
                 });
             });
@@ -158,9 +158,9 @@ pub(crate) fn set_up(batch: &mut Batch, index: u32) {
     batch.push("bring a link up", RTM_NEWLINK, REQUEST | ACK, &link_header(index, true), |_| ());
 }
 
-/// Sets the IPv4 settings of a link, those of `/proc/sys/net/ipv4/conf/LINK`.
+/// Brings a link up with IPv4 settings, those of `/proc/sys/net/ipv4/conf/LINK`.
 pub(crate) fn set_inet4(batch: &mut Batch, index: u32, settings: &[(Inet4Setting, u32)]) {
-    batch.push("set a link's IPv4 settings", RTM_NEWLINK, REQUEST | ACK, &link_header(index, false), |a| {
+    batch.push("set a link's IPv4 settings", RTM_NEWLINK, REQUEST | ACK, &link_header(index, true), |a| {
         a.nest(IFLA_AF_SPEC, |a| {
             a.nest(u16::from(family_byte(Family::V4)), |a| {
                 a.nest(IFLA_INET_CONF, |a| {

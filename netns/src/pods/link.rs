@@ -45,6 +45,7 @@ pub(crate) fn make(config: &Config, host: &Host, record: &Record, pin: &Path) ->
     let mut inside = Batch::default();
     let ends = (VethEnd { name: POD_LINK, mac: pod_mac }, VethEnd { name: &name, mac: host_mac });
     route::add_veth(&mut inside, POD_LINK_INDEX, host.mtu, &ends.0, &ends.1, host.namespace.as_fd());
+    route::set_up(&mut inside, POD_LINK_INDEX);
     route::set_up(&mut inside, LOOPBACK_INDEX);
     for address in &record.ips {
         let family = Family::of(*address);

@@ -1,5 +1,7 @@
 //! Authorisation: who may do what.
 
+pub mod rbac;
+
 use std::sync::Arc;
 
 use crate::server::ApiServer;
@@ -45,19 +47,57 @@ pub enum Decision {
 pub trait Authorizer: Send + Sync + 'static {
     /// Whether the request may go on.
     fn authorize(&self, request: &Attributes<'_>) -> Decision;
+
+    /// The rules that a user has in a namespace, as far as the authoriser works by rules.
+    fn rules_for(&self, _user: &UserInfo, _namespace: &str) -> Vec<rbac::Rule> {
+        Vec::new()
+    }
+
+    /// The rules of a role (a cluster role, when the namespace is empty).
+    fn role(&self, _namespace: &str, _name: &str) -> Option<Arc<Vec<rbac::Rule>>> {
+        None
+    }
+}
+
+/// Authorisers one after the other: the first that allows or denies decides.
+pub struct Chain(pub Vec<Arc<dyn Authorizer>>);
+
+impl Authorizer for Chain {
+    fn authorize(&self, request: &Attributes<'_>) -> Decision {
+        let mut reasons = Vec::new();
+        for a in &self.0 {
+            match a.authorize(request) {
+                Decision::NoOpinion(why) if why.is_empty() => {}
+                Decision::NoOpinion(why) => reasons.push(why),
+                decided => return decided,
+            }
+        }
+        Decision::NoOpinion(reasons.join("\n"))
+    }
+
+    fn rules_for(&self, user: &UserInfo, namespace: &str) -> Vec<rbac::Rule> {
+        self.0.iter().flat_map(|a| a.rules_for(user, namespace)).collect()
+    }
+
+    fn role(&self, namespace: &str, name: &str) -> Option<Arc<Vec<rbac::Rule>>> {
+        self.0.iter().find_map(|a| a.role(namespace, name))
+    }
+}
+
+/// Members of `system:masters` may do everything.
+pub struct Masters;
+
+impl Authorizer for Masters {
+    fn authorize(&self, request: &Attributes<'_>) -> Decision {
+        if request.user.is_in(crate::user::SYSTEM_MASTERS) {
+            Decision::Allow(String::new())
+        } else {
+            Decision::NoOpinion(String::new())
+        }
+    }
 }
 
 /// The authoriser of a server: system:masters, Node, RBAC, in this order.
-pub fn authorizer(_api: &Arc<ApiServer>) -> Arc<dyn Authorizer> {
-    struct Masters;
-    impl Authorizer for Masters {
-        fn authorize(&self, request: &Attributes<'_>) -> Decision {
-            if request.user.is_in(crate::user::SYSTEM_MASTERS) {
-                Decision::Allow(String::new())
-            } else {
-                Decision::NoOpinion(String::new())
-            }
-        }
-    }
-    Arc::new(Masters)
+pub fn authorizer(api: &Arc<ApiServer>) -> Arc<dyn Authorizer> {
+    Arc::new(Chain(vec![Arc::new(Masters), rbac::Policy::follow(Arc::clone(&api.store))]))
 }

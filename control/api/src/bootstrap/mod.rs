@@ -1,11 +1,228 @@
-//! Objects that every cluster has from its first second.
+//! Objects that every cluster has from its first second: namespaces, roles, priorities, flow control, the service
+//! `kubernetes`.
+//!
+//! They are written straight into the store, as no request made them. Each is created when it is missing and left alone when
+//! it is there, so that what an administrator changed stays changed.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
+use coracle_store::{Draft, Precondition, Store};
+use futures::StreamExt as _;
+use jiff::Timestamp;
+use serde_json::{Map, Value, json};
+
+use crate::kinds::edit::{child, put, unset};
+use crate::kinds::{builtin, row};
 use crate::server::ApiServer;
 use crate::status::Status;
 
+/// What a v1.36 server holds after its first start, by resource.
+const OBJECTS: &str = include_str!("objects.json");
+/// Writes under way at once, so that they share flushes of the store.
+const PARALLEL: usize = 64;
+
+const GROUPS: [(&str, &str, &str); 9] = [
+    ("namespaces", "", "Namespace"),
+    ("clusterroles", "rbac.authorization.k8s.io", "ClusterRole"),
+    ("clusterrolebindings", "rbac.authorization.k8s.io", "ClusterRoleBinding"),
+    ("roles", "rbac.authorization.k8s.io", "Role"),
+    ("rolebindings", "rbac.authorization.k8s.io", "RoleBinding"),
+    ("priorityclasses", "scheduling.k8s.io", "PriorityClass"),
+    ("flowschemas", "flowcontrol.apiserver.k8s.io", "FlowSchema"),
+    ("prioritylevelconfigurations", "flowcontrol.apiserver.k8s.io", "PriorityLevelConfiguration"),
+    ("apiservices", "apiregistration.k8s.io", "APIService"),
+];
+
 /// Creates what is missing; called when the server starts, before it listens.
-pub async fn ensure(_api: &Arc<ApiServer>) -> Result<(), Status> {
+pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
+    let objects: Map<String, Value> = serde_json::from_str(OBJECTS)
+        .map_err(|e| Status::internal(format!("the built-in objects are damaged: {e}")))?;
+    let mut all: Vec<(&str, &str, Value)> = Vec::new();
+    for (resource, group, kind) in GROUPS {
+        for o in objects.get(resource).and_then(Value::as_array).into_iter().flatten() {
+            let mut o = o.clone();
+            let version = if group.is_empty() { "v1".to_owned() } else { format!("{group}/v1") };
+            put(&mut o, "kind", kind);
+            put(&mut o, "apiVersion", version);
+            if resource == "apiservices" {
+                put(
+                    &mut o,
+                    "status",
+                    json!({"conditions": [{"type": "Available", "status": "True", "reason": "Local",
+                    "message": "Local APIServices are always available",
+                    "lastTransitionTime": crate::time::seconds(Timestamp::now())}]}),
+                );
+            }
+            all.push((group, resource, o));
+        }
+    }
+    all.extend(kubernetes_service(api));
+    let mut writes = futures::stream::iter(
+        all.into_iter().map(|(group, resource, object)| create(api.store.as_ref(), group, resource, object)),
+    )
+    .buffer_unordered(PARALLEL);
+    while let Some(done) = writes.next().await {
+        done?;
+    }
+    drop(writes);
+    refresh_endpoints(api).await
+}
+
+/// The first address of the service range, which is the API server's.
+pub fn service_ip(cidr: &str) -> Option<IpAddr> {
+    let first = cidr.split(',').next()?;
+    match first.split('/').next()?.parse().ok()? {
+        IpAddr::V4(v) => Some(IpAddr::V4((u32::from(v) + 1).into())),
+        IpAddr::V6(v) => Some(IpAddr::V6((u128::from(v) + 1).into())),
+    }
+}
+
+/// The service `kubernetes`, its range and its address.
+fn kubernetes_service(api: &Arc<ApiServer>) -> Vec<(&'static str, &'static str, Value)> {
+    let Some(ip) = service_ip(&api.config.service_cidr) else { return Vec::new() };
+    let (ip, family) = (ip.to_string(), if ip.is_ipv4() { "IPv4" } else { "IPv6" });
+    let cidrs: Vec<&str> = api.config.service_cidr.split(',').collect();
+    let now = crate::time::seconds(Timestamp::now());
+    vec![
+        (
+            "",
+            "services",
+            json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": "kubernetes", "namespace": "default",
+                "labels": {"component": "apiserver", "provider": "kubernetes"}},
+            "spec": {"type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip], "ipFamilies": [family],
+                "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster", "sessionAffinity": "None",
+                "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": api.config.advertise.port()}]},
+            "status": {"loadBalancer": {}}}),
+        ),
+        (
+            "networking.k8s.io",
+            "servicecidrs",
+            json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+            "metadata": {"name": "kubernetes", "finalizers": ["networking.k8s.io/service-cidr-finalizer"]},
+            "spec": {"cidrs": cidrs},
+            "status": {"conditions": [{"type": "Ready", "status": "True", "reason": "",
+                "message": "Kubernetes Service CIDR is ready", "lastTransitionTime": now}]}}),
+        ),
+        (
+            "networking.k8s.io",
+            "ipaddresses",
+            json!({"apiVersion": "networking.k8s.io/v1", "kind": "IPAddress",
+            "metadata": {"name": ip, "labels": {"ipaddress.kubernetes.io/ip-family": family,
+                "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io"}},
+            "spec": {"parentRef": {"group": "", "resource": "services", "namespace": "default", "name": "kubernetes"}}}),
+        ),
+    ]
+}
+
+/// Points the service `kubernetes` at where this server listens, which may have changed since the last start.
+async fn refresh_endpoints(api: &Arc<ApiServer>) -> Result<(), Status> {
+    let at = api.config.advertise;
+    let family = if at.is_ipv4() { "IPv4" } else { "IPv6" };
+    let port = json!({"name": "https", "port": at.port(), "protocol": "TCP"});
+    let ip = at.ip().to_string();
+    let endpoints = json!({"apiVersion": "v1", "kind": "Endpoints",
+        "metadata": {"name": "kubernetes", "namespace": "default", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
+        "subsets": [{"addresses": [{"ip": ip}], "ports": [port]}]});
+    let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {"name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+        "addressType": family, "endpoints": [{"addresses": [ip], "conditions": {"ready": true}}], "ports": [port]});
+    for (group, resource, object, field) in
+        [("", "endpoints", endpoints, "subsets"), ("discovery.k8s.io", "endpointslices", slice, "endpoints")]
+    {
+        let (key, object) = complete(group, resource, object)?;
+        let store = api.store.as_ref();
+        match store.get(&key).await? {
+            None => write(store, &key, &object, Precondition::Absent).await?,
+            Some(entry) => {
+                let mut have: Value = serde_json::from_slice(&entry.value).map_err(Status::internal)?;
+                let same = [field, "ports", "addressType"].iter().all(|f| have.get(f) == object.get(f));
+                if !same {
+                    for f in [field, "ports", "addressType"] {
+                        if let Some(v) = object.get(f) {
+                            put(&mut have, f, v.clone());
+                        }
+                    }
+                    write(store, &key, &have, Precondition::Revision(entry.revision)).await?;
+                }
+            }
+        }
+    }
     Ok(())
+}
+
+/// Writes an object unless one of that name is there.
+pub async fn create(store: &dyn Store, group: &str, resource: &str, object: Value) -> Result<(), Status> {
+    let (key, object) = complete(group, resource, object)?;
+    write(store, &key, &object, Precondition::Absent).await
+}
+
+/// Removes an object; one that is not there is as good as removed.
+pub async fn delete(store: &dyn Store, group: &str, resource: &str, namespace: &str, name: &str) -> Result<(), Status> {
+    let key = kind_of(group, resource)?.key(namespace, name);
+    match store.delete(&key, Precondition::Any).await {
+        Ok(_) | Err(coracle_store::Error::Conflict { .. }) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn kind_of(group: &str, resource: &str) -> Result<Arc<crate::kinds::Kind>, Status> {
+    builtin()
+        .iter()
+        .find(|k| k.is(group, resource) && k.is_storage_version())
+        .cloned()
+        .ok_or_else(|| Status::internal(format!("no built-in resource {resource} in group {group:?}")))
+}
+
+/// Key and whole form: defaults, uid, creation time.
+fn complete(group: &str, resource: &str, mut object: Value) -> Result<(String, Value), Status> {
+    let kind = kind_of(group, resource)?;
+    if let Some(row) = row::find(group, resource) {
+        row.apply_defaults(&mut object);
+        if row.generation {
+            unset(child(&mut object, "metadata"), "generation", 1);
+        }
+    }
+    let meta = child(&mut object, "metadata");
+    unset(meta, "uid", uuid::Uuid::new_v4().to_string());
+    unset(meta, "creationTimestamp", crate::time::seconds(Timestamp::now()));
+    let key = kind.key(crate::object::namespace(&object), crate::object::name(&object));
+    Ok((key, object))
+}
+
+async fn write(store: &dyn Store, key: &str, object: &Value, precondition: Precondition) -> Result<(), Status> {
+    let draft = Draft::encode(object).map_err(Status::internal)?;
+    match store.put(key, draft, precondition).await {
+        // Somebody else made it in the meantime.
+        Ok(_) | Err(coracle_store::Error::Conflict { .. }) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_objects_are_whole_and_valid() {
+        let objects: Map<String, Value> = serde_json::from_str(OBJECTS).expect("the table is JSON");
+        let mut n = 0;
+        for (resource, group, _) in GROUPS {
+            let row = row::find(group, resource).expect("each has a row");
+            for o in objects[resource].as_array().expect("a list") {
+                let (key, whole) = complete(group, resource, o.clone()).expect("completed");
+                assert!(key.starts_with("/registry/"), "{key}");
+                let errors = row.check(&whole);
+                assert!(errors.is_empty(), "{key}: {errors:?}");
+                n += 1;
+            }
+        }
+        assert!(n > 180, "{n}");
+    }
+
+    #[test]
+    fn first_address() {
+        assert_eq!(service_ip("10.43.0.0/16"), "10.43.0.1".parse().ok());
+    }
 }

@@ -21,8 +21,7 @@ use parking_lot::RwLock;
 use crate::hub::{Bounds, Ledger};
 use crate::state::{self, Objects};
 use crate::{
-    Deleted, Draft, Entry, Error, KEY_LIMIT_BYTES, ListOptions, Listing, OpenError, Precondition,
-    Store, Watch,
+    Deleted, Draft, Entry, Error, ListOptions, Listing, OpenError, Precondition, Store, Watch, check_draft, check_key,
 };
 use commit::{Committer, Write};
 use compact::{Bell, Compactor};
@@ -51,9 +50,9 @@ pub struct EmbeddedOptions {
 impl Default for EmbeddedOptions {
     fn default() -> Self {
         EmbeddedOptions {
-            history: Duration::from_secs(300),
-            history_events: 250_000,
-            history_bytes: 64 << 20,
+            history: crate::HISTORY,
+            history_events: crate::HISTORY_EVENTS,
+            history_bytes: crate::HISTORY_BYTES,
             key_file: None,
             encrypted_scopes: vec!["/registry/secrets/".to_owned()],
         }
@@ -78,10 +77,7 @@ pub struct Embedded {
 }
 
 fn bounds(options: &EmbeddedOptions) -> Bounds {
-    Bounds {
-        events: options.history_events,
-        bytes: options.history_bytes,
-    }
+    Bounds { events: options.history_events, bytes: options.history_bytes }
 }
 
 fn cipher(options: &EmbeddedOptions) -> Result<Cipher, OpenError> {
@@ -100,11 +96,7 @@ impl Embedded {
         Self::open_on(folder.as_ref(), options, Box::new(Disk))
     }
 
-    fn open_on(
-        folder: &Path,
-        options: EmbeddedOptions,
-        medium: Box<dyn Medium>,
-    ) -> Result<Embedded, OpenError> {
+    fn open_on(folder: &Path, options: EmbeddedOptions, medium: Box<dyn Medium>) -> Result<Embedded, OpenError> {
         let cipher = Arc::new(cipher(&options)?);
         let lock = recover::lock(folder)?;
         let recovered = recover::load(folder, &cipher, bounds(&options))?;
@@ -115,19 +107,9 @@ impl Embedded {
             ledger: Arc::new(recovered.ledger),
             rolled: Bell::default(),
         });
-        let compactor = Compactor::start(
-            shared.clone(),
-            folder,
-            cipher.clone(),
-            options.history,
-            lock,
-        )?;
+        let compactor = Compactor::start(shared.clone(), folder, cipher.clone(), options.history, lock)?;
         let committer = Committer::start(shared.clone(), log, cipher)?;
-        Ok(Embedded {
-            shared,
-            committer,
-            compactor,
-        })
+        Ok(Embedded { shared, committer, compactor })
     }
 }
 
@@ -137,45 +119,18 @@ impl Store for Embedded {
         Ok(self.shared.objects.read().get(key).cloned())
     }
 
-    async fn put(
-        &self,
-        key: &str,
-        draft: Draft,
-        precondition: Precondition,
-    ) -> Result<Entry, Error> {
+    async fn put(&self, key: &str, draft: Draft, precondition: Precondition) -> Result<Entry, Error> {
         check_key(key)?;
-        if !draft.is_sound() {
-            return Err(Error::Refused {
-                key: key.to_owned(),
-                problem: "it is too large",
-            });
-        }
-        let event = self
-            .committer
-            .write(Write {
-                key: key.into(),
-                draft: Some(draft),
-                precondition,
-            })
-            .await?;
+        check_draft(key, &draft)?;
+        let event = self.committer.write(Write { key: key.into(), draft: Some(draft), precondition }).await?;
         Ok(event.entry.clone())
     }
 
     async fn delete(&self, key: &str, precondition: Precondition) -> Result<Deleted, Error> {
         check_key(key)?;
-        let event = self
-            .committer
-            .write(Write {
-                key: key.into(),
-                draft: None,
-                precondition,
-            })
-            .await?;
+        let event = self.committer.write(Write { key: key.into(), draft: None, precondition }).await?;
         let prev = event.prev.clone().expect("a deletion has a version before");
-        Ok(Deleted {
-            prev,
-            revision: event.revision(),
-        })
+        Ok(Deleted { prev, revision: event.revision() })
     }
 
     async fn list(&self, scope: &str, options: ListOptions) -> Result<Listing, Error> {
@@ -199,29 +154,11 @@ impl Store for Embedded {
     async fn compact(&self, revision: u64) -> Result<(), Error> {
         let newest = self.shared.ledger.past().newest;
         if revision > newest {
-            return Err(Error::Future {
-                requested: revision,
-                newest,
-            });
+            return Err(Error::Future { requested: revision, newest });
         }
-        while !self.shared.ledger.forget(revision, FORGET_AT_ONCE) {
-            tokio::task::yield_now().await;
-        }
+        self.shared.ledger.forget_slowly(revision).await;
         Ok(())
     }
-}
-
-/// Most changes that compaction forgets under one hold of the lock.
-const FORGET_AT_ONCE: usize = 2048;
-
-fn check_key(key: &str) -> Result<(), Error> {
-    if key.len() > KEY_LIMIT_BYTES || !key.starts_with('/') || key.ends_with('/') {
-        return Err(Error::Refused {
-            key: key.chars().take(KEY_LIMIT_BYTES).collect(),
-            problem: "a key begins with a slash, does not end in one and has at most 1024 bytes",
-        });
-    }
-    Ok(())
 }
 
 impl Drop for Embedded {

@@ -55,9 +55,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A flush failed, so what is on disk is unknown: reads go on, nothing is written until a restart.
-    #[error(
-        "the store takes no writes since a flush failed ({reason}): check the disk, then restart"
-    )]
+    #[error("the store takes no writes since a flush failed ({reason}): check the disk, then restart")]
     Poisoned {
         /// What failed.
         reason: String,
@@ -115,9 +113,7 @@ pub enum OpenError {
         problem: String,
     },
     /// There are encrypted objects, but no key or another one.
-    #[error(
-        "{path} holds encrypted objects: {problem}; give the key file that was used when they were written"
-    )]
+    #[error("{path} holds encrypted objects: {problem}; give the key file that was used when they were written")]
     Key {
         /// The file.
         path: PathBuf,
@@ -131,10 +127,7 @@ pub enum OpenError {
 
 impl OpenError {
     /// For `map_err` on system calls.
-    pub(crate) fn io(
-        step: &'static str,
-        path: impl Into<PathBuf>,
-    ) -> impl FnOnce(io::Error) -> OpenError {
+    pub(crate) fn io(step: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> OpenError {
         let path = path.into();
         move |source| OpenError::Io { step, path, source }
     }

@@ -35,30 +35,18 @@ impl Event {
 
     /// The event of a write.
     pub(crate) fn put(entry: Entry, prev: Option<Entry>) -> Event {
-        Event {
-            kind: EventKind::Put,
-            entry,
-            prev,
-        }
+        Event { kind: EventKind::Put, entry, prev }
     }
 
     /// The event of a deletion by `revision`.
     pub(crate) fn delete(prev: Entry, revision: u64) -> Event {
-        Event {
-            kind: EventKind::Delete,
-            entry: prev.at_revision(revision),
-            prev: Some(prev),
-        }
+        Event { kind: EventKind::Delete, entry: prev.at_revision(revision), prev: Some(prev) }
     }
 
     /// The bytes that this event alone keeps in memory.
     pub(crate) fn weight(&self) -> usize {
         let prev = self.prev.as_ref().map_or(0, |entry| entry.value.len());
-        let own = if self.kind == EventKind::Delete {
-            self.entry.value.len()
-        } else {
-            0
-        };
+        let own = if self.kind == EventKind::Delete { self.entry.value.len() } else { 0 };
         size_of::<Event>() + prev + own
     }
 }
@@ -89,12 +77,7 @@ impl Watch {
 
     pub(crate) fn new(ledger: Arc<Ledger>, hub: Arc<Hub>, at: u64) -> Watch {
         let changed = hub.subscribe();
-        Watch {
-            ledger,
-            hub,
-            changed,
-            at,
-        }
+        Watch { ledger, hub, changed, at }
     }
 
     /// Waits for changes. Cancel-safe: a call that is dropped loses nothing.
@@ -126,10 +109,7 @@ impl Watch {
             let read = self.ledger.read(&self.hub, self.at, Self::BATCH_EVENTS)?;
             self.at = self.at.max(read.up_to);
             if !read.events.is_empty() {
-                return Ok(Some(Batch {
-                    events: read.events,
-                    revision: self.at,
-                }));
+                return Ok(Some(Batch { events: read.events, revision: self.at }));
             }
             if read.complete {
                 return Ok(None);

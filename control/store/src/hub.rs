@@ -19,21 +19,17 @@ const HUB_EVENTS: usize = 1024;
 /// Most changes that a reader of the log looks at under one hold of its lock.
 const SCAN_EVENTS: usize = 8192;
 
+/// Most changes that compaction forgets under one hold of the lock.
+pub(crate) const FORGET_AT_ONCE: usize = 2048;
+
 /// Whether `key` lies in `scope`.
 pub(crate) fn in_scope(scope: &str, key: &str) -> bool {
-    if scope.ends_with('/') {
-        key.starts_with(scope)
-    } else {
-        key == scope
-    }
+    if scope.ends_with('/') { key.starts_with(scope) } else { key == scope }
 }
 
 /// The scopes that contain `key`: itself and each of its folders.
 fn scopes(key: &str) -> impl Iterator<Item = &str> {
-    key.match_indices('/')
-        .map(|(at, _)| &key[..=at])
-        .filter(|scope| scope.len() < key.len())
-        .chain([key])
+    key.match_indices('/').map(|(at, _)| &key[..=at]).filter(|scope| scope.len() < key.len()).chain([key])
 }
 
 /// The bounds of the log of changes.
@@ -57,9 +53,7 @@ pub(crate) struct Past {
 impl Past {
     /// The changes after `revision`.
     pub(crate) fn after(&self, revision: u64) -> impl Iterator<Item = &Arc<Event>> {
-        let start = self
-            .events
-            .partition_point(|event| event.revision() <= revision);
+        let start = self.events.partition_point(|event| event.revision() <= revision);
         self.events.range(start..)
     }
 
@@ -101,12 +95,7 @@ impl Ledger {
     pub(crate) fn new(revision: u64, bounds: Bounds) -> Ledger {
         Ledger {
             bounds,
-            past: RwLock::new(Past {
-                events: VecDeque::new(),
-                oldest: revision,
-                newest: revision,
-                bytes: 0,
-            }),
+            past: RwLock::new(Past { events: VecDeque::new(), oldest: revision, newest: revision, bytes: 0 }),
             hubs: RwLock::default(),
             ended: RwLock::new(None),
         }
@@ -142,28 +131,17 @@ impl Ledger {
             forgotten.push(event);
         }
         drop(past);
-        Dirty {
-            hubs: dirty,
-            _forgotten: forgotten,
-        }
+        Dirty { hubs: dirty, _forgotten: forgotten }
     }
 
     /// Forgets the changes up to `revision`, at most `limit`; whether all of them are forgotten now.
     pub(crate) fn forget(&self, revision: u64, limit: usize) -> bool {
         let mut forgotten = Vec::new();
         let mut past = self.past.write();
-        while forgotten.len() < limit
-            && past
-                .events
-                .front()
-                .is_some_and(|event| event.revision() <= revision)
-        {
+        while forgotten.len() < limit && past.events.front().is_some_and(|event| event.revision() <= revision) {
             forgotten.extend(past.pop());
         }
-        let done = past
-            .events
-            .front()
-            .is_none_or(|event| event.revision() > revision);
+        let done = past.events.front().is_none_or(|event| event.revision() > revision);
         if done {
             past.oldest = past.oldest.max(revision.min(past.newest));
         }
@@ -176,15 +154,32 @@ impl Ledger {
         done
     }
 
+    /// Forgets the changes up to `revision`, letting others have the lock in between.
+    pub(crate) async fn forget_slowly(&self, revision: u64) {
+        while !self.forget(revision, FORGET_AT_ONCE) {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Begins anew after `revision`, since changes before it are lost: who has not read up to here has to list again.
+    pub(crate) fn restart(&self, revision: u64) {
+        let hubs = self.hubs.write();
+        {
+            let mut past = self.past.write();
+            *past = Past { events: VecDeque::new(), oldest: revision, newest: revision, bytes: 0 };
+        }
+        for hub in hubs.values() {
+            hub.restart(revision);
+            hub.wake();
+        }
+    }
+
     /// A watch of `scope` after `revision`.
     pub(crate) fn watch(self: &Arc<Self>, scope: &str, revision: u64) -> Result<Watch, Error> {
         let mut hubs = self.hubs.write();
         let oldest = self.past.read().oldest;
         if revision < oldest {
-            return Err(Error::Compacted {
-                requested: revision,
-                oldest,
-            });
+            return Err(Error::Compacted { requested: revision, oldest });
         }
         let hub = match hubs.get(scope) {
             Some(hub) => hub.clone(),
@@ -202,11 +197,7 @@ impl Ledger {
     pub(crate) fn release(&self, hub: &Arc<Hub>) {
         let mut hubs = self.hubs.write();
         // One count is the map's, one the caller's; nobody else can take one without the lock held here.
-        if Arc::strong_count(hub) <= 2
-            && hubs
-                .get(hub.scope())
-                .is_some_and(|known| Arc::ptr_eq(known, hub))
-        {
+        if Arc::strong_count(hub) <= 2 && hubs.get(hub.scope()).is_some_and(|known| Arc::ptr_eq(known, hub)) {
             hubs.remove(hub.scope());
         }
     }
@@ -218,18 +209,11 @@ impl Ledger {
             // The hub may know of changes that the log does not have yet; `newest` was read first, so it holds.
             let last = events.last().map_or(0, |event| event.revision());
             let up_to = if more { last } else { newest.max(last) };
-            return Ok(Read {
-                events,
-                up_to,
-                complete: !more,
-            });
+            return Ok(Read { events, up_to, complete: !more });
         }
         let past = self.past.read();
         if at < past.oldest {
-            return Err(Error::TooSlow {
-                at,
-                oldest: past.oldest,
-            });
+            return Err(Error::TooSlow { at, oldest: past.oldest });
         }
         let (mut events, mut up_to) = (Vec::new(), at);
         for event in past.after(at).take(SCAN_EVENTS) {
@@ -241,18 +225,10 @@ impl Ledger {
                 }
             }
         }
-        if past
-            .events
-            .back()
-            .is_none_or(|event| event.revision() <= up_to)
-        {
+        if past.events.back().is_none_or(|event| event.revision() <= up_to) {
             up_to = past.newest;
         }
-        Ok(Read {
-            events,
-            up_to,
-            complete: up_to == past.newest,
-        })
+        Ok(Read { events, up_to, complete: up_to == past.newest })
     }
 
     /// Ends all watches with `error`.
@@ -304,16 +280,8 @@ struct Ring {
 
 impl Hub {
     fn new(scope: Arc<str>, floor: u64) -> Hub {
-        let ring = RwLock::new(Ring {
-            events: VecDeque::new(),
-            floor,
-            dirty: false,
-        });
-        Hub {
-            scope,
-            ring,
-            changed: watch::Sender::new(floor),
-        }
+        let ring = RwLock::new(Ring { events: VecDeque::new(), floor, dirty: false });
+        Hub { scope, ring, changed: watch::Sender::new(floor) }
     }
 
     pub(crate) fn scope(&self) -> &str {
@@ -336,14 +304,16 @@ impl Hub {
         !std::mem::replace(&mut ring.dirty, true)
     }
 
+    fn restart(&self, revision: u64) {
+        let mut ring = self.ring.write();
+        ring.events.clear();
+        ring.floor = revision;
+    }
+
     /// Drops the changes up to `revision`: whoever has not read them has fallen behind.
     fn forget(&self, revision: u64) {
         let mut ring = self.ring.write();
-        while ring
-            .events
-            .front()
-            .is_some_and(|event| event.revision() <= revision)
-        {
+        while ring.events.front().is_some_and(|event| event.revision() <= revision) {
             if let Some(event) = ring.events.pop_front() {
                 ring.floor = event.revision();
             }
@@ -354,9 +324,7 @@ impl Hub {
         let newest = {
             let mut ring = self.ring.write();
             ring.dirty = false;
-            ring.events
-                .back()
-                .map_or(ring.floor, |event| event.revision())
+            ring.events.back().map_or(ring.floor, |event| event.revision())
         };
         self.changed.send_replace(newest);
     }

@@ -18,13 +18,16 @@ mod hub;
 mod state;
 
 mod embedded;
+mod etcd;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
 pub use embedded::{Embedded, EmbeddedOptions, SnapshotSummary, restore, save, verify};
 pub use error::{Error, OpenError};
+pub use etcd::{Etcd, EtcdOptions};
 pub use event::{Batch, Event, EventKind, Watch};
 pub use object::{Deleted, Draft, DraftError, Entry, ListOptions, Listing, Precondition};
 
@@ -33,6 +36,15 @@ pub const KEY_LIMIT_BYTES: usize = 1024;
 
 /// Largest object, in bytes. The API takes bodies up to 3 MiB; status, defaults and managed fields add to them.
 pub const VALUE_LIMIT_BYTES: usize = 8 << 20;
+
+/// How long the past is kept, unless set otherwise: as long as a Kubernetes API server keeps it.
+pub const HISTORY: Duration = Duration::from_secs(300);
+
+/// Most changes of the past that are kept, unless set otherwise.
+pub const HISTORY_EVENTS: usize = 250_000;
+
+/// Most bytes of superseded versions that are kept, unless set otherwise.
+pub const HISTORY_BYTES: usize = 64 << 20;
 
 /// A store of objects. All methods are cancel-safe for the caller, but a cancelled write may still happen.
 #[async_trait]
@@ -44,12 +56,7 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`Error::Conflict`] with the object that stands there when the precondition does not hold.
-    async fn put(
-        &self,
-        key: &str,
-        draft: Draft,
-        precondition: Precondition,
-    ) -> Result<Entry, Error>;
+    async fn put(&self, key: &str, draft: Draft, precondition: Precondition) -> Result<Entry, Error>;
 
     /// Removes the object at `key` when `precondition` holds; durable when it returns.
     ///
@@ -83,3 +90,24 @@ pub trait Store: Send + Sync + 'static {
 
 /// The store as everyone holds it.
 pub type SharedStore = Arc<dyn Store>;
+
+fn check_key(key: &str) -> Result<(), Error> {
+    if key.len() > KEY_LIMIT_BYTES || !key.starts_with('/') || key.ends_with('/') {
+        return Err(Error::Refused {
+            key: key.chars().take(KEY_LIMIT_BYTES).collect(),
+            problem: "a key begins with a slash, does not end in one and has at most 1024 bytes",
+        });
+    }
+    Ok(())
+}
+
+fn check_draft(key: &str, draft: &Draft) -> Result<(), Error> {
+    let problem = if draft.json.len() > VALUE_LIMIT_BYTES {
+        "it has more than 8 MiB"
+    } else if draft.splice > draft.json.len() {
+        "it has no place for its revision"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Refused { key: key.to_owned(), problem })
+}

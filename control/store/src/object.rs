@@ -30,11 +30,7 @@ impl Entry {
     /// The same object as if written by `revision`: what a watcher of its deletion gets to see.
     pub fn at_revision(&self, revision: u64) -> Entry {
         let (head, tail) = self.halves();
-        Entry {
-            revision,
-            value: splice(head, revision, tail),
-            ..self.clone()
-        }
+        Entry { revision, value: splice(head, revision, tail), ..self.clone() }
     }
 }
 
@@ -66,10 +62,7 @@ impl Draft {
     pub fn encode(object: &Value) -> Result<Draft, DraftError> {
         const FIELD: &str = "resourceVersion";
         let fields = object.as_object().ok_or(DraftError::NoMetadata)?;
-        let metadata = fields
-            .get("metadata")
-            .and_then(Value::as_object)
-            .ok_or(DraftError::NoMetadata)?;
+        let metadata = fields.get("metadata").and_then(Value::as_object).ok_or(DraftError::NoMetadata)?;
         let mut json = Vec::with_capacity(1024);
         let mut splice = 0;
         let mut separator = b'{';
@@ -84,10 +77,7 @@ impl Draft {
             }
             // Sorted like everything else: the field goes before the first name that is greater.
             let mut inner = b'{';
-            let mut names = metadata
-                .iter()
-                .filter(|(name, _)| *name != FIELD)
-                .peekable();
+            let mut names = metadata.iter().filter(|(name, _)| *name != FIELD).peekable();
             loop {
                 if splice == 0 && names.peek().is_none_or(|(name, _)| name.as_str() > FIELD) {
                     json.push(inner);
@@ -108,24 +98,12 @@ impl Draft {
             json.push(b'}');
         }
         json.push(b'}');
-        Ok(Draft {
-            json: json.into(),
-            splice,
-        })
-    }
-
-    /// Whether the place for the revision lies within the JSON and its size is allowed.
-    pub(crate) fn is_sound(&self) -> bool {
-        self.splice <= self.json.len() && self.json.len() <= crate::VALUE_LIMIT_BYTES
+        Ok(Draft { json: json.into(), splice })
     }
 
     /// The bytes as written by `revision`.
     pub(crate) fn finish(&self, revision: u64) -> Bytes {
-        splice(
-            &self.json[..self.splice],
-            revision,
-            &self.json[self.splice..],
-        )
+        splice(&self.json[..self.splice], revision, &self.json[self.splice..])
     }
 }
 

@@ -11,34 +11,19 @@ use crate::{Entry, Error, ListOptions, Listing};
 pub(crate) type Objects = BTreeMap<Arc<str>, Entry>;
 
 /// The part of `scope` in `objects` as of one revision that the log `past` still reaches back to.
-pub(crate) fn list(
-    objects: &Objects,
-    past: &Past,
-    scope: &str,
-    options: &ListOptions,
-) -> Result<Listing, Error> {
+pub(crate) fn list(objects: &Objects, past: &Past, scope: &str, options: &ListOptions) -> Result<Listing, Error> {
     let revision = options.revision.unwrap_or(past.newest);
     if revision > past.newest {
-        return Err(Error::Future {
-            requested: revision,
-            newest: past.newest,
-        });
+        return Err(Error::Future { requested: revision, newest: past.newest });
     }
     if revision < past.oldest {
-        return Err(Error::Compacted {
-            requested: revision,
-            oldest: past.oldest,
-        });
+        return Err(Error::Compacted { requested: revision, oldest: past.oldest });
     }
     let start = match options.start_after.as_deref() {
         Some(after) if after >= scope => Bound::Excluded(after),
         _ => Bound::Included(scope),
     };
-    let limit = if options.limit == 0 {
-        usize::MAX
-    } else {
-        options.limit
-    };
+    let limit = if options.limit == 0 { usize::MAX } else { options.limit };
 
     // What stood at a key that has changed since: the version before the first of these changes.
     let mut then: HashMap<&str, Option<&Entry>> = HashMap::new();
@@ -76,10 +61,5 @@ pub(crate) fn list(
     });
     let entries: Vec<Entry> = merged.by_ref().take(limit).cloned().collect();
     let remaining = merged.count() as u64;
-    Ok(Listing {
-        entries,
-        revision,
-        more: remaining > 0,
-        remaining,
-    })
+    Ok(Listing { entries, revision, more: remaining > 0, remaining })
 }

@@ -54,48 +54,21 @@ pub(super) struct Committer {
 }
 
 impl Committer {
-    pub(super) fn start(
-        shared: Arc<Shared>,
-        log: Log,
-        cipher: Arc<Cipher>,
-    ) -> Result<Committer, OpenError> {
+    pub(super) fn start(shared: Arc<Shared>, log: Log, cipher: Arc<Cipher>) -> Result<Committer, OpenError> {
         let (queue, requests) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("store-commit".to_owned())
-            .spawn(move || {
-                CommitThread {
-                    shared,
-                    cipher,
-                    log,
-                    poisoned: None,
-                }
-                .run(&requests)
-            })
+            .spawn(move || CommitThread { shared, cipher, log, poisoned: None }.run(&requests))
             .map_err(OpenError::io("start the commit thread of", ""))?;
-        Ok(Committer {
-            places: Arc::new(Semaphore::new(QUEUE_WRITES)),
-            queue: Some(queue),
-            thread: Some(thread),
-        })
+        Ok(Committer { places: Arc::new(Semaphore::new(QUEUE_WRITES)), queue: Some(queue), thread: Some(thread) })
     }
 
     /// Does `write`; durable when it returns.
     pub(super) async fn write(&self, write: Write) -> Answer {
-        let place = self
-            .places
-            .clone()
-            .acquire_owned()
-            .await
-            .map_err(|_| Error::Closed)?;
+        let place = self.places.clone().acquire_owned().await.map_err(|_| Error::Closed)?;
         let (answer, answered) = oneshot::channel();
         let queue = self.queue.as_ref().ok_or(Error::Closed)?;
-        queue
-            .send(Request {
-                write,
-                answer,
-                _place: place,
-            })
-            .map_err(|_| Error::Closed)?;
+        queue.send(Request { write, answer, _place: place }).map_err(|_| Error::Closed)?;
         answered.await.map_err(|_| Error::Closed)?
     }
 
@@ -151,12 +124,7 @@ impl CommitThread {
             return;
         }
         frame.clear(self.log.tag());
-        for Request {
-            write,
-            answer,
-            _place,
-        } in requests
-        {
+        for Request { write, answer, _place } in requests {
             let revision = first_revision + group.events.len() as u64;
             let decided = self.decide(write, revision, &mut group);
             if let Ok(event) = &decided {
@@ -167,11 +135,8 @@ impl CommitThread {
             }
             answers.push((answer, decided, _place));
         }
-        let written = if frame.is_empty() {
-            Ok(())
-        } else {
-            self.log.append(frame).map_err(|error| self.failed(error))
-        };
+        let written =
+            if frame.is_empty() { Ok(()) } else { self.log.append(frame).map_err(|error| self.failed(error)) };
         let dirty = written.is_ok().then(|| self.show(group));
         for (answer, decided, _place) in answers {
             // Conflicts are answered as such only now: what they met is durable now, or else never was.
@@ -185,9 +150,7 @@ impl CommitThread {
     /// Refuses when poisoned, and begins a new log file when the current one is full.
     fn make_room(&mut self, newest: u64) -> Result<(), Error> {
         if let Some(reason) = &self.poisoned {
-            return Err(Error::Poisoned {
-                reason: reason.clone(),
-            });
+            return Err(Error::Poisoned { reason: reason.clone() });
         }
         if self.log.is_full() {
             self.log.roll(newest).map_err(|error| self.failed(error))?;
@@ -200,10 +163,7 @@ impl CommitThread {
         match error {
             AppendError::NoSpace(path) => Error::NoSpace { path },
             AppendError::Broken(reason) => {
-                tracing::error!(
-                    reason,
-                    "the store takes no more writes: check the disk, then restart"
-                );
+                tracing::error!(reason, "the store takes no more writes: check the disk, then restart");
                 self.poisoned = Some(reason.clone());
                 Error::Poisoned { reason }
             }
@@ -217,28 +177,17 @@ impl CommitThread {
             None => self.shared.objects.read().get(&write.key).cloned(),
         };
         let missing = write.draft.is_none() && current.is_none();
-        if missing
-            || !write
-                .precondition
-                .holds(current.as_ref().map(|entry| entry.revision))
-        {
-            return Err(Error::Conflict {
-                key: write.key.to_string(),
-                current,
-            });
+        if missing || !write.precondition.holds(current.as_ref().map(|entry| entry.revision)) {
+            return Err(Error::Conflict { key: write.key.to_string(), current });
         }
         let event = match (write.draft, current) {
             (Some(draft), current) => {
                 // One allocation of the key serves all versions of an object.
-                let key = current
-                    .as_ref()
-                    .map_or(write.key, |entry| entry.key.clone());
+                let key = current.as_ref().map_or(write.key, |entry| entry.key.clone());
                 let entry = Entry {
                     key,
                     revision,
-                    create_revision: current
-                        .as_ref()
-                        .map_or(revision, |entry| entry.create_revision),
+                    create_revision: current.as_ref().map_or(revision, |entry| entry.create_revision),
                     value: draft.finish(revision),
                     splice: u32::try_from(draft.splice).expect("drafts are checked to be short"),
                 };
@@ -246,10 +195,7 @@ impl CommitThread {
             }
             (None, Some(current)) => Event::delete(current, revision),
             (None, None) => {
-                return Err(Error::Conflict {
-                    key: write.key.to_string(),
-                    current: None,
-                });
+                return Err(Error::Conflict { key: write.key.to_string(), current: None });
             }
         };
         let stands = (event.kind == crate::EventKind::Put).then(|| event.entry.clone());
@@ -275,13 +221,7 @@ impl CommitThread {
 
 /// The writes that wait, and those that are likely about to come.
 fn gather(first: Request, requests: &Receiver<Request>, last_group: usize) -> Vec<Request> {
-    let size = |request: &Request| {
-        request
-            .write
-            .draft
-            .as_ref()
-            .map_or(0, |draft| draft.json.len())
-    };
+    let size = |request: &Request| request.write.draft.as_ref().map_or(0, |draft| draft.json.len());
     let mut bytes = size(&first);
     let mut group = vec![first];
     let mut until = None;
@@ -290,9 +230,8 @@ fn gather(first: Request, requests: &Receiver<Request>, last_group: usize) -> Ve
             Ok(request) => request,
             Err(_) if group.len() >= last_group => break,
             Err(_) => {
-                let left = until
-                    .get_or_insert_with(|| Instant::now() + GATHER)
-                    .saturating_duration_since(Instant::now());
+                let left =
+                    until.get_or_insert_with(|| Instant::now() + GATHER).saturating_duration_since(Instant::now());
                 match requests.recv_timeout(left) {
                     Ok(request) => request,
                     Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,

@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::Shared;
 use super::log::{log_path, sync_folder};
 use super::recover::{Files, FolderLock};
 use super::seal::Cipher;
 use super::snapshot::{Writer, snapshot_path};
-use super::{FORGET_AT_ONCE, Shared};
+use crate::hub::FORGET_AT_ONCE;
 use crate::state::Objects;
 use crate::{Entry, Error, OpenError};
 
@@ -88,20 +89,12 @@ impl Compactor {
         history: Duration,
         lock: FolderLock,
     ) -> Result<Compactor, OpenError> {
-        let work = Work {
-            shared: shared.clone(),
-            folder: folder.to_owned(),
-            cipher,
-            _lock: lock,
-        };
+        let work = Work { shared: shared.clone(), folder: folder.to_owned(), cipher, _lock: lock };
         let thread = std::thread::Builder::new()
             .name("store-compact".to_owned())
             .spawn(move || work.run(history))
             .map_err(OpenError::io("start the compaction thread of", folder))?;
-        Ok(Compactor {
-            shared,
-            thread: Some(thread),
-        })
+        Ok(Compactor { shared, thread: Some(thread) })
     }
 
     pub(super) fn stop(&mut self) {
@@ -157,11 +150,7 @@ impl Work {
         let files = Files::scan(&self.folder)?;
         let oldest = self.shared.ledger.past().oldest;
         let size = |path: PathBuf| fs::metadata(path).map_or(0, |data| data.len());
-        let useless: u64 = files
-            .obsolete_logs(oldest)
-            .iter()
-            .map(|base| size(log_path(&self.folder, *base)))
-            .sum();
+        let useless: u64 = files.obsolete_logs(oldest).iter().map(|base| size(log_path(&self.folder, *base))).sum();
         let last = files.snapshots.last().copied();
         let cost = last.map_or(0, |revision| size(snapshot_path(&self.folder, revision)));
         if useless >= RECLAIM_BYTES.max(cost) && last.is_none_or(|last| last < oldest) {
@@ -184,11 +173,7 @@ impl Work {
             }
         }
         writer.finish()?;
-        tracing::info!(
-            revision,
-            took_ms = begun.elapsed().as_millis() as u64,
-            "the store has a new snapshot"
-        );
+        tracing::info!(revision, took_ms = begun.elapsed().as_millis() as u64, "the store has a new snapshot");
         Ok(())
     }
 
@@ -198,13 +183,8 @@ impl Work {
         let Some((newest, older)) = files.snapshots.split_last() else {
             return Ok(());
         };
-        let logs = files
-            .obsolete_logs(*newest)
-            .iter()
-            .map(|base| log_path(&self.folder, *base));
-        let snapshots = older
-            .iter()
-            .map(|revision| snapshot_path(&self.folder, *revision));
+        let logs = files.obsolete_logs(*newest).iter().map(|base| log_path(&self.folder, *base));
+        let snapshots = older.iter().map(|revision| snapshot_path(&self.folder, *revision));
         let useless: Vec<PathBuf> = logs.chain(snapshots).collect();
         for path in &useless {
             fs::remove_file(path)?;
@@ -228,11 +208,7 @@ struct Pages {
 
 impl Pages {
     fn new(revision: u64) -> Pages {
-        Pages {
-            seen: revision,
-            then: BTreeMap::new(),
-            last: None,
-        }
+        Pages { seen: revision, then: BTreeMap::new(), last: None }
     }
 
     /// The next objects in key order; `None` after the last.
@@ -249,22 +225,13 @@ impl Pages {
     fn catch_up(&mut self, shared: &Shared) -> Result<bool, Error> {
         let past = shared.ledger.past();
         if self.seen < past.oldest {
-            return Err(Error::Compacted {
-                requested: self.seen,
-                oldest: past.oldest,
-            });
+            return Err(Error::Compacted { requested: self.seen, oldest: past.oldest });
         }
         for event in past.after(self.seen).take(PAGE_EVENTS) {
-            self.then
-                .entry(event.entry.key.clone())
-                .or_insert_with(|| event.prev.clone());
+            self.then.entry(event.entry.key.clone()).or_insert_with(|| event.prev.clone());
             self.seen = event.revision();
         }
-        if past
-            .events
-            .back()
-            .is_none_or(|event| event.revision() <= self.seen)
-        {
+        if past.events.back().is_none_or(|event| event.revision() <= self.seen) {
             self.seen = past.newest;
         }
         Ok(self.seen == past.newest)
@@ -274,13 +241,8 @@ impl Pages {
         let start = self.last.clone();
         let start = start.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
         let mut page: Vec<Entry> = Vec::with_capacity(PAGE_OBJECTS);
-        let mut present = objects
-            .range::<str, _>((start, Bound::Unbounded))
-            .peekable();
-        let mut changed = self
-            .then
-            .range::<str, _>((start, Bound::Unbounded))
-            .peekable();
+        let mut present = objects.range::<str, _>((start, Bound::Unbounded)).peekable();
+        let mut changed = self.then.range::<str, _>((start, Bound::Unbounded)).peekable();
         let mut last = None;
         for _ in 0..PAGE_OBJECTS {
             let (key, entry) = match (present.peek(), changed.peek()) {

@@ -66,13 +66,7 @@ impl Header {
             return Err("it does not begin as one");
         }
         let mut reader = Reader(&bytes[8..]);
-        let (kind, _, tag, revision, crc) = (
-            reader.u8(),
-            reader.take(3),
-            reader.u64(),
-            reader.u64(),
-            reader.u32(),
-        );
+        let (kind, _, tag, revision, crc) = (reader.u8(), reader.take(3), reader.u64(), reader.u64(), reader.u32());
         if crc != Some(crc32fast::hash(&bytes[..28])) {
             return Err("its header does not match its checksum");
         }
@@ -81,11 +75,7 @@ impl Header {
             Some(2) => FileKind::Snapshot,
             _ => return Err("it is of an unknown kind"),
         };
-        Ok(Header {
-            kind,
-            tag: tag.unwrap_or_default(),
-            revision: revision.unwrap_or_default(),
-        })
+        Ok(Header { kind, tag: tag.unwrap_or_default(), revision: revision.unwrap_or_default() })
     }
 }
 
@@ -115,10 +105,7 @@ pub(super) struct FrameBuffer {
 
 impl FrameBuffer {
     pub(super) fn new(tag: u64) -> FrameBuffer {
-        let mut frame = FrameBuffer {
-            tag,
-            bytes: Vec::new(),
-        };
+        let mut frame = FrameBuffer { tag, bytes: Vec::new() };
         frame.clear(tag);
         frame
     }
@@ -141,23 +128,9 @@ impl FrameBuffer {
 
     pub(super) fn put(&mut self, entry: &Entry, cipher: &Cipher) {
         match cipher.seal(entry) {
-            None => self.record(
-                PUT,
-                &entry.key,
-                entry.splice,
-                entry.revision,
-                entry.create_revision,
-                &entry.value,
-            ),
+            None => self.record(PUT, &entry.key, entry.splice, entry.revision, entry.create_revision, &entry.value),
             Some(sealed) => {
-                self.record(
-                    SEALED,
-                    &entry.key,
-                    entry.splice,
-                    entry.revision,
-                    entry.create_revision,
-                    &sealed,
-                );
+                self.record(SEALED, &entry.key, entry.splice, entry.revision, entry.create_revision, &sealed);
             }
         }
     }
@@ -170,15 +143,7 @@ impl FrameBuffer {
         self.record(END, "", 0, count, 0, &[]);
     }
 
-    fn record(
-        &mut self,
-        kind: u8,
-        key: &str,
-        splice: u32,
-        revision: u64,
-        create_revision: u64,
-        value: &[u8],
-    ) {
+    fn record(&mut self, kind: u8, key: &str, splice: u32, revision: u64, create_revision: u64, value: &[u8]) {
         let key_length = u16::try_from(key.len()).expect("keys are checked to be short");
         let value_length = u32::try_from(value.len()).expect("values are checked to be short");
         self.bytes.push(kind);
@@ -193,8 +158,7 @@ impl FrameBuffer {
 
     /// The whole frame, ready to be written.
     pub(super) fn finish(&mut self) -> &[u8] {
-        let length =
-            u32::try_from(self.bytes.len() - FRAME_HEADER_BYTES).expect("frames are bounded");
+        let length = u32::try_from(self.bytes.len() - FRAME_HEADER_BYTES).expect("frames are bounded");
         self.bytes[8..12].copy_from_slice(&length.to_le_bytes());
         let crc = checksum(length, &self.bytes[FRAME_HEADER_BYTES..]);
         self.bytes[12..16].copy_from_slice(&crc.to_le_bytes());
@@ -252,25 +216,17 @@ fn decode_record(reader: &mut Reader<'_>, cipher: &Cipher) -> Result<Record, Fau
         let kind = reader.u8()?;
         let (key_length, value_length) = (reader.u16()?, reader.u32()?);
         let (splice, revision, create_revision) = (reader.u32()?, reader.u64()?, reader.u64()?);
-        let (key, value) = (
-            reader.take(key_length.into())?,
-            reader.take(value_length as usize)?,
-        );
+        let (key, value) = (reader.take(key_length.into())?, reader.take(value_length as usize)?);
         Some((kind, splice, revision, create_revision, key, value))
     })();
     let (kind, splice, revision, create_revision, key, value) = parts.ok_or(short)?;
     let key = std::str::from_utf8(key).map_err(|_| Fault::Damaged("a key is not UTF-8"))?;
-    if key.len() > KEY_LIMIT_BYTES
-        || value.len() > VALUE_LIMIT_BYTES + SEAL_OVERHEAD_BYTES + RECORD_HEADER_BYTES
-    {
+    if key.len() > KEY_LIMIT_BYTES || value.len() > VALUE_LIMIT_BYTES + SEAL_OVERHEAD_BYTES + RECORD_HEADER_BYTES {
         return Err(Fault::Damaged("a record is larger than any"));
     }
     let value = match kind {
         PUT => Bytes::copy_from_slice(value),
-        SEALED => cipher
-            .open(key, revision, value)
-            .map_err(Fault::Key)?
-            .into(),
+        SEALED => cipher.open(key, revision, value).map_err(Fault::Key)?.into(),
         DELETE => return Ok(Record::Delete(key.into(), revision)),
         END => return Ok(Record::End(revision)),
         _ => return Err(Fault::Damaged("a record is of an unknown kind")),
@@ -278,13 +234,7 @@ fn decode_record(reader: &mut Reader<'_>, cipher: &Cipher) -> Result<Record, Fau
     if splice as usize + digits(revision) > value.len() {
         return Err(Fault::Damaged("an object has no place for its revision"));
     }
-    Ok(Record::Put(Entry {
-        key: key.into(),
-        revision,
-        create_revision,
-        value,
-        splice,
-    }))
+    Ok(Record::Put(Entry { key: key.into(), revision, create_revision, value, splice }))
 }
 
 /// Where the good part of a file ends, and whether something torn follows.
@@ -305,64 +255,36 @@ pub(super) fn read(
     mut visit: impl FnMut(Record) -> Result<(), String>,
 ) -> Result<(Header, End), OpenError> {
     let file = File::open(path).map_err(OpenError::io("open", path))?;
-    let length = file
-        .metadata()
-        .map_err(OpenError::io("examine", path))?
-        .len();
+    let length = file.metadata().map_err(OpenError::io("examine", path))?.len();
     let mut start = [0; HEADER_BYTES];
-    let format = |problem: &str| OpenError::Format {
-        path: path.to_owned(),
-        problem: problem.to_owned(),
-    };
+    let format = |problem: &str| OpenError::Format { path: path.to_owned(), problem: problem.to_owned() };
     if length < HEADER_BYTES as u64 {
         return Err(format("it is too short"));
     }
-    file.read_exact_at(&mut start, 0)
-        .map_err(OpenError::io("read", path))?;
+    file.read_exact_at(&mut start, 0).map_err(OpenError::io("read", path))?;
     let header = Header::decode(&start).map_err(format)?;
     if header.kind != kind {
         return Err(format("it is of another kind"));
     }
     let mut offset = HEADER_BYTES as u64;
     let mut payload = Vec::new();
-    let damaged = |offset, problem: String| OpenError::Damaged {
-        path: path.to_owned(),
-        offset,
-        problem,
-    };
+    let damaged = |offset, problem: String| OpenError::Damaged { path: path.to_owned(), offset, problem };
     loop {
-        match read_frame(&file, offset, length, header.tag, &mut payload)
-            .map_err(OpenError::io("read", path))?
-        {
+        match read_frame(&file, offset, length, header.tag, &mut payload).map_err(OpenError::io("read", path))? {
             Frame::Whole => {}
             Frame::None => {
                 // Nothing but zeros and the pieces of one torn frame may follow.
-                return match find_frame(&file, offset, length, header.tag)
-                    .map_err(OpenError::io("read", path))?
-                {
-                    None => Ok((
-                        header,
-                        End {
-                            offset,
-                            torn: false,
-                        },
-                    )),
-                    Some(next) => Err(damaged(
-                        offset,
-                        format!("a frame is missing before the whole one at {next}"),
-                    )),
+                return match find_frame(&file, offset, length, header.tag).map_err(OpenError::io("read", path))? {
+                    None => Ok((header, End { offset, torn: false })),
+                    Some(next) => Err(damaged(offset, format!("a frame is missing before the whole one at {next}"))),
                 };
             }
             Frame::Broken => {
-                return match find_frame(&file, offset + 1, length, header.tag)
-                    .map_err(OpenError::io("read", path))?
-                {
+                return match find_frame(&file, offset + 1, length, header.tag).map_err(OpenError::io("read", path))? {
                     None => Ok((header, End { offset, torn: true })),
                     Some(next) => Err(damaged(
                         offset,
-                        format!(
-                            "a frame does not match its checksum, a whole one follows at {next}"
-                        ),
+                        format!("a frame does not match its checksum, a whole one follows at {next}"),
                     )),
                 };
             }
@@ -371,10 +293,7 @@ pub(super) fn read(
         while !reader.0.is_empty() {
             let record = decode_record(&mut reader, cipher).map_err(|fault| match fault {
                 Fault::Damaged(problem) => damaged(offset, problem.to_owned()),
-                Fault::Key(problem) => OpenError::Key {
-                    path: path.to_owned(),
-                    problem: problem.to_owned(),
-                },
+                Fault::Key(problem) => OpenError::Key { path: path.to_owned(), problem: problem.to_owned() },
             })?;
             visit(record).map_err(|problem| damaged(offset, problem))?;
         }
@@ -389,30 +308,16 @@ enum Frame {
     None,
 }
 
-fn read_frame(
-    file: &File,
-    offset: u64,
-    length: u64,
-    tag: u64,
-    payload: &mut Vec<u8>,
-) -> std::io::Result<Frame> {
+fn read_frame(file: &File, offset: u64, length: u64, tag: u64, payload: &mut Vec<u8>) -> std::io::Result<Frame> {
     if offset + FRAME_HEADER_BYTES as u64 > length {
-        return Ok(if offset == length {
-            Frame::None
-        } else {
-            Frame::Broken
-        });
+        return Ok(if offset == length { Frame::None } else { Frame::Broken });
     }
     let mut header = [0; FRAME_HEADER_BYTES];
     file.read_exact_at(&mut header, offset)?;
     let mut reader = Reader(&header);
     let (found, size, crc) = (reader.u64(), reader.u32().unwrap_or_default(), reader.u32());
     if found != Some(tag) {
-        return Ok(if header == [0; FRAME_HEADER_BYTES] {
-            Frame::None
-        } else {
-            Frame::Broken
-        });
+        return Ok(if header == [0; FRAME_HEADER_BYTES] { Frame::None } else { Frame::Broken });
     }
     let end = offset + FRAME_HEADER_BYTES as u64 + u64::from(size);
     if size as usize > FRAME_LIMIT_BYTES || end > length {
@@ -420,11 +325,7 @@ fn read_frame(
     }
     payload.resize(size as usize, 0);
     file.read_exact_at(payload, offset + FRAME_HEADER_BYTES as u64)?;
-    Ok(if crc == Some(checksum(size, payload)) {
-        Frame::Whole
-    } else {
-        Frame::Broken
-    })
+    Ok(if crc == Some(checksum(size, payload)) { Frame::Whole } else { Frame::Broken })
 }
 
 /// The offset of the first whole frame at or after `from`.
@@ -439,10 +340,7 @@ fn find_frame(file: &File, from: u64, length: u64, tag: u64) -> std::io::Result<
         file.read_exact_at(&mut window[..size], offset)?;
         for (at, found) in window[..size].windows(tag_bytes.len()).enumerate() {
             if found == tag_bytes
-                && matches!(
-                    read_frame(file, offset + at as u64, length, tag, &mut payload)?,
-                    Frame::Whole
-                )
+                && matches!(read_frame(file, offset + at as u64, length, tag, &mut payload)?, Frame::Whole)
             {
                 return Ok(Some(offset + at as u64));
             }

@@ -21,11 +21,7 @@ const AHEAD_BYTES: u64 = 4 << 20;
 pub(super) trait Medium: Send + Sync {
     /// Makes a file of its own.
     fn create(&self, path: &Path) -> io::Result<File> {
-        fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(path)
+        fs::OpenOptions::new().read(true).write(true).create_new(true).open(path)
     }
     /// Writes all of `bytes`.
     fn write(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -54,9 +50,7 @@ pub(super) enum AppendError {
 impl AppendError {
     fn new(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> AppendError {
         move |error| match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                AppendError::NoSpace(path.to_owned())
-            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => AppendError::NoSpace(path.to_owned()),
             _ => AppendError::Broken(format!("{step} {}: {error}", path.display())),
         }
     }
@@ -87,9 +81,7 @@ pub(super) fn log_path(folder: &Path, revision: u64) -> PathBuf {
 /// A random tag that is never zero.
 pub(super) fn new_tag() -> u64 {
     let mut bytes = [0; 8];
-    SystemRandom::new()
-        .fill(&mut bytes)
-        .expect("the kernel gives random bytes");
+    SystemRandom::new().fill(&mut bytes).expect("the kernel gives random bytes");
     u64::from_le_bytes(bytes) | 1 << 63
 }
 
@@ -112,46 +104,26 @@ impl Segment {
             move |error| (step, path, error)
         };
         let _ = fs::remove_file(&unfinished);
-        let file = medium
-            .create(&unfinished)
-            .map_err(step("create", &unfinished))?;
+        let file = medium.create(&unfinished).map_err(step("create", &unfinished))?;
         let tag = new_tag();
-        let header = Header {
-            kind: FileKind::Log,
-            tag,
-            revision,
-        }
-        .encode();
-        medium
-            .write(&file, &header, 0)
-            .map_err(step("write", &unfinished))?;
+        let header = Header { kind: FileKind::Log, tag, revision }.encode();
+        medium.write(&file, &header, 0).map_err(step("write", &unfinished))?;
         medium.flush(&file).map_err(step("flush", &unfinished))?;
         fs::rename(&unfinished, &path).map_err(step("rename", &unfinished))?;
         sync_folder(folder).map_err(step("flush", folder))?;
-        Ok(Segment {
-            path,
-            file,
-            tag,
-            offset: HEADER_BYTES as u64,
-            filled: HEADER_BYTES as u64,
-        })
+        Ok(Segment { path, file, tag, offset: HEADER_BYTES as u64, filled: HEADER_BYTES as u64 })
     }
 }
 
 impl Log {
     /// Begins a new file for the changes after `revision`.
-    pub(super) fn create(
-        folder: &Path,
-        medium: Box<dyn Medium>,
-        revision: u64,
-    ) -> Result<Log, OpenError> {
-        let segment = Segment::create(folder, &*medium, revision)
-            .map_err(|(step, path, source)| OpenError::Io { step, path, source })?;
-        Ok(Log {
-            folder: folder.to_owned(),
-            medium,
-            segment,
-        })
+    pub(super) fn create(folder: &Path, medium: Box<dyn Medium>, revision: u64) -> Result<Log, OpenError> {
+        let segment = Segment::create(folder, &*medium, revision).map_err(|(step, path, source)| OpenError::Io {
+            step,
+            path,
+            source,
+        })?;
+        Ok(Log { folder: folder.to_owned(), medium, segment })
     }
 
     /// The tag that frames for it begin with.
@@ -178,13 +150,7 @@ impl Log {
 
     /// Appends a frame; durable when it returns.
     pub(super) fn append(&mut self, frame: &mut FrameBuffer) -> Result<(), AppendError> {
-        let Segment {
-            path,
-            file,
-            offset,
-            filled,
-            ..
-        } = &mut self.segment;
+        let Segment { path, file, offset, filled, .. } = &mut self.segment;
         let bytes = frame.finish();
         let end = *offset + bytes.len() as u64;
         if end > *filled {
@@ -192,18 +158,12 @@ impl Log {
             let goal = end + AHEAD_BYTES;
             while *filled < goal {
                 let size = ZEROS.len().min((goal - *filled) as usize);
-                self.medium
-                    .write(file, &ZEROS[..size], *filled)
-                    .map_err(AppendError::new("extend", path))?;
+                self.medium.write(file, &ZEROS[..size], *filled).map_err(AppendError::new("extend", path))?;
                 *filled += size as u64;
             }
         }
-        self.medium
-            .write(file, bytes, *offset)
-            .map_err(AppendError::new("write", path))?;
-        self.medium
-            .flush(file)
-            .map_err(|error| AppendError::Broken(format!("flush {}: {error}", path.display())))?;
+        self.medium.write(file, bytes, *offset).map_err(AppendError::new("write", path))?;
+        self.medium.flush(file).map_err(|error| AppendError::Broken(format!("flush {}: {error}", path.display())))?;
         *offset = end;
         Ok(())
     }
@@ -214,12 +174,7 @@ impl Log {
         let closed = self
             .append(&mut frame)
             .map_err(|error| format!("{error:?}"))
-            .and_then(|()| {
-                self.segment
-                    .file
-                    .set_len(self.segment.offset)
-                    .map_err(|error| error.to_string())
-            });
+            .and_then(|()| self.segment.file.set_len(self.segment.offset).map_err(|error| error.to_string()));
         if let Err(error) = closed {
             tracing::warn!(path = %self.segment.path.display(), error, "cannot close the log properly, nothing is lost");
         }

@@ -32,11 +32,7 @@ pub(super) fn lock(folder: &Path) -> Result<FolderLock, OpenError> {
     match file.try_lock() {
         Ok(()) => Ok(FolderLock(file)),
         Err(fs::TryLockError::WouldBlock) => Err(OpenError::Locked { path }),
-        Err(fs::TryLockError::Error(source)) => Err(OpenError::Io {
-            step: "lock",
-            path,
-            source,
-        }),
+        Err(fs::TryLockError::Error(source)) => Err(OpenError::Io { step: "lock", path, source }),
     }
 }
 
@@ -52,23 +48,15 @@ impl Files {
     pub(super) fn scan(folder: &Path) -> Result<Files, OpenError> {
         let mut files = Files::default();
         for entry in fs::read_dir(folder).map_err(OpenError::io("read the folder", folder))? {
-            let path = entry
-                .map_err(OpenError::io("read the folder", folder))?
-                .path();
+            let path = entry.map_err(OpenError::io("read the folder", folder))?.path();
             let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
                 continue;
             };
             if name.ends_with(".tmp") {
                 files.unfinished.push(path);
-            } else if let Some(revision) = name
-                .strip_prefix("log-")
-                .and_then(|digits| digits.parse().ok())
-            {
+            } else if let Some(revision) = name.strip_prefix("log-").and_then(|digits| digits.parse().ok()) {
                 files.logs.push(revision);
-            } else if let Some(revision) = name
-                .strip_prefix("snapshot-")
-                .and_then(|digits| digits.parse().ok())
-            {
+            } else if let Some(revision) = name.strip_prefix("snapshot-").and_then(|digits| digits.parse().ok()) {
                 files.snapshots.push(revision);
             }
         }
@@ -140,9 +128,7 @@ pub(super) fn load(folder: &Path, cipher: &Cipher, bounds: Bounds) -> Result<Rec
                     Event::put(entry, prev)
                 }
                 Record::Delete(..) => {
-                    let prev = objects
-                        .remove(&key)
-                        .ok_or_else(|| format!("{key} is deleted but does not exist"))?;
+                    let prev = objects.remove(&key).ok_or_else(|| format!("{key} is deleted but does not exist"))?;
                     Event::delete(prev, revision)
                 }
                 Record::End(_) => return Err("a log has no end record".to_owned()),
@@ -156,8 +142,7 @@ pub(super) fn load(folder: &Path, cipher: &Cipher, bounds: Bounds) -> Result<Rec
                 return Err(OpenError::Damaged {
                     path,
                     offset: end.offset,
-                    problem: "a frame does not match its checksum, and a later log file follows"
-                        .to_owned(),
+                    problem: "a frame does not match its checksum, and a later log file follows".to_owned(),
                 });
             }
             cut = Some((path.clone(), end.offset));
@@ -166,12 +151,7 @@ pub(super) fn load(folder: &Path, cipher: &Cipher, bounds: Bounds) -> Result<Rec
             empty = Some(path);
         }
     }
-    Ok(Recovered {
-        objects,
-        ledger,
-        cut,
-        empty,
-    })
+    Ok(Recovered { objects, ledger, cut, empty })
 }
 
 /// Removes what a crash left: unfinished files, a torn tail, a log without a change.
@@ -181,12 +161,8 @@ pub(super) fn tidy(folder: &Path, recovered: &Recovered) -> Result<(), OpenError
     }
     if let Some((path, offset)) = &recovered.cut {
         tracing::warn!(path = %path.display(), offset, "cut a torn tail off the log: no write in it was acknowledged");
-        let file = File::options()
-            .write(true)
-            .open(path)
-            .map_err(OpenError::io("open", path))?;
-        file.set_len(*offset)
-            .map_err(OpenError::io("truncate", path))?;
+        let file = File::options().write(true).open(path).map_err(OpenError::io("open", path))?;
+        file.set_len(*offset).map_err(OpenError::io("truncate", path))?;
         file.sync_all().map_err(OpenError::io("flush", path))?;
     }
     if let Some(path) = &recovered.empty {

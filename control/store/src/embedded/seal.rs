@@ -43,20 +43,11 @@ impl Cipher {
     /// # Errors
     /// When the file cannot be read, may be read by others, or holds no key.
     pub(super) fn load(file: &Path, scopes: &[String]) -> Result<Cipher, OpenError> {
-        let problem = |problem: &str| OpenError::Format {
-            path: file.to_owned(),
-            problem: problem.to_owned(),
-        };
-        let mut handle =
-            std::fs::File::open(file).map_err(OpenError::io("open the key file", file))?;
-        let mode = handle
-            .metadata()
-            .map_err(OpenError::io("examine the key file", file))?
-            .mode();
+        let problem = |problem: &str| OpenError::Format { path: file.to_owned(), problem: problem.to_owned() };
+        let mut handle = std::fs::File::open(file).map_err(OpenError::io("open the key file", file))?;
+        let mode = handle.metadata().map_err(OpenError::io("examine the key file", file))?.mode();
         if mode & 0o077 != 0 {
-            return Err(problem(
-                "a key file must not be open to group or others: chmod 0600 it",
-            ));
+            return Err(problem("a key file must not be open to group or others: chmod 0600 it"));
         }
         let mut text = Vec::new();
         handle
@@ -64,31 +55,17 @@ impl Cipher {
             .take(4 * KEY_BYTES as u64)
             .read_to_end(&mut text)
             .map_err(OpenError::io("read the key file", file))?;
-        let key = if text.len() == KEY_BYTES {
-            Some(text)
-        } else {
-            unhex(text.trim_ascii())
-        };
-        let key = key
-            .ok_or_else(|| problem("a key file holds 32 random bytes or 64 hexadecimal digits"))?;
-        Ok(Cipher {
-            key: Some(Prk::new_less_safe(HKDF_SHA256, &key)),
-            scopes: scopes.to_vec(),
-        })
+        let key = if text.len() == KEY_BYTES { Some(text) } else { unhex(text.trim_ascii()) };
+        let key = key.ok_or_else(|| problem("a key file holds 32 random bytes or 64 hexadecimal digits"))?;
+        Ok(Cipher { key: Some(Prk::new_less_safe(HKDF_SHA256, &key)), scopes: scopes.to_vec() })
     }
 
     fn record_key(key: &Prk, salt: &[u8]) -> LessSafeKey {
         let info = [b"coracle store record".as_slice(), salt];
-        let derived = key
-            .expand(&info, Aes256)
-            .expect("32 bytes are no more than HKDF gives");
+        let derived = key.expand(&info, Aes256).expect("32 bytes are no more than HKDF gives");
         let mut bytes = [0; KEY_BYTES];
-        derived
-            .fill(&mut bytes)
-            .expect("the buffer has the length asked for");
-        LessSafeKey::new(
-            UnboundKey::new(&AES_256_GCM, &bytes).expect("the key has the right length"),
-        )
+        derived.fill(&mut bytes).expect("the buffer has the length asked for");
+        LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &bytes).expect("the key has the right length"))
     }
 
     /// The value of `entry` encrypted, if it is one to be encrypted.
@@ -98,9 +75,7 @@ impl Cipher {
             return None;
         }
         let mut salt = [0; SALT_BYTES];
-        SystemRandom::new()
-            .fill(&mut salt)
-            .expect("the kernel gives random bytes");
+        SystemRandom::new().fill(&mut salt).expect("the kernel gives random bytes");
         let mut sealed = Vec::with_capacity(entry.value.len() + SEAL_OVERHEAD_BYTES);
         sealed.extend_from_slice(&salt);
         sealed.extend_from_slice(&entry.value);
@@ -116,16 +91,9 @@ impl Cipher {
     }
 
     /// A sealed value in the clear.
-    pub(super) fn open(
-        &self,
-        name: &str,
-        revision: u64,
-        sealed: &[u8],
-    ) -> Result<Vec<u8>, &'static str> {
+    pub(super) fn open(&self, name: &str, revision: u64, sealed: &[u8]) -> Result<Vec<u8>, &'static str> {
         let key = self.key.as_ref().ok_or("no key file is given")?;
-        let (salt, sealed) = sealed
-            .split_at_checked(SALT_BYTES)
-            .ok_or("an encrypted object is too short")?;
+        let (salt, sealed) = sealed.split_at_checked(SALT_BYTES).ok_or("an encrypted object is too short")?;
         let mut value = sealed.to_vec();
         let length = Self::record_key(key, salt)
             .open_in_place(
@@ -149,12 +117,6 @@ fn unhex(text: &[u8]) -> Option<Vec<u8>> {
     if text.len() != 2 * KEY_BYTES {
         return None;
     }
-    let digit = |byte: u8| {
-        char::from(byte)
-            .to_digit(16)
-            .and_then(|digit| u8::try_from(digit).ok())
-    };
-    text.chunks(2)
-        .map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?))
-        .collect()
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    text.chunks(2).map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
 }

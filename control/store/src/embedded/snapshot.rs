@@ -57,21 +57,9 @@ impl Writer {
         let mut unfinished = path.as_os_str().to_owned();
         unfinished.push(".tmp");
         let unfinished = PathBuf::from(unfinished);
-        let mut file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&unfinished)?;
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
         let tag = new_tag();
-        file.write_all(
-            &Header {
-                kind: FileKind::Snapshot,
-                tag,
-                revision,
-            }
-            .encode(),
-        )?;
+        file.write_all(&Header { kind: FileKind::Snapshot, tag, revision }.encode())?;
         Ok(Writer {
             path: path.to_owned(),
             unfinished,
@@ -86,11 +74,7 @@ impl Writer {
     pub(super) fn add(&mut self, entry: &Entry, cipher: &Cipher) -> io::Result<()> {
         self.frame.put(entry, cipher);
         self.count += 1;
-        if self.frame.len() >= FRAME_BYTES {
-            self.write_frame()
-        } else {
-            Ok(())
-        }
+        if self.frame.len() >= FRAME_BYTES { self.write_frame() } else { Ok(()) }
     }
 
     fn write_frame(&mut self) -> io::Result<()> {
@@ -106,30 +90,18 @@ impl Writer {
         self.file.sync_all()?;
         fs::rename(&self.unfinished, &self.path)?;
         self.finished = true;
-        sync_folder(
-            self.path
-                .parent()
-                .filter(|folder| *folder != Path::new(""))
-                .unwrap_or(Path::new(".")),
-        )
+        sync_folder(self.path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new(".")))
     }
 }
 
 /// Reads the snapshot at `path` object by object.
-pub(super) fn read(
-    path: &Path,
-    cipher: &Cipher,
-    mut visit: impl FnMut(Entry),
-) -> Result<SnapshotSummary, OpenError> {
+pub(super) fn read(path: &Path, cipher: &Cipher, mut visit: impl FnMut(Entry)) -> Result<SnapshotSummary, OpenError> {
     let (mut objects, mut bytes, mut ended) = (0, 0, false);
     let mut last: Option<std::sync::Arc<str>> = None;
     let (header, end) = frame::read(path, FileKind::Snapshot, cipher, |record| match record {
         _ if ended => Err("a record follows the end of the snapshot".to_owned()),
         Record::Put(entry) => {
-            if last
-                .replace(entry.key.clone())
-                .is_some_and(|last| last >= entry.key)
-            {
+            if last.replace(entry.key.clone()).is_some_and(|last| last >= entry.key) {
                 return Err(format!("{} is out of order", entry.key));
             }
             objects += 1;
@@ -138,9 +110,7 @@ pub(super) fn read(
             Ok(())
         }
         Record::Delete(..) => Err("a snapshot has no deletions".to_owned()),
-        Record::End(count) if count != objects => {
-            Err(format!("it has {objects} objects instead of {count}"))
-        }
+        Record::End(count) if count != objects => Err(format!("it has {objects} objects instead of {count}")),
         Record::End(_) => {
             ended = true;
             Ok(())
@@ -153,11 +123,7 @@ pub(super) fn read(
             problem: "the snapshot is incomplete".to_owned(),
         });
     }
-    Ok(SnapshotSummary {
-        revision: header.revision,
-        objects,
-        bytes,
-    })
+    Ok(SnapshotSummary { revision: header.revision, objects, bytes })
 }
 
 /// How often [`save`] starts anew when the store's own compaction removes a file under it.
@@ -168,11 +134,7 @@ const SAVE_ATTEMPTS: usize = 5;
 ///
 /// # Errors
 /// When the store cannot be read or the file not written.
-pub fn save(
-    folder: &Path,
-    to: &Path,
-    options: &EmbeddedOptions,
-) -> Result<SnapshotSummary, OpenError> {
+pub fn save(folder: &Path, to: &Path, options: &EmbeddedOptions) -> Result<SnapshotSummary, OpenError> {
     let cipher = cipher(options)?;
     let mut attempt = 0;
     let recovered = loop {
@@ -186,9 +148,7 @@ pub fn save(
     let revision = recovered.ledger.past().newest;
     let mut writer = Writer::create(to, revision).map_err(OpenError::io("create", to))?;
     for entry in recovered.objects.values() {
-        writer
-            .add(entry, &cipher)
-            .map_err(OpenError::io("write", to))?;
+        writer.add(entry, &cipher).map_err(OpenError::io("write", to))?;
     }
     writer.finish().map_err(OpenError::io("finish", to))?;
     verify(to, options)
@@ -207,12 +167,7 @@ pub fn verify(path: &Path, options: &EmbeddedOptions) -> Result<SnapshotSummary,
 ///
 /// # Errors
 /// When the snapshot is no good, or `folder` holds a store already.
-pub fn restore(
-    from: &Path,
-    folder: &Path,
-    bump: u64,
-    options: &EmbeddedOptions,
-) -> Result<SnapshotSummary, OpenError> {
+pub fn restore(from: &Path, folder: &Path, bump: u64, options: &EmbeddedOptions) -> Result<SnapshotSummary, OpenError> {
     let cipher = cipher(options)?;
     let mut summary = read(from, &cipher, |_| ())?;
     summary.revision = summary.revision.saturating_add(bump);
@@ -225,8 +180,7 @@ pub fn restore(
         });
     }
     let path = snapshot_path(folder, summary.revision);
-    let mut writer =
-        Writer::create(&path, summary.revision).map_err(OpenError::io("create", &path))?;
+    let mut writer = Writer::create(&path, summary.revision).map_err(OpenError::io("create", &path))?;
     let mut failed = None;
     read(from, &cipher, |entry| {
         if failed.is_none() {
@@ -234,14 +188,7 @@ pub fn restore(
         }
     })?;
     match failed {
-        Some(source) => Err(OpenError::Io {
-            step: "write",
-            path,
-            source,
-        }),
-        None => writer
-            .finish()
-            .map(|()| summary)
-            .map_err(OpenError::io("finish", path)),
+        Some(source) => Err(OpenError::Io { step: "write", path, source }),
+        None => writer.finish().map(|()| summary).map_err(OpenError::io("finish", path)),
     }
 }

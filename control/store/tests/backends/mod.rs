@@ -1,0 +1,94 @@
+//! Stores to test, and objects to put into them.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use coracle_store::{Draft, EmbeddedOptions, EtcdOptions, Store};
+use coracle_testkit::{Deadline, need};
+use serde_json::json;
+use tempfile::TempDir;
+
+pub(crate) fn draft(text: &str) -> Draft {
+    Draft::encode(&json!({"kind": "Test", "metadata": {"name": "n", "uid": "u"}, "text": text})).unwrap()
+}
+
+/// The bytes of [`draft`] once written by `revision`.
+pub(crate) fn text(text: &str, revision: u64) -> Bytes {
+    let metadata = json!({"name": "n", "resourceVersion": revision.to_string(), "uid": "u"});
+    json!({"kind": "Test", "metadata": metadata, "text": text}).to_string().into()
+}
+
+pub(crate) trait Backend {
+    fn store(&self) -> Arc<dyn Store>;
+}
+
+pub(crate) struct Embedded {
+    store: Arc<coracle_store::Embedded>,
+    _folder: TempDir,
+}
+
+impl Embedded {
+    pub(crate) async fn start() -> Embedded {
+        let folder = tempfile::tempdir().unwrap();
+        let store = coracle_store::Embedded::open(folder.path(), EmbeddedOptions::default()).unwrap();
+        Embedded { store: Arc::new(store), _folder: folder }
+    }
+
+    pub(crate) fn store(&self) -> Arc<dyn Store> {
+        self.store.clone()
+    }
+}
+
+/// An etcd of its own on loopback, without flushes: these tests are not about its disk.
+pub(crate) struct Etcd {
+    process: Child,
+    store: Option<Arc<coracle_store::Etcd>>,
+    _folder: TempDir,
+}
+
+impl Etcd {
+    pub(crate) async fn start() -> Etcd {
+        let program = need("etcd", "etcd-server");
+        let folder = tempfile::tempdir().unwrap();
+        // Ports may be taken by another test between the look and the use; then etcd ends and others are tried.
+        for _ in 0..10 {
+            let [client, peer] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+            let endpoint = format!("http://{client}");
+            let mut process = Command::new(&program)
+                .args(["--listen-client-urls", &endpoint, "--advertise-client-urls", &endpoint])
+                .args(["--listen-peer-urls", &format!("http://{peer}")])
+                .args(["--data-dir".as_ref(), folder.path().as_os_str()])
+                .arg("--unsafe-no-fsync")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            let deadline = Deadline::after(Duration::from_secs(20));
+            while process.try_wait().unwrap().is_none() {
+                assert!(!deadline.passed(), "etcd does not serve");
+                if let Ok(store) = coracle_store::Etcd::connect(EtcdOptions::new(vec![endpoint.clone()])).await {
+                    return Etcd { process, store: Some(Arc::new(store)), _folder: folder };
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        panic!("etcd does not start");
+    }
+}
+
+impl Backend for Etcd {
+    fn store(&self) -> Arc<dyn Store> {
+        self.store.clone().unwrap()
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.store = None;
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

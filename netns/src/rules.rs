@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::model::{ObjectKey, Protocol};
 use crate::netlink::{NetlinkError, Socket};
-use crate::nft::{Table, Value, delete_table, table_exists};
+use crate::nft::{Table, Value, delete_table, purge, table_exists};
 use crate::policy::{PolicyChange, PolicyState};
 use crate::services::compile::{FrontKey, Place};
 use crate::services::keys::{HAIRPIN, HOST_PORTS, Key, UNTRACKED};
@@ -118,6 +118,19 @@ impl Rules {
 
     /// Brings the kernel in step. A refused change (somebody else emptied our table) is made good by replacing the table whole.
     pub(crate) fn commit(&mut self) -> Result<(), NetlinkError> {
+        self.commit_tables()?;
+        // Now no rule remembers these endpoints anew.
+        let forgotten = self.proxy.take_forgotten();
+        let maps: BTreeSet<(Family, &'static str)> = forgotten.iter().map(|gone| (gone.family, gone.map)).collect();
+        for (family, map) in maps {
+            purge(&mut self.socket, family, &self.name, map, |key, value| {
+                forgotten.iter().any(|gone| gone.family == family && gone.map == map && key.ends_with(&gone.front) && value == &*gone.endpoint)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn commit_tables(&mut self) -> Result<(), NetlinkError> {
         if !self.replace {
             let result = self.tables.values_mut().try_for_each(|table| {
                 table.change().commit(&mut self.socket)?;

@@ -5,7 +5,7 @@ use nix::errno::Errno;
 use super::expression::{BaseChain, Expr, Reject, Reg, Verdict};
 use super::set::{Element, SetData, SetSpec, Value};
 use crate::Family;
-use crate::netlink::{Attributes, Batch, NetlinkError, Socket};
+use crate::netlink::{Attributes, Batch, NetlinkError, Socket, attributes, find};
 
 const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
@@ -20,10 +20,12 @@ const DELETE_RULE: u16 = 8;
 const NEW_SET: u16 = 9;
 const DELETE_SET: u16 = 11;
 const NEW_ELEMENTS: u16 = 12;
+const GET_ELEMENTS: u16 = 13;
 const DELETE_ELEMENTS: u16 = 14;
 
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
+const DUMP: u16 = 0x300;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 
@@ -260,6 +262,43 @@ pub(crate) fn table_exists(socket: &mut Socket, family: Family, name: &str) -> R
         Err(error) if error.is(Errno::ENOENT) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Deletes the elements that rules wrote into a map and that `doomed` points out by key and value.
+pub(crate) fn purge(
+    socket: &mut Socket,
+    family: Family,
+    table: &str,
+    map: &str,
+    doomed: impl Fn(&[u8], &[u8]) -> bool,
+) -> Result<(), NetlinkError> {
+    let mut batch = Batch::default();
+    let kind = |message: u16| (SUBSYSTEM << 8) | message;
+    batch.push("list a map", kind(GET_ELEMENTS), REQUEST | DUMP, &header(protocol_family(family), 0), |a| {
+        a.text(1, table).text(2, map);
+    });
+    let mut found = Vec::new();
+    socket.request(&batch, |_, payload| {
+        let elements = payload.get(4..).and_then(|attributes| find(attributes, 3)).unwrap_or_default();
+        for (_, element) in attributes(elements) {
+            let bytes = |kind| find(element, kind).and_then(|data| find(data, 1));
+            if let (Some(key), Some(value)) = (bytes(1), bytes(2))
+                && doomed(key, value)
+            {
+                found.push(Element { key: key.into(), end: None });
+            }
+        }
+    })?;
+    for element in &found {
+        let mut transaction = Transaction::new(family, table);
+        transaction.delete_elements(map, [element]);
+        match transaction.commit(socket) {
+            // Its time was over before we came.
+            Err(error) if error.is(Errno::ENOENT) => {}
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 /// Deletes a table whether it exists or not.

@@ -89,8 +89,6 @@ pub(crate) enum PayloadBase {
 pub(crate) enum CmpOp {
     Eq = 0,
     Ne = 1,
-    Le = 3,
-    Ge = 5,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

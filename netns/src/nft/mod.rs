@@ -8,7 +8,7 @@ mod expression;
 mod set;
 mod table;
 
-pub(crate) use encode::{delete_table, table_exists};
+pub(crate) use encode::{delete_table, purge, table_exists};
 pub(crate) use expression::{
     BaseChain, CmpOp, CtKey, Expr, FibResult, Hook, MetaKey, NatKind, PayloadBase, R, Reject, Reg, Rule, Verdict,
 };

@@ -32,7 +32,8 @@ impl Field {
     /// The number that the `nft` program knows the type by (`enum datatypes` of libnftables); the kernel does not look at it.
     pub(crate) fn datatype(self) -> u32 {
         match self {
-            Self::Integer => 4,
+            // A packet mark: the only number of four bytes that it can show inside of a concatenation.
+            Self::Integer => 19,
             Self::Address(Family::V4) => 7,
             Self::Address(Family::V6) => 8,
             Self::Protocol => 12,

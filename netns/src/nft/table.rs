@@ -102,11 +102,6 @@ impl Table {
         }
     }
 
-    /// What an element of a set holds.
-    pub(crate) fn element(&self, set: &str, element: &Element) -> Option<&Value> {
-        self.sets.get(set)?.elements.get(element)
-    }
-
     /// The change from what the kernel has to what it should have, as one transaction; call [`Table::committed`] once it is carried out.
     pub(crate) fn change(&self) -> Transaction {
         let mut change = Transaction::new(self.family, &self.name);

@@ -66,11 +66,6 @@ impl Addresses {
         self.taken.remove(&address);
     }
 
-    /// How many are taken.
-    pub(crate) fn len(&self) -> usize {
-        self.taken.len()
-    }
-
     fn address(&self, place: u128) -> IpAddr {
         match self.range.network() {
             IpAddr::V4(base) => {

@@ -1,7 +1,7 @@
 //! The chains that choose an endpoint. Their number depends on the shapes of Services (how many endpoints, which affinity), not on how many
 //! Services there are: the endpoints themselves are elements of one map, found by front and random number.
 
-use super::keys::{AFFINITY, AFFINITY_LOCAL, ALLOWED, ENDPOINTS, LOCAL_OFFSET, STICKY, STICKY_LOCAL};
+use super::keys::{AFFINITY, AFFINITY_LOCAL, ALLOWED, ENDPOINTS, LOCAL_OFFSET};
 use super::layout::{Header, front_key};
 use crate::Family;
 use crate::nft::{CmpOp, Expr, NatKind, R, Reg, Rule, Verdict};
@@ -40,9 +40,9 @@ impl Shape {
         if self.local { LOCAL_OFFSET } else { 0 }
     }
 
-    /// The set of endpoints that clients may be kept to.
-    pub(crate) fn sticky_set(&self) -> &'static str {
-        if self.local { STICKY_LOCAL } else { STICKY }
+    /// The map of the endpoints that clients had last.
+    pub(crate) fn affinity_map(&self) -> &'static str {
+        if self.local { AFFINITY_LOCAL } else { AFFINITY }
     }
 
     /// The chain's rules.
@@ -52,7 +52,7 @@ impl Shape {
     pub(crate) fn rules(&self, family: Family) -> Vec<Rule> {
         let a = u8::try_from(family.address_len() / 4).expect("an address has at most four words");
         let (client, front, number) = (R(0), R(a), R(2 * a + 2));
-        let affinity = if self.local { AFFINITY_LOCAL } else { AFFINITY };
+        let affinity = self.affinity_map();
         let mut rules = Vec::new();
         if self.ranged {
             // Front and client side by side, the other way round.
@@ -70,10 +70,8 @@ impl Shape {
         if let Some(seconds) = self.affinity {
             key.push(Header::Source.load(family, client));
             let timeout_ms = u64::from(seconds) * 1000;
-            // The endpoint remembered takes the place of the number, right after the front, and is checked together with it.
             let mut again = key.clone();
             again.push(Expr::Map { map: affinity, key: client, to: number });
-            again.push(Expr::InSet { set: self.sticky_set(), key: front, invert: false });
             again.push(Expr::Update { map: affinity, key: client, data: number, timeout_ms });
             again.push(nat(number));
             rules.push(again);

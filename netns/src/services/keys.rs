@@ -19,11 +19,8 @@ pub(crate) const NODE_PORTS_EXTERNAL: &str = "node-ports-external";
 pub(crate) const ENDPOINTS: &str = "endpoints";
 /// From a client and a front to the endpoint it had last.
 pub(crate) const AFFINITY: &str = "affinity";
-/// Fronts with affinity and their endpoints, to tell whether a remembered one is still there.
-pub(crate) const STICKY: &str = "sticky";
-/// The two again for connections that must stay on the node.
+/// The same for connections that must stay on the node.
 pub(crate) const AFFINITY_LOCAL: &str = "affinity-local";
-pub(crate) const STICKY_LOCAL: &str = "sticky-local";
 /// Fronts and the sources they are open to.
 pub(crate) const ALLOWED: &str = "allowed-sources";
 /// From a local address (or any) and port to a pod.
@@ -72,8 +69,6 @@ pub(crate) fn sets(config: &Config, family: Family) -> Vec<(&'static str, SetSpe
         (ENDPOINTS, SetSpec::new(with(&[Integer]), endpoint())),
         (AFFINITY, clients()),
         (AFFINITY_LOCAL, clients()),
-        (STICKY, SetSpec::new(with(&[address, Port]), SetData::None)),
-        (STICKY_LOCAL, SetSpec::new(with(&[address, Port]), SetData::None)),
         (ALLOWED, SetSpec { interval: true, ..SetSpec::new(with(&[address]), SetData::None) }),
         (HOST_PORTS, SetSpec::new(front.clone(), endpoint())),
         (HAIRPIN, SetSpec::new(vec![address, address], SetData::None)),

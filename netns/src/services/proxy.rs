@@ -33,6 +33,16 @@ pub(crate) struct Proxy {
     claims: HashMap<FrontKey, BTreeSet<ObjectKey>>,
     installed: HashMap<FrontKey, Action>,
     shapes: HashMap<(Family, Shape), (usize, Arc<str>)>,
+    forgotten: Vec<Forgotten>,
+}
+
+/// An endpoint that clients must not be kept to any more: elements of `map` whose key ends with the front and whose value is the endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Forgotten {
+    pub(crate) family: Family,
+    pub(crate) map: &'static str,
+    pub(crate) front: Arc<[u8]>,
+    pub(crate) endpoint: Box<[u8]>,
 }
 
 /// A change of what Services consist of.
@@ -54,12 +64,18 @@ impl Proxy {
             claims: HashMap::new(),
             installed: HashMap::new(),
             shapes: HashMap::new(),
+            forgotten: Vec::new(),
         }
     }
 
     /// What is known of a Service.
     pub(crate) fn entry(&self, key: &ObjectKey) -> Option<&Entry> {
         self.entries.get(key)
+    }
+
+    /// The endpoints that were let go since this was asked last.
+    pub(crate) fn take_forgotten(&mut self) -> Vec<Forgotten> {
+        std::mem::take(&mut self.forgotten)
     }
 
     /// Whether something answers at a front by rule.
@@ -165,6 +181,21 @@ impl Proxy {
             self.release(shape, table);
         }
         replace_backends(table, &key, old.as_ref(), old_shape, action.as_ref(), new_shape);
+        if let Some(shape) = old_shape.filter(|shape| shape.affinity.is_some()) {
+            let kept = backends_of(action.as_ref());
+            let gone = backends_of(old.as_ref()).iter().filter(|endpoint| !kept.contains(endpoint) || new_shape.is_none_or(|shape| shape.affinity.is_none()));
+            let front: Arc<[u8]> = match shape.any_address {
+                // Clients of a node port came to some address of the node.
+                true => Key::default().protocol(key.protocol).port(key.port).bytes().into(),
+                false => front_key(&key).bytes().into(),
+            };
+            self.forgotten.extend(gone.map(|endpoint| Forgotten {
+                family: table.family,
+                map: shape.affinity_map(),
+                front: front.clone(),
+                endpoint: Key::default().endpoint(*endpoint).bytes(),
+            }));
+        }
         replace_sources(table, &key, sources_of(old.as_ref()), sources_of(action.as_ref()));
         match action {
             Some(action) => self.installed.insert(key, action),
@@ -238,17 +269,6 @@ fn replace_backends(
         if before.get(place) != after.get(place) {
             table.set_element(ENDPOINTS, front_key(key).number(number).element(), value);
         }
-    }
-    let Some(set) = old_shape.or(new_shape).map(|shape| shape.sticky_set()) else { return };
-    let sticky = |shape: Option<Shape>, all: &[SocketAddr]| -> BTreeSet<SocketAddr> {
-        shape.filter(|shape| shape.affinity.is_some()).map(|_| all.iter().copied().collect()).unwrap_or_default()
-    };
-    let (before, after) = (sticky(old_shape, before), sticky(new_shape, after));
-    for gone in before.difference(&after) {
-        table.set_element(set, front_key(key).endpoint(*gone).element(), None);
-    }
-    for come in after.difference(&before) {
-        table.set_element(set, front_key(key).endpoint(*come).element(), Some(Value::None));
     }
 }
 

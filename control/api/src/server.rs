@@ -1,16 +1,26 @@
 //! The API server: configuration, shared state, and the ways in.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
-use coracle_store::Store;
+use coracle_store::{ListOptions, Store};
 use serde_json::Value;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
+use crate::admission::{self, Admission};
+use crate::authn::Authenticator;
+use crate::authz::{self, Authorizer};
+use crate::http::{ReqBody, Response, serve};
+use crate::informer::{Informer, Informers};
 use crate::kinds::Kind;
 use crate::node::NodeConnector;
+use crate::pki::{Identity, Pki, PkiError, Purpose};
+use crate::registry::Registry;
 use crate::status::Status;
 use crate::user::UserInfo;
+use crate::{bootstrap, crd, handlers, in_process};
 
 /// Settings of a server.
 pub struct Config {
@@ -29,9 +39,46 @@ pub struct Config {
     /// Address of the cluster's DNS service.
     pub dns_ip: IpAddr,
     /// Address and port that pods and other hosts reach this server at (endpoints of the service `kubernetes`).
-    pub advertise: std::net::SocketAddr,
+    pub advertise: SocketAddr,
     /// How kubelets are reached.
     pub nodes: Arc<dyn NodeConnector>,
+    /// Static tokens: token and user, as `--token-auth-file` holds them.
+    pub static_tokens: Vec<(String, UserInfo)>,
+    /// Trusted issuers of OpenID Connect tokens.
+    pub oidc: Vec<crate::authn::OidcIssuer>,
+}
+
+/// A server that cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Keys and certificates.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// Reading or writing the objects that every cluster has.
+    #[error("{step}: {status}")]
+    Objects {
+        /// What was done.
+        step: &'static str,
+        /// The answer.
+        status: Status,
+    },
+    /// The listener.
+    #[error("serve the API: {0}")]
+    Listen(#[from] std::io::Error),
+}
+
+/// Who stands at the other end of a request.
+#[derive(Clone)]
+pub enum Caller {
+    /// Someone on a connection; the user of a verified client certificate, when there was one.
+    Remote {
+        /// Who the certificate names.
+        certificate: Option<Arc<UserInfo>>,
+        /// Address of the other end.
+        peer: Option<SocketAddr>,
+    },
+    /// A part of this process.
+    Local(Arc<UserInfo>),
 }
 
 /// The server. Cheap to share; all clients, informers and listeners hang on it.
@@ -40,21 +87,132 @@ pub struct ApiServer {
     pub config: Config,
     /// The store behind it.
     pub store: Arc<dyn Store>,
+    /// The live table of kinds.
+    pub registry: Registry,
+    /// Keys and certificates.
+    pub pki: Pki,
+    /// Who is who.
+    pub authn: Authenticator,
+    pub(crate) chain: OnceLock<Vec<Arc<dyn Admission>>>,
+    authz: OnceLock<Arc<dyn Authorizer>>,
+    pub(crate) informers: Informers,
+    pub(crate) documents: crate::discovery::Documents,
+    pub(crate) frames: handlers::Frames,
+    pub(crate) limits: handlers::Limits,
+    me: Weak<ApiServer>,
+    pub(crate) shutdown: CancellationToken,
 }
 
 impl ApiServer {
+    /// Opens keys, builds admission and authorisation, takes in the CRDs and makes the objects that every cluster has.
+    /// Background work ends with `shutdown`.
+    pub async fn new(config: Config, store: Arc<dyn Store>, shutdown: CancellationToken) -> Result<Arc<Self>, StartError> {
+        let pki = Pki::open(&config.tls_dir)?;
+        let authn = Authenticator::new(&config, &pki)?;
+        let api = Arc::new_cyclic(|me| Self {
+            registry: Registry::default(),
+            pki,
+            authn,
+            chain: OnceLock::new(),
+            authz: OnceLock::new(),
+            informers: Informers::default(),
+            documents: crate::discovery::Documents::default(),
+            frames: handlers::Frames::default(),
+            limits: handlers::Limits::default(),
+            me: me.clone(),
+            config,
+            store,
+            shutdown,
+        });
+        let step = |step| move |status| StartError::Objects { step, status };
+        crd::start(&api).await.map_err(step("read the custom resource definitions"))?;
+        api.chain.get_or_init(|| admission::chain(&api));
+        api.authz.get_or_init(|| authz::authorizer(&api));
+        bootstrap::ensure(&api).await.map_err(step("create the objects of a fresh cluster"))?;
+        Ok(api)
+    }
+
+    /// The shared handle of this server.
+    pub fn shared(&self) -> Arc<Self> {
+        self.me.upgrade().expect("whoever borrows the server holds its Arc")
+    }
+
+    /// Serves HTTPS until shutdown.
+    pub async fn serve_tls(&self, listener: TcpListener) -> Result<(), StartError> {
+        let identity = self.pki.identity("serving", "kube-apiserver", &Purpose::Server(self.sans()))?;
+        let tls = serve::tls(&identity, &self.pki.ca_pem)?;
+        serve::serve(self.shared(), listener, tls, self.shutdown.clone()).await?;
+        Ok(())
+    }
+
+    /// Names and addresses of the serving certificate.
+    fn sans(&self) -> Vec<String> {
+        let mut sans: Vec<String> = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", "127.0.0.1", "::1"]
+            .map(str::to_owned)
+            .into();
+        sans.push(format!("kubernetes.default.svc.{}", self.config.cluster_domain));
+        sans.push(self.config.advertise.ip().to_string());
+        sans.extend(crate::net::first_address(&self.config.service_cidr).map(|ip| ip.to_string()));
+        sans.extend(self.config.tls_sans.iter().cloned());
+        sans.dedup();
+        sans
+    }
+
+    /// The administrator's kubeconfig is written to `path` with mode 0600.
+    pub fn write_admin_kubeconfig(&self, path: &std::path::Path, server_url: &str) -> Result<(), StartError> {
+        Ok(self.pki.write_kubeconfig(path, server_url, &self.pki.admin()?)?)
+    }
+
+    /// A fresh client and server identity for a node's kubelet: `system:node:<name>`.
+    pub fn node_identity(&self, node: &str, sans: Vec<String>) -> Result<Identity, StartError> {
+        Ok(self.pki.issue(&format!("system:node:{node}"), &Purpose::Both(sans, vec!["system:nodes".into()]))?)
+    }
+
+    /// The client identity with which this server reaches kubelets.
+    pub fn kubelet_client_identity(&self) -> Result<Identity, StartError> {
+        let groups = vec![crate::user::SYSTEM_MASTERS.into()];
+        Ok(self.pki.identity("kubelet-client", "kube-apiserver-kubelet-client", &Purpose::Client(groups))?)
+    }
+
+    /// A client of this process, without a socket: the same path, the same admission and authorisation.
+    pub fn client(&self, user: UserInfo) -> kube::Client {
+        kube::Client::new(self.service(user), "default")
+    }
+
+    /// The request path as a tower service for one user.
+    pub fn service(&self, user: UserInfo) -> in_process::Service {
+        in_process::Service::new(self.shared(), Arc::new(user))
+    }
+
+    /// The shared decoded cache of a kind.
+    pub fn informer<K: crate::informer::Cached>(&self) -> Informer<K> {
+        self.informers.get(&self.shared())
+    }
+
+    /// Answers one request.
+    pub async fn respond(self: &Arc<Self>, caller: Caller, request: http::Request<ReqBody>) -> Response {
+        handlers::respond(self.clone(), caller, request).await
+    }
+
+    /// The authoriser.
+    pub fn authorizer(&self) -> &Arc<dyn Authorizer> {
+        self.authz.get_or_init(|| authz::authorizer(&self.shared()))
+    }
+
     /// The row of a resource in a version.
-    pub fn kind(&self, _group: &str, _version: &str, _resource: &str) -> Option<Arc<Kind>> {
-        None
+    pub fn kind(&self, group: &str, version: &str, resource: &str) -> Option<Arc<Kind>> {
+        self.registry.find(group, version, resource)
     }
 
     /// An object as JSON in its storage version, read from the store (always current).
-    pub async fn get(&self, _kind: &Kind, _namespace: &str, _name: &str) -> Result<Option<Value>, Status> {
-        Ok(None)
+    pub async fn get(&self, kind: &Kind, namespace: &str, name: &str) -> Result<Option<Value>, Status> {
+        let entry = self.store.get(&kind.key(namespace, name)).await?;
+        entry.map(|entry| crate::wire::parse_stored(&entry.value)).transpose()
     }
 
     /// All objects of a kind, of one namespace or (empty) of all, as JSON in their storage version.
-    pub async fn list(&self, _kind: &Kind, _namespace: &str) -> Result<Vec<Value>, Status> {
-        Ok(Vec::new())
+    pub async fn list(&self, kind: &Kind, namespace: &str) -> Result<Vec<Value>, Status> {
+        let listing = self.store.list(&kind.key_prefix(namespace), ListOptions::default()).await?;
+        listing.entries.iter().map(|entry| crate::wire::parse_stored(&entry.value)).collect()
     }
 }

@@ -20,6 +20,8 @@ pub struct Status {
     pub message: String,
     /// What the sentence is about.
     pub details: Option<Box<Details>>,
+    /// Continue token of an expired list.
+    pub continue_token: Option<String>,
 }
 
 /// `metav1.StatusDetails`.
@@ -76,7 +78,7 @@ impl std::error::Error for Status {}
 impl Status {
     /// A status with a message and no details.
     pub fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason, message: message.into(), details: None }
+        Self { code, reason, message: message.into(), details: None, continue_token: None }
     }
 
     /// The same with details.
@@ -252,6 +254,9 @@ impl Status {
         }
         if let Some(details) = &self.details {
             map.insert("details".into(), serde_json::to_value(details).expect("details hold strings and numbers"));
+        }
+        if let Some(token) = &self.continue_token {
+            map.insert("metadata".into(), json!({"continue": token}));
         }
         value
     }

@@ -53,8 +53,8 @@ pub struct Column {
 /// How the objects of a row are brought into another version of the same resource.
 #[async_trait]
 pub trait Conversion: Send + Sync {
-    /// Converts objects of any version of the resource into `version`; the order is kept.
-    async fn convert(&self, objects: Vec<Value>, version: &str) -> Result<Vec<Value>, Status>;
+    /// Converts objects of any version of the resource into `api_version` (`group/version`); the order is kept.
+    async fn convert(&self, objects: Vec<Value>, api_version: &str) -> Result<Vec<Value>, Status>;
 }
 
 /// One resource in one version.

@@ -1,0 +1,227 @@
+//! The generic request path: authenticate, authorise, find the row, negotiate, run one of the handlers, answer.
+
+mod call;
+mod read;
+mod watch;
+mod frames;
+mod answer;
+mod write;
+mod managed;
+mod update;
+mod patch;
+mod delete;
+mod subresource;
+mod compress;
+mod limits;
+
+use std::sync::Arc;
+
+use http::HeaderValue;
+use http::header::{HeaderName, WWW_AUTHENTICATE};
+
+pub(crate) use call::Call;
+pub(crate) use frames::Frames;
+pub(crate) use limits::Limits;
+
+use crate::authz::{Attributes, Decision};
+use crate::http::{Media, Query, ReqBody, Response, Route, Verb, status_response};
+use crate::server::{ApiServer, Caller};
+use crate::status::Status;
+use crate::user::UserInfo;
+use crate::{discovery, health, proxy};
+
+/// Longest list of `Warning` headers of one answer, in bytes; what comes after is left out.
+const WARNINGS_BYTES: usize = 4096;
+
+/// Answers one request, whatever it is.
+pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqBody>) -> Response {
+    let audit_id = uuid::Uuid::new_v4().to_string();
+    let accepts_gzip = compress::accepted(request.headers());
+    let mut response = match handle(api, caller, request).await {
+        Ok(response) => response,
+        Err(status) => {
+            let mut response = status_response(&status);
+            if status.code == 401 {
+                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"kubernetes-master\""));
+            }
+            response
+        }
+    };
+    if let Ok(id) = HeaderValue::from_str(&audit_id) {
+        response.headers_mut().insert(HeaderName::from_static("audit-id"), id);
+    }
+    if accepts_gzip { compress::compress(response) } else { response }
+}
+
+async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqBody>) -> Result<Response, Status> {
+    let (parts, body) = request.into_parts();
+    let query = Query::parse(parts.uri.query());
+    let route = Route::parse(&parts.method, parts.uri.path(), &query);
+    let local = matches!(caller, Caller::Local(_));
+    let user = match caller {
+        Caller::Local(user) => user,
+        Caller::Remote { certificate, .. } => {
+            let user = api.authn.authenticate(&api, certificate, &parts.headers).await?;
+            api.authn.impersonate(&api, user, &parts.headers)?
+        }
+    };
+    authorize(&api, &user, &route)?;
+    let Some(resource) = route.resource.clone() else {
+        return plain(&api, &user, &route, &parts, &query, body).await;
+    };
+    let place = if local { None } else { Some(api.limits.enter(&user, &route).await?) };
+    if let Some(service) = crate::aggregate::target(&api, &resource.group, &resource.version) {
+        return crate::aggregate::pass_on(&api, &user, &service, parts, body).await;
+    }
+    let kind = api
+        .kind(&resource.group, &resource.version, &resource.resource)
+        .filter(|kind| kind.served)
+        .ok_or_else(Status::no_such_resource)?;
+    if kind.namespaced() != !resource.namespace.is_empty() && kind.resource != "namespaces" {
+        let across = matches!(resource.verb, Verb::List | Verb::Watch) && resource.namespace.is_empty() && resource.name.is_empty();
+        // Reviews may be posted without a namespace only when they have none; lists may span all namespaces.
+        if !across {
+            return Err(Status::no_such_resource());
+        }
+    }
+    if !resource.subresource.is_empty() && proxy::is_streaming(&kind, &resource.subresource) {
+        return proxy::connect(&api, user, kind, resource, parts, query, body).await;
+    }
+    let media = Media::negotiate(&parts.headers, &query, kind.crd.is_none())?;
+    let mut call = Call::new(api, user, kind, resource, query, media, &parts.headers)?;
+    call.place = place;
+    let mut response = dispatch(&mut call, body).await?;
+    warnings(&call, &mut response);
+    Ok(response)
+}
+
+async fn dispatch(call: &mut Call, body: ReqBody) -> Result<Response, Status> {
+    if !call.route.subresource.is_empty() {
+        return subresource::handle(call, body).await;
+    }
+    let verb = call.route.verb;
+    if !call.kind.has_verb(verb.as_str()) {
+        return Err(Status::no_such_method());
+    }
+    match verb {
+        Verb::Get => read::get(call).await,
+        Verb::List => read::list(call).await,
+        Verb::Watch => watch::watch(call).await,
+        Verb::Create if call.route.name.is_empty() => write::create(call, body).await,
+        Verb::Create => Err(Status::no_such_method()),
+        Verb::Update => update::replace(call, body).await,
+        Verb::Patch => patch::patch(call, body).await,
+        Verb::Delete => delete::delete(call, body).await,
+        Verb::DeleteCollection => delete::collection(call, body).await,
+    }
+}
+
+/// Paths that are not about resources.
+async fn plain(
+    api: &Arc<ApiServer>,
+    user: &UserInfo,
+    route: &Route,
+    parts: &http::request::Parts,
+    query: &Query,
+    body: ReqBody,
+) -> Result<Response, Status> {
+    if parts.method != http::Method::GET && parts.method != http::Method::HEAD {
+        let _ = body;
+        return Err(Status::no_such_resource());
+    }
+    if let Some(response) = health::answer(api, &route.path, query).await {
+        return Ok(response);
+    }
+    if let Some(response) = api.authn.discovery(api, &route.path) {
+        return Ok(response);
+    }
+    discovery::answer(api, user, &route.path, &parts.headers, query).await
+}
+
+/// 403 unless the user may do it.
+fn authorize(api: &ApiServer, user: &UserInfo, route: &Route) -> Result<(), Status> {
+    let attributes = attributes(user, route);
+    match api.authorizer().authorize(&attributes) {
+        Decision::Allow(_) => Ok(()),
+        Decision::Deny(reason) | Decision::NoOpinion(reason) => Err(denied(&attributes, &reason)),
+    }
+}
+
+fn attributes<'a>(user: &'a UserInfo, route: &'a Route) -> Attributes<'a> {
+    let none = "";
+    match &route.resource {
+        Some(r) => Attributes {
+            user,
+            verb: r.verb.as_str(),
+            is_resource: true,
+            group: &r.group,
+            version: &r.version,
+            resource: &r.resource,
+            subresource: &r.subresource,
+            namespace: &r.namespace,
+            name: &r.name,
+            path: &route.path,
+        },
+        None => Attributes {
+            user,
+            verb: route.verb,
+            is_resource: false,
+            group: none,
+            version: none,
+            resource: none,
+            subresource: none,
+            namespace: none,
+            name: none,
+            path: &route.path,
+        },
+    }
+}
+
+/// The 403 of an unauthorised request, in the usual words.
+pub(crate) fn denied(a: &Attributes<'_>, reason: &str) -> Status {
+    let tail = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+    let user = &a.user.name;
+    if !a.is_resource {
+        let message = format!("forbidden: User {user:?} cannot {} path {:?}{tail}", a.verb, a.path);
+        return Status::new(403, "Forbidden", message).with(crate::status::Details::default());
+    }
+    let resource = if a.subresource.is_empty() { a.resource.to_owned() } else { format!("{}/{}", a.resource, a.subresource) };
+    let scope = if a.namespace.is_empty() {
+        "at the cluster scope".to_owned()
+    } else {
+        format!("in the namespace {:?}", a.namespace)
+    };
+    let qualified = if a.group.is_empty() { a.resource.to_owned() } else { format!("{}.{}", a.resource, a.group) };
+    let subject = if a.name.is_empty() { qualified } else { format!("{qualified} {:?}", a.name) };
+    let message = format!(
+        "{subject} is forbidden: User {user:?} cannot {} resource {resource:?} in API group {:?} {scope}{tail}",
+        a.verb, a.group
+    );
+    Status::new(403, "Forbidden", message).with(crate::status::Details {
+        name: a.name.into(),
+        group: a.group.into(),
+        kind: a.resource.into(),
+        ..Default::default()
+    })
+}
+
+/// `Warning` headers, as RFC 7234 has them.
+fn warnings(call: &Call, response: &mut Response) {
+    let mut left = WARNINGS_BYTES;
+    let mut seen: Vec<&str> = Vec::new();
+    for sentence in &call.warnings {
+        if seen.contains(&sentence.as_str()) {
+            continue;
+        }
+        seen.push(sentence);
+        let clean: String = sentence.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let text = format!("299 - \"{}\"", clean.replace('\\', "\\\\").replace('"', "\\\""));
+        if text.len() > left {
+            break;
+        }
+        left -= text.len();
+        if let Ok(value) = HeaderValue::from_bytes(text.as_bytes()) {
+            response.headers_mut().append(http::header::WARNING, value);
+        }
+    }
+}

@@ -19,7 +19,9 @@ use std::sync::Arc;
 use http::HeaderValue;
 use http::header::{HeaderName, WWW_AUTHENTICATE};
 
-pub(crate) use call::Call;
+pub(crate) use call::{Call, to_version};
+pub(crate) use delete::Options;
+pub(crate) use subresource::{body_kind, selector_text};
 pub(crate) use frames::Frames;
 pub(crate) use limits::Limits;
 
@@ -224,4 +226,10 @@ fn warnings(call: &Call, response: &mut Response) {
             response.headers_mut().append(http::header::WARNING, value);
         }
     }
+}
+
+/// Deletes the pod of an eviction.
+pub(crate) async fn delete_pod(call: &mut Call, options: &Options) -> Result<(), Status> {
+    let (key, name) = (call.key(), call.route.name.clone());
+    delete::one(call, &key, &name, options).await.map(|_| ())
 }

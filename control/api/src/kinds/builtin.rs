@@ -97,7 +97,7 @@ fn subresource(group: &str, version: &str, text: &str) -> Subresource {
 }
 
 /// Go package of a group's types, as OpenAPI definition names have it.
-fn schema_name(group: &str, version: &str, kind: &str) -> String {
+pub(crate) fn schema_name(group: &str, version: &str, kind: &str) -> String {
     match group {
         "" => format!("io.k8s.api.core.{version}.{kind}"),
         "apiregistration.k8s.io" => format!("io.k8s.kube-aggregator.pkg.apis.apiregistration.{version}.{kind}"),

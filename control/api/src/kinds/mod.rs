@@ -27,6 +27,7 @@ mod strategy;
 pub mod table;
 
 pub use builtin::builtin;
+pub(crate) use builtin::schema_name;
 pub use kind::{Column, Conversion, Kind, Scope, Subresource};
 pub use strategy::{FieldLabel, Finish, Generic, OnDelete, Strategy};
 

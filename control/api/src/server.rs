@@ -115,7 +115,7 @@ impl ApiServer {
             authn,
             chain: OnceLock::new(),
             authz: OnceLock::new(),
-            informers: Informers::default(),
+            informers: Informers::new(store.clone()),
             documents: crate::discovery::Documents::default(),
             frames: handlers::Frames::default(),
             limits: handlers::Limits::default(),
@@ -185,8 +185,10 @@ impl ApiServer {
     }
 
     /// The shared decoded cache of a kind.
-    pub fn informer<K: crate::informer::Cached>(&self) -> Informer<K> {
-        self.informers.get(&self.shared())
+    pub fn informer<K: crate::informer::Cached>(&self) -> Arc<Informer<K>> {
+        let (group, plural) = (K::group(&()), K::plural(&()));
+        let prefix = self.registry.find_stored(&group, &plural).map(|kind| kind.prefix.clone());
+        self.informers.get(&prefix.unwrap_or_else(|| format!("/registry/{group}/{plural}/")))
     }
 
     /// Answers one request.

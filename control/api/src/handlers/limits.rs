@@ -57,3 +57,19 @@ impl Limits {
         }
     }
 }
+
+impl Limits {
+    /// Requests in flight, as a real server names the metric.
+    pub(crate) fn metrics(&self) -> String {
+        let mut text = String::from(
+            "# HELP apiserver_current_inflight_requests Requests in flight.\n# TYPE apiserver_current_inflight_requests gauge\n",
+        );
+        for (kind, places, all) in
+            [("readOnly", &self.reading, READING), ("mutating", &self.writing, WRITING), ("privileged", &self.privileged, PRIVILEGED)]
+        {
+            let busy = all - places.available_permits();
+            text.push_str(&format!("apiserver_current_inflight_requests{{request_kind=\"{kind}\"}} {busy}\n"));
+        }
+        text
+    }
+}

@@ -56,7 +56,17 @@ async fn review(call: &mut Call, mut object: Value) -> Result<Response, Status> 
     if !errors.is_empty() {
         return Err(Status::invalid(&call.kind, "", &errors));
     }
-    let answered = call.kind.strategy.clone().answer(&ctx, object).await?;
+    let answered = match (call.kind.group.as_str(), call.kind.resource.as_str()) {
+        ("authentication.k8s.io", _) => crate::authn::review(&ctx, object).await?,
+        ("", "bindings") => {
+            let pods = call.api.kind("", "v1", "pods").ok_or_else(Status::no_such_resource)?;
+            call.route.name = object::name(&object).to_owned();
+            call.kind = pods;
+            call.route.subresource = "binding".into();
+            return super::subresource::bind(call, object).await;
+        }
+        _ => call.kind.strategy.clone().answer(&ctx, object).await?,
+    };
     call.take_warnings(&ctx);
     answer::shaped(call, 201, answered)
 }

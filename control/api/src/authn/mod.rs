@@ -17,7 +17,7 @@ use crate::status::Status;
 use crate::user::{SYSTEM_AUTHENTICATED, UserInfo};
 
 pub use keys::OidcIssuer;
-pub(crate) use request::{review, user_value};
+pub(crate) use request::review;
 
 /// Who is who.
 pub struct Authenticator {

@@ -19,8 +19,9 @@ use std::sync::Arc;
 use http::HeaderValue;
 use http::header::{HeaderName, WWW_AUTHENTICATE};
 
-pub(crate) use call::{Call, to_version};
+pub(crate) use call::Call;
 pub(crate) use delete::Options;
+pub(crate) use answer::partial;
 pub(crate) use subresource::{body_kind, selector_text};
 pub(crate) use frames::Frames;
 pub(crate) use limits::Limits;

@@ -198,7 +198,7 @@ pub(super) fn type_matches(kind: &Kind, object: &Value) -> Result<(), Status> {
 /// The namespace of a body must be that of the path; an empty one is filled in.
 pub(super) fn namespace_matches(call: &Call, object: &mut Value) -> Result<(), Status> {
     let metadata = object::metadata(object);
-    let given = metadata.get("namespace").and_then(Value::as_str).unwrap_or_default();
+    let given = metadata.get("namespace").and_then(Value::as_str).unwrap_or_default().to_owned();
     if !call.kind.namespaced() {
         if given.is_empty() {
             metadata.remove("namespace");

@@ -7,7 +7,7 @@ mod respond;
 mod route;
 pub(crate) mod serve;
 
-pub use body::{BoxError, ReqBody, ResBody, empty, full, stream};
+pub use body::{BoxError, ReqBody, ResBody, empty, stream};
 pub use negotiate::{Format, Include, Media, Shape};
 pub use query::Query;
 pub use respond::{Response, bytes_response, json_response, status_response, text_response};

@@ -35,7 +35,9 @@ const STREAMS: u32 = 250;
 pub(crate) fn tls(identity: &Identity, ca_pem: &str) -> Result<rustls::ServerConfig, io::Error> {
     use rustls_pki_types::CertificateDer;
     use rustls_pki_types::pem::PemObject as _;
-    let other = io::Error::other;
+    fn other(error: impl Into<super::BoxError>) -> io::Error {
+        io::Error::other(error)
+    }
     let mut roots = rustls::RootCertStore::empty();
     for cert in CertificateDer::pem_slice_iter(ca_pem.as_bytes()) {
         roots.add(cert.map_err(other)?).map_err(other)?;

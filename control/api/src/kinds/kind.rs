@@ -170,6 +170,6 @@ impl Kind {
 
     /// The schema, built when first asked for.
     pub fn schema(&self) -> &Arc<Schema> {
-        self.schema.get_or_init(|| Schema::builtin(&self.schema_name))
+        self.schema.get_or_init(|| crate::wire::builtin_schema(&self.schema_name))
     }
 }

@@ -63,17 +63,17 @@ where
 }
 
 /// A body of known bytes.
-pub fn full(bytes: impl Into<Bytes>) -> ResBody {
+pub(crate) fn full(bytes: impl Into<Bytes>) -> ResBody {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
 /// No body.
-pub fn empty() -> ResBody {
+pub(crate) fn empty() -> ResBody {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }
 
 /// A body that is made as it is read.
-pub fn stream(chunks: impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static) -> ResBody {
+pub(crate) fn stream(chunks: impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static) -> ResBody {
     use futures::TryStreamExt as _;
     StreamBody::new(chunks.map_ok(Frame::data)).boxed_unsync()
 }

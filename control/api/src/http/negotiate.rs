@@ -8,7 +8,7 @@ use crate::status::Status;
 
 /// Encoding of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum Format {
     /// `application/json`
     Json,
     /// `application/yaml`
@@ -19,7 +19,7 @@ pub enum Format {
 
 /// What an object is turned into before it is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
+pub(crate) enum Shape {
     /// As it is.
     Plain,
     /// `meta.k8s.io/v1` Table.
@@ -32,7 +32,7 @@ pub enum Shape {
 
 /// `includeObject` of a Table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Include {
+pub(crate) enum Include {
     /// The metadata.
     Metadata,
     /// The whole object.
@@ -43,7 +43,7 @@ pub enum Include {
 
 /// The negotiated form of an answer.
 #[derive(Clone, Copy, Debug)]
-pub struct Media {
+pub(crate) struct Media {
     /// Encoding.
     pub format: Format,
     /// Shape.

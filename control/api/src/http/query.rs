@@ -2,7 +2,7 @@
 
 /// The parameters of a query string, in order, decoded.
 #[derive(Clone, Debug, Default)]
-pub struct Query(Vec<(String, String)>);
+pub(crate) struct Query(Vec<(String, String)>);
 
 impl Query {
     /// Parses a query string; broken escapes are kept as they are.

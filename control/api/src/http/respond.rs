@@ -9,10 +9,10 @@ use super::body::{ResBody, full};
 use crate::status::Status;
 
 /// An answer.
-pub type Response = http::Response<ResBody>;
+pub(crate) type Response = http::Response<ResBody>;
 
 /// An answer of known bytes.
-pub fn bytes_response(code: u16, content_type: &'static str, bytes: impl Into<Bytes>) -> Response {
+pub(crate) fn bytes_response(code: u16, content_type: &'static str, bytes: impl Into<Bytes>) -> Response {
     let mut response = http::Response::new(full(bytes));
     *response.status_mut() = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -26,17 +26,17 @@ pub(crate) fn no_cache(headers: &mut HeaderMap) {
 }
 
 /// Plain text.
-pub fn text_response(code: u16, text: impl Into<String>) -> Response {
+pub(crate) fn text_response(code: u16, text: impl Into<String>) -> Response {
     bytes_response(code, "text/plain; charset=utf-8", text.into())
 }
 
 /// A JSON value.
-pub fn json_response(code: u16, value: &Value) -> Response {
+pub(crate) fn json_response(code: u16, value: &Value) -> Response {
     bytes_response(code, "application/json", value.to_string())
 }
 
 /// A `Status`, always as JSON.
-pub fn status_response(status: &Status) -> Response {
+pub(crate) fn status_response(status: &Status) -> Response {
     let mut response = json_response(status.code, &status.to_value());
     if let Some(seconds) = status.details.as_ref().map(|d| d.retry_after_seconds).filter(|&s| s > 0) {
         response.headers_mut().insert(RETRY_AFTER, seconds.into());

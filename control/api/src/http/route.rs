@@ -6,7 +6,7 @@ use super::query::{Query, decode};
 
 /// What is done with a resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verb {
+pub(crate) enum Verb {
     /// One object.
     Get,
     /// Many objects.
@@ -43,7 +43,7 @@ impl Verb {
 
 /// A request's path, taken apart.
 #[derive(Clone, Debug)]
-pub struct Route {
+pub(crate) struct Route {
     /// Decoded path.
     pub path: String,
     /// Set when it is about a resource.
@@ -54,7 +54,7 @@ pub struct Route {
 
 /// The part of a [`Route`] that is about a resource.
 #[derive(Clone, Debug)]
-pub struct ResourceRoute {
+pub(crate) struct ResourceRoute {
     /// What is done.
     pub verb: Verb,
     /// API group, empty for core.

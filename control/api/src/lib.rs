@@ -33,6 +33,7 @@ pub mod status;
 mod proxy;
 pub mod node;
 mod net;
+mod tls_client;
 mod in_process;
 pub mod informer;
 

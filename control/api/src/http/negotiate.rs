@@ -45,13 +45,13 @@ pub(crate) enum Include {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Media {
     /// Encoding.
-    pub format: Format,
+    pub(crate) format: Format,
     /// Shape.
-    pub shape: Shape,
+    pub(crate) shape: Shape,
     /// What rows of a Table carry.
-    pub include: Include,
+    pub(crate) include: Include,
     /// Indented JSON.
-    pub pretty: bool,
+    pub(crate) pretty: bool,
 }
 
 /// Media types that every kind is served in.
@@ -61,11 +61,11 @@ pub(crate) const SERVED_CUSTOM: [&str; 2] = ["application/json", "application/ya
 
 impl Media {
     /// Plain JSON.
-    pub const JSON: Self = Self { format: Format::Json, shape: Shape::Plain, include: Include::Metadata, pretty: false };
+    pub(crate) const JSON: Self = Self { format: Format::Json, shape: Shape::Plain, include: Include::Metadata, pretty: false };
 
     /// Chooses by the `Accept` header, the first acceptable of the client's list in order of its weights.
     /// `protobuf` tells whether the kind has a protobuf encoding.
-    pub fn negotiate(headers: &HeaderMap, query: &Query, protobuf: bool) -> Result<Self, Status> {
+    pub(crate) fn negotiate(headers: &HeaderMap, query: &Query, protobuf: bool) -> Result<Self, Status> {
         let include = match query.get("includeObject") {
             Some("Object") => Include::Object,
             Some("None") => Include::None,
@@ -93,7 +93,7 @@ impl Media {
     }
 
     /// Content type of the answer.
-    pub fn content_type(self) -> &'static str {
+    pub(crate) fn content_type(self) -> &'static str {
         match self.format {
             Format::Json => "application/json",
             Format::Yaml => "application/yaml",

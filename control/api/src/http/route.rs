@@ -27,7 +27,7 @@ pub(crate) enum Verb {
 
 impl Verb {
     /// As RBAC rules have it.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Get => "get",
             Self::List => "list",
@@ -45,37 +45,37 @@ impl Verb {
 #[derive(Clone, Debug)]
 pub(crate) struct Route {
     /// Decoded path.
-    pub path: String,
+    pub(crate) path: String,
     /// Set when it is about a resource.
-    pub resource: Option<ResourceRoute>,
+    pub(crate) resource: Option<ResourceRoute>,
     /// The verb for authorisation: of the resource, else the method in lower case.
-    pub verb: &'static str,
+    pub(crate) verb: &'static str,
 }
 
 /// The part of a [`Route`] that is about a resource.
 #[derive(Clone, Debug)]
 pub(crate) struct ResourceRoute {
     /// What is done.
-    pub verb: Verb,
+    pub(crate) verb: Verb,
     /// API group, empty for core.
-    pub group: String,
+    pub(crate) group: String,
     /// API version.
-    pub version: String,
+    pub(crate) version: String,
     /// Namespace, empty for none.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// Plural resource.
-    pub resource: String,
+    pub(crate) resource: String,
     /// Name, empty for collections.
-    pub name: String,
+    pub(crate) name: String,
     /// Subresource, empty for none.
-    pub subresource: String,
+    pub(crate) subresource: String,
     /// What follows the subresource (`proxy/…`), with its leading slash when there is one.
-    pub rest: String,
+    pub(crate) rest: String,
 }
 
 impl Route {
     /// Takes a path apart.
-    pub fn parse(method: &Method, raw_path: &str, query: &Query) -> Self {
+    pub(crate) fn parse(method: &Method, raw_path: &str, query: &Query) -> Self {
         let path = decode(raw_path, false);
         let resource = resource(method, raw_path, query);
         let verb = match &resource {

@@ -1,0 +1,131 @@
+//! One request over one stream, upgrades included.
+
+use http::header::{
+    AUTHORIZATION, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, TRANSFER_ENCODING, UPGRADE,
+};
+use http_body_util::BodyExt as _;
+use hyper_util::rt::TokioIo;
+
+use crate::http::{ReqBody, Response, empty};
+use crate::node::NodeStream;
+use crate::status::Status;
+
+/// Where a request goes.
+#[derive(Default)]
+pub(crate) struct Way {
+    /// Path and query at the other end.
+    pub(crate) path: String,
+    /// `Host` header.
+    pub(crate) host: String,
+    /// Headers to set.
+    pub(crate) headers: HeaderMap,
+    /// Path of this server below which the other end's paths appear (`…/proxy`), for `Location`.
+    pub(crate) base: Option<String>,
+}
+
+/// Headers that concern one connection only.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("te"),
+    TRANSFER_ENCODING,
+    UPGRADE,
+];
+
+/// Sends the request over the stream and answers with what comes back.
+pub(crate) async fn forward(
+    stream: Box<dyn NodeStream>,
+    way: Way,
+    parts: http::request::Parts,
+    body: ReqBody,
+) -> Result<Response, Status> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        Status::new(503, "ServiceUnavailable", format!("error trying to reach service: {what}: {error}"))
+    };
+    let upgrade = parts.headers.get(UPGRADE).cloned();
+    let mut inbound = http::Request::from_parts(parts, ());
+    let on_client = upgrade.is_some().then(|| hyper::upgrade::on(&mut inbound));
+    let mut request = http::Request::new(body.into_stream_body());
+    *request.method_mut() = inbound.method().clone();
+    *request.uri_mut() = way.path.parse().map_err(|_| Status::bad_request(format!("invalid path {:?}", way.path)))?;
+    *request.headers_mut() = outbound_headers(inbound.headers(), &way, upgrade.as_ref());
+
+    let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
+        .preserve_header_case(true)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| failed("handshake", &error))?;
+    tokio::spawn(async move {
+        if let Err(error) = connection.with_upgrades().await {
+            tracing::debug!(%error, "connection to a backend");
+        }
+    });
+    let mut response = sender.send_request(request).await.map_err(|error| failed("request", &error))?;
+    if response.status() == http::StatusCode::SWITCHING_PROTOCOLS {
+        let Some(on_client) = on_client else {
+            return Err(failed("upgrade", &"the other end switched protocols unasked"));
+        };
+        let on_backend = hyper::upgrade::on(&mut response);
+        tokio::spawn(async move {
+            match tokio::try_join!(on_client, on_backend) {
+                Ok((client, backend)) => {
+                    let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
+                    if let Err(error) = tokio::io::copy_bidirectional(&mut client, &mut backend).await {
+                        tracing::debug!(%error, "upgraded connection");
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "upgrade"),
+            }
+        });
+        let (parts, _) = response.into_parts();
+        return Ok(http::Response::from_parts(parts, empty()));
+    }
+    for name in &HOP_BY_HOP {
+        response.headers_mut().remove(name);
+    }
+    if let Some(base) = &way.base {
+        relocate(response.headers_mut(), base);
+    }
+    Ok(response.map(|body| body.map_err(Into::into).boxed_unsync()))
+}
+
+fn outbound_headers(inbound: &HeaderMap, way: &Way, upgrade: Option<&HeaderValue>) -> HeaderMap {
+    let mut headers = inbound.clone();
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+    // Credentials are for this server only.
+    headers.remove(AUTHORIZATION);
+    let secret: Vec<HeaderName> = headers.keys().filter(|name| name.as_str().starts_with("impersonate-")).cloned().collect();
+    for name in secret {
+        headers.remove(name);
+    }
+    if let Some(upgrade) = upgrade {
+        headers.insert(UPGRADE, upgrade.clone());
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    }
+    if let Ok(host) = HeaderValue::from_str(&way.host) {
+        headers.insert(HOST, host);
+    }
+    for (name, value) in &way.headers {
+        headers.insert(name, value.clone());
+    }
+    headers
+}
+
+/// A redirection within the other end is one below our path.
+fn relocate(headers: &mut HeaderMap, base: &str) {
+    let Some(location) = headers.get(LOCATION).and_then(|value| value.to_str().ok()) else { return };
+    let path = match location.split_once("://").map(|(_, rest)| rest) {
+        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]).to_owned(),
+        None if location.starts_with('/') => location.to_owned(),
+        None => return,
+    };
+    if path.starts_with(base) {
+        return;
+    }
+    if let Ok(value) = HeaderValue::from_str(&format!("{base}{path}")) {
+        headers.insert(LOCATION, value);
+    }
+}

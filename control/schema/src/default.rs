@@ -40,8 +40,7 @@ pub fn default(value: &mut Value, schema: &Schema) {
                 return;
             };
             for item in items {
-                if let (Value::Null, false, Some(preset)) = (&*item, inner.nullable, &inner.default)
-                {
+                if let (Value::Null, false, Some(preset)) = (&*item, inner.nullable, &inner.default) {
                     *item = preset.clone();
                 }
                 default(item, inner);
@@ -67,9 +66,7 @@ pub fn drop_invalid_nulls(value: &mut Value, schema: &Schema) {
         }
         Value::Array(items) => {
             if let Some(inner) = schema.items.as_ref().map(SchemaRef::get) {
-                items
-                    .iter_mut()
-                    .for_each(|item| drop_invalid_nulls(item, inner));
+                items.iter_mut().for_each(|item| drop_invalid_nulls(item, inner));
             }
         }
         _ => {}

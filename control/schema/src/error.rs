@@ -129,10 +129,7 @@ impl ErrorKind {
     }
 
     const fn shows_value(self) -> bool {
-        !matches!(
-            self,
-            Self::Required | Self::Forbidden | Self::TooLong | Self::TooShort | Self::Internal
-        )
+        !matches!(self, Self::Required | Self::Forbidden | Self::TooLong | Self::TooShort | Self::Internal)
     }
 }
 
@@ -148,29 +145,15 @@ pub struct FieldError {
 }
 
 impl FieldError {
-    pub fn new(
-        kind: ErrorKind,
-        path: impl Into<Path>,
-        value: Option<Value>,
-        detail: impl Into<String>,
-    ) -> Self {
-        Self {
-            kind,
-            path: path.into(),
-            value,
-            detail: detail.into(),
-        }
+    pub fn new(kind: ErrorKind, path: impl Into<Path>, value: Option<Value>, detail: impl Into<String>) -> Self {
+        Self { kind, path: path.into(), value, detail: detail.into() }
     }
 
     pub fn required(path: impl Into<Path>, detail: impl Into<String>) -> Self {
         Self::new(ErrorKind::Required, path, None, detail)
     }
 
-    pub fn invalid(
-        path: impl Into<Path>,
-        value: impl Into<Value>,
-        detail: impl Into<String>,
-    ) -> Self {
+    pub fn invalid(path: impl Into<Path>, value: impl Into<Value>, detail: impl Into<String>) -> Self {
         Self::new(ErrorKind::Invalid, path, Some(value.into()), detail)
     }
 
@@ -191,11 +174,7 @@ impl FieldError {
         Self::new(ErrorKind::Forbidden, path, None, detail)
     }
 
-    pub fn type_invalid(
-        path: impl Into<Path>,
-        value: impl Into<Value>,
-        detail: impl Into<String>,
-    ) -> Self {
+    pub fn type_invalid(path: impl Into<Path>, value: impl Into<Value>, detail: impl Into<String>) -> Self {
         Self::new(ErrorKind::TypeInvalid, path, Some(value.into()), detail)
     }
 
@@ -204,11 +183,7 @@ impl FieldError {
     }
 
     /// `supported` is listed in the given order; the server sorts most of its lists.
-    pub fn not_supported<S: AsRef<str>>(
-        path: impl Into<Path>,
-        value: impl Into<Value>,
-        supported: &[S],
-    ) -> Self {
+    pub fn not_supported<S: AsRef<str>>(path: impl Into<Path>, value: impl Into<Value>, supported: &[S]) -> Self {
         let mut detail = String::new();
         for (i, word) in supported.iter().enumerate() {
             detail.push_str(if i == 0 { "supported values: " } else { ", " });
@@ -220,32 +195,17 @@ impl FieldError {
     /// `max` in bytes.
     pub fn too_long(path: impl Into<Path>, max: usize) -> Self {
         let unit = if max == 1 { "byte" } else { "bytes" };
-        Self::new(
-            ErrorKind::TooLong,
-            path,
-            None,
-            format!("may not be more than {max} {unit}"),
-        )
+        Self::new(ErrorKind::TooLong, path, None, format!("may not be more than {max} {unit}"))
     }
 
     pub fn too_many(path: impl Into<Path>, actual: usize, max: usize) -> Self {
         let unit = if max == 1 { "item" } else { "items" };
-        Self::new(
-            ErrorKind::TooMany,
-            path,
-            Some(actual.into()),
-            format!("must have at most {max} {unit}"),
-        )
+        Self::new(ErrorKind::TooMany, path, Some(actual.into()), format!("must have at most {max} {unit}"))
     }
 
     pub fn too_few(path: impl Into<Path>, actual: usize, min: usize) -> Self {
         let unit = if min == 1 { "item" } else { "items" };
-        Self::new(
-            ErrorKind::TooFew,
-            path,
-            Some(actual.into()),
-            format!("must have at least {min} {unit}"),
-        )
+        Self::new(ErrorKind::TooFew, path, Some(actual.into()), format!("must have at least {min} {unit}"))
     }
 
     /// The error without its path: `Invalid value: -1: must be greater than or equal to 0`.
@@ -271,11 +231,7 @@ impl FieldError {
 impl fmt::Display for FieldError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // An error of the object itself is written with `<nil>` in place of its path.
-        let path = if self.path.0.is_empty() {
-            "<nil>"
-        } else {
-            &self.path.0
-        };
+        let path = if self.path.0.is_empty() { "<nil>" } else { &self.path.0 };
         write!(f, "{path}: {}", self.message())
     }
 }
@@ -305,32 +261,18 @@ mod tests {
     #[test]
     fn words_are_the_servers() {
         let path = Path::new("spec").child("containers").index(0).child("name");
-        assert_eq!(
-            FieldError::required(&path, "").to_string(),
-            "spec.containers[0].name: Required value"
-        );
+        assert_eq!(FieldError::required(&path, "").to_string(), "spec.containers[0].name: Required value");
         assert_eq!(
             FieldError::not_supported("spec.restartPolicy", "x", &["Always", "Never"]).to_string(),
             "spec.restartPolicy: Unsupported value: \"x\": supported values: \"Always\", \"Never\""
         );
         assert_eq!(
-            FieldError::immutable("spec.selector", json!({"matchLabels": {"a": "<b>"}}))
-                .to_string(),
+            FieldError::immutable("spec.selector", json!({"matchLabels": {"a": "<b>"}})).to_string(),
             "spec.selector: Invalid value: {\"matchLabels\":{\"a\":\"\\u003cb\\u003e\"}}: field is immutable"
         );
-        assert_eq!(
-            FieldError::too_long("a", 63).to_string(),
-            "a: Too long: may not be more than 63 bytes"
-        );
-        assert_eq!(
-            FieldError::too_many("a", 3, 1).to_string(),
-            "a: Too many: 3: must have at most 1 item"
-        );
-        let twice = [
-            FieldError::forbidden("a", "no"),
-            FieldError::forbidden("a", "no"),
-            FieldError::required("b", ""),
-        ];
+        assert_eq!(FieldError::too_long("a", 63).to_string(), "a: Too long: may not be more than 63 bytes");
+        assert_eq!(FieldError::too_many("a", 3, 1).to_string(), "a: Too many: 3: must have at most 1 item");
+        let twice = [FieldError::forbidden("a", "no"), FieldError::forbidden("a", "no"), FieldError::required("b", "")];
         assert_eq!(aggregate(&twice), "[a: Forbidden: no, b: Required value]");
     }
 }

@@ -18,9 +18,7 @@ pub fn quote_into(out: &mut String, text: &str) {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             '\u{b}' => out.push_str("\\v"),
-            c if (c as u32) < 0x20 || c as u32 == 0x7f => {
-                push_fmt(out, format_args!("\\x{:02x}", c as u32))
-            }
+            c if (c as u32) < 0x20 || c as u32 == 0x7f => push_fmt(out, format_args!("\\x{:02x}", c as u32)),
             c if c.is_control() || (c.is_whitespace() && c != ' ') => push_escape(out, c),
             c => out.push(c),
         }
@@ -117,9 +115,7 @@ pub fn float_into(out: &mut String, float: f64) {
     }
     let text = format!("{float:e}");
     let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    let (sign, exponent) = exponent
-        .strip_prefix('-')
-        .map_or(('+', exponent), |rest| ('-', rest));
+    let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |rest| ('-', rest));
     push_fmt(out, format_args!("{digits}e{sign}{exponent:0>2}"));
 }
 
@@ -133,8 +129,7 @@ fn push_escape(out: &mut String, c: char) {
 }
 
 fn push_fmt(out: &mut String, args: std::fmt::Arguments<'_>) {
-    out.write_fmt(args)
-        .expect("writing to a String cannot fail");
+    out.write_fmt(args).expect("writing to a String cannot fail");
 }
 
 #[cfg(test)]
@@ -151,9 +146,6 @@ mod tests {
             out.push(' ');
         }
         assert_eq!(out, "1 1.5 1e+21 1e-05 123456789 ");
-        assert_eq!(
-            json(&json!({"a": ["<", 1, null, true]})),
-            r#"{"a":["\u003c",1,null,true]}"#
-        );
+        assert_eq!(json(&json!({"a": ["<", 1, null, true]})), r#"{"a":["\u003c",1,null,true]}"#);
     }
 }

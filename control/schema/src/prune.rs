@@ -13,11 +13,7 @@ pub fn prune(value: &mut Value, schema: &Schema) {
 }
 
 /// Prunes `value`, naming each dropped field in `warnings`, and checks its metadata.
-pub(crate) fn prune_strict(
-    value: &mut Value,
-    schema: &Schema,
-    warnings: &mut Vec<String>,
-) -> Result<(), DecodeError> {
+pub(crate) fn prune_strict(value: &mut Value, schema: &Schema, warnings: &mut Vec<String>) -> Result<(), DecodeError> {
     if !value.is_object() {
         return Ok(());
     }
@@ -30,13 +26,7 @@ pub(crate) fn prune_strict(
     Ok(())
 }
 
-fn walk(
-    value: &mut Value,
-    schema: &Schema,
-    root: bool,
-    path: &mut String,
-    mut warnings: Option<&mut Vec<String>>,
-) {
+fn walk(value: &mut Value, schema: &Schema, root: bool, path: &mut String, mut warnings: Option<&mut Vec<String>>) {
     let base = path.len();
     match value {
         Value::Array(items) => {

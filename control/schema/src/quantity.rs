@@ -31,34 +31,23 @@ pub enum Format {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QuantityError {
-    #[error(
-        "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"
-    )]
+    #[error("quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'")]
     Format,
     #[error("unable to parse quantity's suffix")]
     Suffix,
 }
 
 impl Quantity {
-    pub const ZERO: Self = Self {
-        nano: 0,
-        format: Format::Decimal,
-    };
+    pub const ZERO: Self = Self { nano: 0, format: Format::Decimal };
 
     /// A whole number.
     pub const fn new(value: i64) -> Self {
-        Self {
-            nano: value as i128 * NANO,
-            format: Format::Decimal,
-        }
+        Self { nano: value as i128 * NANO, format: Format::Decimal }
     }
 
     /// Thousandths (millicores).
     pub const fn from_millis(value: i64) -> Self {
-        Self {
-            nano: value as i128 * (NANO / 1_000),
-            format: Format::Decimal,
-        }
+        Self { nano: value as i128 * (NANO / 1_000), format: Format::Decimal }
     }
 
     /// The value rounded up to a whole number.
@@ -92,29 +81,15 @@ impl Quantity {
     /// The sum, in the format of `self` unless that is zero.
     #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
-        let format = if self.nano == 0 {
-            other.format
-        } else {
-            self.format
-        };
-        Self {
-            nano: (self.nano + other.nano).clamp(-MAX, MAX),
-            format,
-        }
+        let format = if self.nano == 0 { other.format } else { self.format };
+        Self { nano: (self.nano + other.nano).clamp(-MAX, MAX), format }
     }
 
     /// The difference, in the format of `self` unless that is zero.
     #[must_use]
     pub fn minus(&self, other: &Self) -> Self {
-        let format = if self.nano == 0 {
-            other.format
-        } else {
-            self.format
-        };
-        Self {
-            nano: (self.nano - other.nano).clamp(-MAX, MAX),
-            format,
-        }
+        let format = if self.nano == 0 { other.format } else { self.format };
+        Self { nano: (self.nano - other.nano).clamp(-MAX, MAX), format }
     }
 
     pub const fn format(&self) -> Format {
@@ -124,11 +99,7 @@ impl Quantity {
 
 fn div_up(value: i128, unit: i128) -> i128 {
     let floor = value.div_euclid(unit);
-    if value.rem_euclid(unit) > 0 {
-        floor + 1
-    } else {
-        floor
-    }
+    if value.rem_euclid(unit) > 0 { floor + 1 } else { floor }
 }
 
 fn saturate(value: i128) -> i64 {
@@ -163,9 +134,7 @@ impl FromStr for Quantity {
             return Err(QuantityError::Format);
         }
         let unsigned = text.strip_prefix(['+', '-']).unwrap_or(text);
-        let end = unsigned
-            .find(|c: char| !c.is_ascii_digit() && c != '.')
-            .unwrap_or(unsigned.len());
+        let end = unsigned.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(unsigned.len());
         let (number, suffix) = unsigned.split_at(end);
         let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
         if fraction.contains('.') || (whole.is_empty() && fraction.is_empty()) {
@@ -178,10 +147,7 @@ impl FromStr for Quantity {
         }
         let (base, exponent, format) = suffix_scale(suffix).ok_or(QuantityError::Suffix)?;
         let nano = scaled(whole, fraction, base, exponent);
-        Ok(Self {
-            nano: if text.starts_with('-') { -nano } else { nano },
-            format,
-        })
+        Ok(Self { nano: if text.starts_with('-') { -nano } else { nano }, format })
     }
 }
 
@@ -204,22 +170,14 @@ fn suffix_scale(suffix: &str) -> Option<(u32, i32, Format)> {
         "Ti" => (2, 40, Format::Binary),
         "Pi" => (2, 50, Format::Binary),
         "Ei" => (2, 60, Format::Binary),
-        _ => (
-            10,
-            suffix.strip_prefix(['e', 'E'])?.parse().ok()?,
-            Format::Exponent,
-        ),
+        _ => (10, suffix.strip_prefix(['e', 'E'])?.parse().ok()?, Format::Exponent),
     })
 }
 
 /// `whole.fraction × base^exponent` in billionths, rounded up, capped.
 fn scaled(whole: &str, fraction: &str, base: u32, exponent: i32) -> i128 {
-    let digits: Vec<u8> = whole
-        .bytes()
-        .chain(fraction.bytes())
-        .map(|byte| byte - b'0')
-        .skip_while(|d| *d == 0)
-        .collect();
+    let digits: Vec<u8> =
+        whole.bytes().chain(fraction.bytes()).map(|byte| byte - b'0').skip_while(|d| *d == 0).collect();
     if digits.is_empty() {
         return 0;
     }
@@ -275,11 +233,7 @@ impl fmt::Display for Quantity {
                 value /= 1024;
                 steps += 1;
             }
-            return write!(
-                f,
-                "{value}{}",
-                ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"][steps]
-            );
+            return write!(f, "{value}{}", ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"][steps]);
         }
         let mut value = self.nano;
         let mut exponent = -9;
@@ -288,18 +242,10 @@ impl fmt::Display for Quantity {
             exponent += 3;
         }
         if self.format == Format::Exponent {
-            return if exponent == 0 {
-                write!(f, "{value}")
-            } else {
-                write!(f, "{value}e{exponent}")
-            };
+            return if exponent == 0 { write!(f, "{value}") } else { write!(f, "{value}e{exponent}") };
         }
         let suffix = ["n", "u", "m", "", "k", "M", "G", "T", "P", "E"];
-        write!(
-            f,
-            "{value}{}",
-            suffix[usize::try_from(exponent / 3 + 3).unwrap_or(3)]
-        )
+        write!(f, "{value}{}", suffix[usize::try_from(exponent / 3 + 3).unwrap_or(3)])
     }
 }
 
@@ -331,9 +277,7 @@ mod tests {
             (".5", "500m"),
             ("5.", "5"),
         ] {
-            let quantity: Quantity = given
-                .parse()
-                .unwrap_or_else(|error| panic!("{given}: {error}"));
+            let quantity: Quantity = given.parse().unwrap_or_else(|error| panic!("{given}: {error}"));
             assert_eq!(quantity.to_string(), want, "{given}");
             let again: Quantity = want.parse().expect("canonical text parses");
             assert_eq!(again, quantity);
@@ -342,9 +286,6 @@ mod tests {
             assert_eq!(bad.parse::<Quantity>(), Err(QuantityError::Format), "{bad}");
         }
         assert_eq!("1ki".parse::<Quantity>(), Err(QuantityError::Suffix));
-        assert_eq!(
-            "100m".parse::<Quantity>().map(|q| (q.millis(), q.value())),
-            Ok((100, 1))
-        );
+        assert_eq!("100m".parse::<Quantity>().map(|q| (q.millis(), q.value())), Ok((100, 1)));
     }
 }

@@ -50,13 +50,7 @@ impl Entry {
 pub(super) fn read(list: &Value) -> Result<Vec<Entry>, String> {
     let mut entries: Vec<Entry> = Vec::new();
     for (i, value) in list.as_array().into_iter().flatten().enumerate() {
-        let text = |name: &str| {
-            value
-                .get(name)
-                .and_then(Value::as_str)
-                .unwrap_or("")
-                .to_owned()
-        };
+        let text = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or("").to_owned();
         let applied = match text("operation").as_str() {
             "Apply" => true,
             "Update" => false,
@@ -69,16 +63,10 @@ pub(super) fn read(list: &Value) -> Result<Vec<Entry>, String> {
             "FieldsV1" => {}
             "" => return Err(format!("missing fieldsType in managed fields entry {i}")),
             other => {
-                return Err(format!(
-                    "invalid fieldsType {} in managed fields entry {i}",
-                    gofmt::quote(other)
-                ));
+                return Err(format!("invalid fieldsType {} in managed fields entry {i}", gofmt::quote(other)));
             }
         }
-        let fields = value
-            .get("fieldsV1")
-            .cloned()
-            .unwrap_or_else(|| Value::Object(Map::new()));
+        let fields = value.get("fieldsV1").cloned().unwrap_or_else(|| Value::Object(Map::new()));
         let entry = Entry {
             manager: text("manager"),
             applied,
@@ -131,29 +119,19 @@ pub(super) fn write(mut entries: Vec<Entry>) -> Option<Value> {
 
 /// Puts the oldest updaters of each version together until at most [`MAX_UPDATE_MANAGERS`] are left.
 pub(super) fn cap(entries: &mut Vec<Entry>) {
-    let mut updaters: Vec<Entry> = entries
-        .iter()
-        .filter(|entry| !entry.applied)
-        .cloned()
-        .collect();
+    let mut updaters: Vec<Entry> = entries.iter().filter(|entry| !entry.applied).cloned().collect();
     let mut count = updaters.len();
     if count <= MAX_UPDATE_MANAGERS {
         return;
     }
-    updaters.sort_by(|a, b| {
-        (&a.time, &a.manager, &a.api_version).cmp(&(&b.time, &b.manager, &b.api_version))
-    });
+    updaters.sort_by(|a, b| (&a.time, &a.manager, &a.api_version).cmp(&(&b.time, &b.manager, &b.api_version)));
     // The oldest updater seen of each version: it is renamed when a second one joins it.
     let mut oldest: Vec<Entry> = Vec::new();
     for entry in updaters {
         if count <= MAX_UPDATE_MANAGERS {
             return;
         }
-        let Some(first) = oldest
-            .iter()
-            .find(|first| first.api_version == entry.api_version)
-            .cloned()
-        else {
+        let Some(first) = oldest.iter().find(|first| first.api_version == entry.api_version).cloned() else {
             oldest.push(entry);
             continue;
         };

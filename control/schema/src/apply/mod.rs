@@ -86,10 +86,7 @@ pub enum ApplyError {
 
 fn conflict_message(conflicts: &[Conflict]) -> String {
     if let [one] = conflicts {
-        return format!(
-            "Apply failed with 1 conflict: conflict with {}: {}",
-            one.manager, one.path
-        );
+        return format!("Apply failed with 1 conflict: conflict with {}: {}", one.manager, one.path);
     }
     let mut text = format!("Apply failed with {} conflicts: ", conflicts.len());
     let mut lines = Vec::new();
@@ -114,44 +111,27 @@ pub struct Applied {
 }
 
 /// Applies `config` to `live` (`{}` or an object without a UID when it is to be created).
-pub fn apply(
-    live: &Value,
-    config: &Value,
-    force: bool,
-    request: &Request<'_>,
-) -> Result<Applied, ApplyError> {
-    if config
-        .pointer("/metadata/managedFields")
-        .is_some_and(|fields| !fields.is_null())
-    {
-        return Err(ApplyError::BadRequest(
-            "metadata.managedFields must be nil".into(),
-        ));
+pub fn apply(live: &Value, config: &Value, force: bool, request: &Request<'_>) -> Result<Applied, ApplyError> {
+    if config.pointer("/metadata/managedFields").is_some_and(|fields| !fields.is_null()) {
+        return Err(ApplyError::BadRequest("metadata.managedFields must be nil".into()));
     }
     let at = At::new(request.schema);
     typed::check(config, at, &mut String::new()).map_err(ApplyError::Typed)?;
-    let mut owners = managers::read(
-        live.pointer("/metadata/managedFields")
-            .unwrap_or(&Value::Null),
-    )
-    .map_err(|error| ApplyError::Typed(format!("failed to decode managed fields: {error}")))?;
+    let mut owners = managers::read(live.pointer("/metadata/managedFields").unwrap_or(&Value::Null))
+        .map_err(|error| ApplyError::Typed(format!("failed to decode managed fields: {error}")))?;
     let live = without_managed_fields(live);
     if owners.is_empty() {
-        let before = Request {
-            manager: BEFORE_FIRST_APPLY,
-            ..*request
-        };
+        let before = Request { manager: BEFORE_FIRST_APPLY, ..*request };
         own_update(&Value::Object(Map::new()), &live, &mut owners, &before);
     }
-    let (mut value, mut owners, changed) =
-        match try_apply(&live, config, owners.clone(), force, request) {
-            Err(ApplyError::Conflicts(conflicts))
-                if request.manager == "kubectl" && taken_over(&live, &conflicts, request) =>
-            {
-                try_apply(&live, config, owners, true, request)?
-            }
-            other => other?,
-        };
+    let (mut value, mut owners, changed) = match try_apply(&live, config, owners.clone(), force, request) {
+        Err(ApplyError::Conflicts(conflicts))
+            if request.manager == "kubectl" && taken_over(&live, &conflicts, request) =>
+        {
+            try_apply(&live, config, owners, true, request)?
+        }
+        other => other?,
+    };
     if request.manager == "kubectl" {
         refresh_last_applied(&mut value, config);
     }
@@ -176,15 +156,8 @@ fn try_apply(
     request: &Request<'_>,
 ) -> Result<Outcome, ApplyError> {
     let at = At::new(request.schema);
-    let mut own = entry(
-        request,
-        true,
-        typed::to_set(config, at).minus_deep(&reset_set(request.reset)),
-    );
-    let last = owners
-        .iter()
-        .position(|owner| owner.same(&own))
-        .map(|at| owners.remove(at));
+    let mut own = entry(request, true, typed::to_set(config, at).minus_deep(&reset_set(request.reset)));
+    let last = owners.iter().position(|owner| owner.same(&own)).map(|at| owners.remove(at));
     own.time = last.as_ref().and_then(|last| last.time.clone());
     owners.push(own.clone());
     let merged = typed::merge(live, config, at);
@@ -216,15 +189,12 @@ fn prune(merged: &Value, owners: &[Entry], last: &Entry, request: &Request<'_>) 
     let kept = named(&typed::to_set(&removed, at)).union(&named(&owned));
     let pruned = typed::remove(&merged, &named(&merged_set).minus(&kept), at).unwrap_or_else(empty);
     // Only what this manager owned may go.
-    let gone = named(&merged_set)
-        .minus(&named(&typed::to_set(&pruned, at)))
-        .intersection(&named(&last.set));
+    let gone = named(&merged_set).minus(&named(&typed::to_set(&pruned, at))).intersection(&named(&last.set));
     let pruned = typed::remove(&merged, &gone, at).unwrap_or_else(empty);
     if schema.is_none() {
         return pruned;
     }
-    at_version(&pruned, request.api_version, request)
-        .map_or_else(|| pruned.clone(), |(value, _)| value.into_owned())
+    at_version(&pruned, request.api_version, request).map_or_else(|| pruned.clone(), |(value, _)| value.into_owned())
 }
 
 type Versioned<'a> = (std::borrow::Cow<'a, Value>, Option<Arc<Schema>>);
@@ -234,9 +204,7 @@ fn at_version<'a>(value: &'a Value, version: &str, request: &Request<'_>) -> Opt
     if version == request.api_version && value.get("apiVersion").is_none_or(|own| own == version) {
         return Some((std::borrow::Cow::Borrowed(value), None));
     }
-    let (value, schema) = request
-        .convert
-        .and_then(|convert| convert(value, version))?;
+    let (value, schema) = request.convert.and_then(|convert| convert(value, version))?;
     Some((std::borrow::Cow::Owned(value), Some(schema)))
 }
 
@@ -272,23 +240,17 @@ fn transfer(
             &found
         } else {
             // An owner in a version that is gone is forgotten.
-            let (Some(old), Some(new)) = (
-                at_version(old, &owner.api_version, request),
-                at_version(new, &owner.api_version, request),
-            ) else {
+            let (Some(old), Some(new)) =
+                (at_version(old, &owner.api_version, request), at_version(new, &owner.api_version, request))
+            else {
                 continue;
             };
             let schema = new.1.as_deref().unwrap_or(request.schema);
             other_version = compare(&old.0, &new.0, At::new(schema));
             &other_version
         };
-        let contested = owner
-            .set
-            .intersection(&found.modified.clone().union(&found.added));
-        conflicts.extend(contested.paths().into_iter().map(|path| Conflict {
-            manager: owner.printed(),
-            path,
-        }));
+        let contested = owner.set.intersection(&found.modified.clone().union(&found.added));
+        conflicts.extend(contested.paths().into_iter().map(|path| Conflict { manager: owner.printed(), path }));
         let set = owner.set.clone().minus(&contested).minus(&found.removed);
         if !set.is_empty() {
             kept.push(Entry { set, ..owner });
@@ -311,9 +273,7 @@ pub fn track_update(live: Option<&Value>, new: &mut Value, request: &Request<'_>
     let reset = given
         .as_ref()
         .and_then(Value::as_array)
-        .is_some_and(|list| {
-            list.is_empty() || matches!(list.as_slice(), [Value::Object(only)] if only.is_empty())
-        });
+        .is_some_and(|list| list.is_empty() || matches!(list.as_slice(), [Value::Object(only)] if only.is_empty()));
     if !reset || !request.subresource.is_empty() {
         let given = if request.subresource.is_empty() {
             given.as_ref().and_then(|given| managers::read(given).ok())
@@ -322,11 +282,7 @@ pub fn track_update(live: Option<&Value>, new: &mut Value, request: &Request<'_>
         };
         owners = given
             .filter(|entries| !entries.is_empty())
-            .unwrap_or_else(|| {
-                live_fields
-                    .and_then(|fields| managers::read(fields).ok())
-                    .unwrap_or_default()
-            });
+            .unwrap_or_else(|| live_fields.and_then(|fields| managers::read(fields).ok()).unwrap_or_default());
     }
     let empty = Value::Object(Map::new());
     let live_value = live.map_or(std::borrow::Cow::Borrowed(&empty), without_managed_fields);
@@ -338,14 +294,7 @@ pub fn track_update(live: Option<&Value>, new: &mut Value, request: &Request<'_>
     // Nothing but times of owners changed: keep what was, so that the write is none.
     if let (Some(fields), true) = (live_fields, *live_value == *new) {
         let times_aside = |entries: &[Entry]| -> Vec<Entry> {
-            let mut entries: Vec<Entry> = entries
-                .iter()
-                .cloned()
-                .map(|entry| Entry {
-                    time: None,
-                    ..entry
-                })
-                .collect();
+            let mut entries: Vec<Entry> = entries.iter().cloned().map(|entry| Entry { time: None, ..entry }).collect();
             entries.sort_by(|a, b| {
                 (&a.manager, a.applied, &a.api_version, &a.subresource).cmp(&(
                     &b.manager,
@@ -369,11 +318,7 @@ fn own_update(live: &Value, new: &Value, owners: &mut Vec<Entry>, request: &Requ
     let Ok(found) = transfer(live, new, owners, None, true, request) else {
         return;
     };
-    let set = found
-        .modified
-        .union(&found.added)
-        .minus_deep(&reset_set(request.reset))
-        .minus(&strip_set());
+    let set = found.modified.union(&found.added).minus_deep(&reset_set(request.reset)).minus(&strip_set());
     let own = entry(request, false, set);
     if !own.set.is_empty() {
         match owners.iter_mut().find(|owner| owner.same(&own)) {
@@ -389,12 +334,7 @@ fn own_update(live: &Value, new: &Value, owners: &mut Vec<Entry>, request: &Requ
 
 fn entry(request: &Request<'_>, applied: bool, set: Set) -> Entry {
     Entry {
-        manager: if request.manager.is_empty() {
-            "unknown"
-        } else {
-            request.manager
-        }
-        .to_owned(),
+        manager: if request.manager.is_empty() { "unknown" } else { request.manager }.to_owned(),
         applied,
         api_version: request.api_version.to_owned(),
         subresource: request.subresource.to_owned(),
@@ -433,10 +373,7 @@ fn without_managed_fields(value: &Value) -> std::borrow::Cow<'_, Value> {
 }
 
 fn take_managed_fields(value: &mut Value) -> Option<Value> {
-    value
-        .get_mut("metadata")
-        .and_then(Value::as_object_mut)
-        .and_then(|metadata| metadata.remove("managedFields"))
+    value.get_mut("metadata").and_then(Value::as_object_mut).and_then(|metadata| metadata.remove("managedFields"))
 }
 
 fn set_managed_fields(value: &mut Value, owners: Vec<Entry>) {
@@ -447,9 +384,7 @@ fn set_managed_fields(value: &mut Value, owners: Vec<Entry>) {
 
 fn put_managed_fields(value: &mut Value, fields: Value) {
     let Value::Object(map) = value else { return };
-    let metadata = map
-        .entry("metadata")
-        .or_insert_with(|| Value::Object(Map::new()));
+    let metadata = map.entry("metadata").or_insert_with(|| Value::Object(Map::new()));
     if let Value::Object(metadata) = metadata {
         metadata.insert("managedFields".into(), fields);
     }
@@ -457,8 +392,7 @@ fn put_managed_fields(value: &mut Value, fields: Value) {
 
 /// Whether all conflicts are over fields that client-side apply set last and nobody changed since.
 fn taken_over(live: &Value, conflicts: &[Conflict], request: &Request<'_>) -> bool {
-    let Some(last) = last_applied(live).and_then(|text| serde_json::from_str::<Value>(text).ok())
-    else {
+    let Some(last) = last_applied(live).and_then(|text| serde_json::from_str::<Value>(text).ok()) else {
         return false;
     };
     if last.get("apiVersion").and_then(Value::as_str) != Some(request.api_version) {
@@ -466,23 +400,12 @@ fn taken_over(live: &Value, conflicts: &[Conflict], request: &Request<'_>) -> bo
     }
     let at = At::new(request.schema);
     let found = typed::compare(&last, live, at);
-    let allowed = typed::to_set(&last, at)
-        .minus(&found.modified)
-        .minus(&found.added)
-        .minus(&found.removed)
-        .paths();
-    conflicts
-        .iter()
-        .all(|conflict| allowed.contains(&conflict.path))
+    let allowed = typed::to_set(&last, at).minus(&found.modified).minus(&found.added).minus(&found.removed).paths();
+    conflicts.iter().all(|conflict| allowed.contains(&conflict.path))
 }
 
 fn last_applied(value: &Value) -> Option<&str> {
-    value
-        .get("metadata")?
-        .get("annotations")?
-        .get(LAST_APPLIED)?
-        .as_str()
-        .filter(|text| !text.is_empty())
+    value.get("metadata")?.get("annotations")?.get(LAST_APPLIED)?.as_str().filter(|text| !text.is_empty())
 }
 
 /// Keeps client-side apply's annotation right when its user has turned to server-side apply.
@@ -491,16 +414,12 @@ fn refresh_last_applied(value: &mut Value, config: &Value) {
         return;
     }
     let mut config = config.clone();
-    let annotations = config
-        .get_mut("metadata")
-        .and_then(|metadata| metadata.get_mut("annotations"));
+    let annotations = config.get_mut("metadata").and_then(|metadata| metadata.get_mut("annotations"));
     if let Some(annotations) = annotations.and_then(Value::as_object_mut) {
         annotations.remove(LAST_APPLIED);
     }
     let text = Value::String(format!("{config}\n"));
-    let annotations = value
-        .get_mut("metadata")
-        .and_then(|metadata| metadata.get_mut("annotations"));
+    let annotations = value.get_mut("metadata").and_then(|metadata| metadata.get_mut("annotations"));
     if let Some(annotations) = annotations.and_then(Value::as_object_mut) {
         annotations.insert(LAST_APPLIED.into(), text);
     }

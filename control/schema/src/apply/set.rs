@@ -43,9 +43,7 @@ impl Set {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0
-            .values()
-            .all(|node| !node.member && node.children.is_empty())
+        self.0.values().all(|node| !node.member && node.children.is_empty())
     }
 
     #[must_use]
@@ -105,8 +103,7 @@ impl Set {
     }
 
     fn trimmed(mut self) -> Self {
-        self.0
-            .retain(|_, node| node.member || !node.children.0.is_empty());
+        self.0.retain(|_, node| node.member || !node.children.0.is_empty());
         self
     }
 
@@ -131,9 +128,7 @@ impl Set {
         let mut map = Map::new();
         for (step, node) in &self.0 {
             let mut inner = node.children.to_json();
-            if let (true, false, Value::Object(inner)) =
-                (node.member, node.children.0.is_empty(), &mut inner)
-            {
+            if let (true, false, Value::Object(inner)) = (node.member, node.children.0.is_empty(), &mut inner) {
                 inner.insert(".".into(), Value::Object(Map::new()));
             }
             map.insert(step.clone(), inner);
@@ -165,13 +160,7 @@ impl Set {
             };
             let entries = inner.as_object()?;
             let member = entries.is_empty() || entries.contains_key(".");
-            set.0.insert(
-                step,
-                Node {
-                    member,
-                    children: Self::read(inner, depth + 1)?,
-                },
-            );
+            set.0.insert(step, Node { member, children: Self::read(inner, depth + 1)? });
         }
         Some(set)
     }

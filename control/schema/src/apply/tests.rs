@@ -12,11 +12,7 @@ struct Bench {
 
 impl Bench {
     fn new(schema: &str, api_version: &'static str) -> Self {
-        Self {
-            schema: Schema::builtin(schema).expect("built in"),
-            api_version,
-            live: json!({}),
-        }
+        Self { schema: Schema::builtin(schema).expect("built in"), api_version, live: json!({}) }
     }
 
     fn request<'a>(&'a self, manager: &'a str, now: &'a str) -> Request<'a> {
@@ -32,12 +28,7 @@ impl Bench {
     }
 
     fn apply(&mut self, manager: &str, config: Value, force: bool) -> Result<(), ApplyError> {
-        let applied = apply(
-            &self.live,
-            &config,
-            force,
-            &self.request(manager, "2026-01-01T00:00:00Z"),
-        )?;
+        let applied = apply(&self.live, &config, force, &self.request(manager, "2026-01-01T00:00:00Z"))?;
         self.live = applied.value;
         self.live["metadata"]["uid"] = "u".into();
         Ok(())
@@ -46,11 +37,7 @@ impl Bench {
     fn update(&mut self, manager: &str, now: &str, change: impl FnOnce(&mut Value)) {
         let mut new = self.live.clone();
         change(&mut new);
-        let live = if self.live.pointer("/metadata/uid").is_some() {
-            Some(&self.live)
-        } else {
-            None
-        };
+        let live = if self.live.pointer("/metadata/uid").is_some() { Some(&self.live) } else { None };
         track_update(live, &mut new, &self.request(manager, now));
         new["metadata"]["uid"] = "u".into();
         self.live = new;
@@ -58,9 +45,7 @@ impl Bench {
 
     fn owner(&self, manager: &str) -> Option<Value> {
         let list = self.live.pointer("/metadata/managedFields")?.as_array()?;
-        list.iter()
-            .find(|entry| entry["manager"] == manager)
-            .map(|entry| entry["fieldsV1"].clone())
+        list.iter().find(|entry| entry["manager"] == manager).map(|entry| entry["fieldsV1"].clone())
     }
 }
 
@@ -71,33 +56,19 @@ fn config(data: Value) -> Value {
 #[test]
 fn apply_owns_prunes_and_conflicts() {
     let mut bench = Bench::new(CONFIG_MAP, "v1");
-    bench
-        .apply("m1", config(json!({"a": "1", "b": "2"})), false)
-        .expect("applies");
-    assert_eq!(
-        bench.owner("m1"),
-        Some(json!({"f:data": {"f:a": {}, "f:b": {}}}))
-    );
+    bench.apply("m1", config(json!({"a": "1", "b": "2"})), false).expect("applies");
+    assert_eq!(bench.owner("m1"), Some(json!({"f:data": {"f:a": {}, "f:b": {}}})));
     // Another value for an owned field is a conflict.
-    let error = bench
-        .apply("m2", config(json!({"a": "2"})), false)
-        .expect_err("conflict");
-    assert_eq!(
-        error.to_string(),
-        "Apply failed with 1 conflict: conflict with \"m1\": .data.a"
-    );
+    let error = bench.apply("m2", config(json!({"a": "2"})), false).expect_err("conflict");
+    assert_eq!(error.to_string(), "Apply failed with 1 conflict: conflict with \"m1\": .data.a");
     // The same value is shared.
-    bench
-        .apply("m2", config(json!({"a": "1"})), false)
-        .expect("shares");
+    bench.apply("m2", config(json!({"a": "1"})), false).expect("shares");
     assert_eq!(bench.owner("m2"), Some(json!({"f:data": {"f:a": {}}})));
     // What m1 no longer applies goes, unless m2 owns it.
     bench.apply("m1", config(json!({})), false).expect("prunes");
     assert_eq!(bench.live["data"], json!({"a": "1"}));
     // Force takes over.
-    bench
-        .apply("m3", config(json!({"a": "3"})), true)
-        .expect("forces");
+    bench.apply("m3", config(json!({"a": "3"})), true).expect("forces");
     assert_eq!(bench.owner("m2"), None);
     assert_eq!(bench.owner("m3"), Some(json!({"f:data": {"f:a": {}}})));
     assert_eq!(bench.live["data"], json!({"a": "3"}));
@@ -106,12 +77,8 @@ fn apply_owns_prunes_and_conflicts() {
 #[test]
 fn several_conflicts_are_listed_by_manager() {
     let mut bench = Bench::new(CONFIG_MAP, "v1");
-    bench.update("kubectl-create", "2026-01-01T00:00:00Z", |new| {
-        *new = config(json!({"a": "1", "b": "1"}))
-    });
-    let error = bench
-        .apply("m2", config(json!({"a": "2", "b": "2"})), false)
-        .expect_err("conflict");
+    bench.update("kubectl-create", "2026-01-01T00:00:00Z", |new| *new = config(json!({"a": "1", "b": "1"})));
+    let error = bench.apply("m2", config(json!({"a": "2", "b": "2"})), false).expect_err("conflict");
     assert_eq!(
         error.to_string(),
         "Apply failed with 2 conflicts: conflicts with \"kubectl-create\" using v1:\n- .data.a\n- .data.b"
@@ -131,14 +98,9 @@ fn updates_are_tracked_as_a_server_does() {
             "fieldsV1": {"f:data": {".": {}, "f:a": {}}, "f:metadata": {"f:labels": {".": {}, "f:x": {}}}}
         }]))
     );
-    bench.update("editor", "2026-01-02T00:00:00Z", |new| {
-        new["data"]["a"] = "2".into()
-    });
+    bench.update("editor", "2026-01-02T00:00:00Z", |new| new["data"]["a"] = "2".into());
     assert_eq!(bench.owner("editor"), Some(json!({"f:data": {"f:a": {}}})));
-    assert_eq!(
-        bench.owner("creator"),
-        Some(json!({"f:data": {}, "f:metadata": {"f:labels": {".": {}, "f:x": {}}}}))
-    );
+    assert_eq!(bench.owner("creator"), Some(json!({"f:data": {}, "f:metadata": {"f:labels": {".": {}, "f:x": {}}}})));
     // A write that changes nothing keeps the times.
     let before = bench.live.clone();
     bench.update("editor", "2026-01-03T00:00:00Z", |_| {});
@@ -148,9 +110,7 @@ fn updates_are_tracked_as_a_server_does() {
     });
     assert_eq!(bench.owner("editor"), None);
     // An explicit empty list forgets everybody; the one who did it owns what it changed.
-    bench.update("reset", "2026-01-04T00:00:00Z", |new| {
-        new["metadata"]["managedFields"] = json!([{}])
-    });
+    bench.update("reset", "2026-01-04T00:00:00Z", |new| new["metadata"]["managedFields"] = json!([{}]));
     assert_eq!(bench.live.pointer("/metadata/managedFields"), None);
 }
 
@@ -166,16 +126,11 @@ fn old_updaters_are_put_together() {
             new["data"][format!("k{i}")] = "v".into();
         });
     }
-    let list = bench.live["metadata"]["managedFields"]
-        .as_array()
-        .expect("list");
+    let list = bench.live["metadata"]["managedFields"].as_array().expect("list");
     assert_eq!(list.len(), MAX_UPDATE_MANAGERS);
     assert_eq!(list[0]["manager"], "ancient-changes");
     assert_eq!(list[0]["time"], "2026-01-01T00:00:03Z");
-    assert_eq!(
-        list[0]["fieldsV1"]["f:data"],
-        json!({".": {}, "f:k0": {}, "f:k1": {}, "f:k2": {}, "f:k3": {}})
-    );
+    assert_eq!(list[0]["fieldsV1"]["f:data"], json!({".": {}, "f:k0": {}, "f:k1": {}, "f:k2": {}, "f:k3": {}}));
 }
 
 fn deployment(containers: Value) -> Value {
@@ -189,7 +144,13 @@ fn deployment(containers: Value) -> Value {
 fn list_maps_merge_by_key_with_defaults() {
     let mut bench = Bench::new(DEPLOYMENT, "apps/v1");
     bench
-        .apply("m1", deployment(json!([{"name": "a", "image": "1", "ports": [{"containerPort": 80}]}, {"name": "b", "image": "1"}])), false)
+        .apply(
+            "m1",
+            deployment(
+                json!([{"name": "a", "image": "1", "ports": [{"containerPort": 80}]}, {"name": "b", "image": "1"}]),
+            ),
+            false,
+        )
         .expect("applies");
     assert_eq!(
         bench.owner("m1").expect("owner")["f:spec"]["f:template"]["f:spec"]["f:containers"]["k:{\"name\":\"a\"}"],
@@ -199,57 +160,23 @@ fn list_maps_merge_by_key_with_defaults() {
         })
     );
     bench
-        .apply(
-            "m2",
-            deployment(json!([{"name": "c", "image": "3"}, {"name": "b", "workingDir": "/"}])),
-            false,
-        )
+        .apply("m2", deployment(json!([{"name": "c", "image": "3"}, {"name": "b", "workingDir": "/"}])), false)
         .expect("applies");
     let names = |live: &Value| -> Vec<String> {
-        let list = live
-            .pointer("/spec/template/spec/containers")
-            .and_then(Value::as_array)
-            .expect("containers");
-        list.iter()
-            .map(|item| item["name"].as_str().expect("name").to_owned())
-            .collect()
+        let list = live.pointer("/spec/template/spec/containers").and_then(Value::as_array).expect("containers");
+        list.iter().map(|item| item["name"].as_str().expect("name").to_owned()).collect()
     };
     assert_eq!(names(&bench.live), ["a", "c", "b"]);
-    bench
-        .apply(
-            "m1",
-            deployment(json!([{"name": "b", "image": "1"}])),
-            false,
-        )
-        .expect("prunes");
+    bench.apply("m1", deployment(json!([{"name": "b", "image": "1"}])), false).expect("prunes");
     assert_eq!(names(&bench.live), ["c", "b"]);
-    let error = bench
-        .apply(
-            "m1",
-            deployment(json!([{"name": "b"}, {"name": "b"}])),
-            false,
-        )
-        .expect_err("duplicate");
+    let error = bench.apply("m1", deployment(json!([{"name": "b"}, {"name": "b"}])), false).expect_err("duplicate");
     assert_eq!(
         error,
-        ApplyError::Typed(
-            ".spec.template.spec.containers: duplicate entries for key [name=\"b\"]".into()
-        )
+        ApplyError::Typed(".spec.template.spec.containers: duplicate entries for key [name=\"b\"]".into())
     );
-    let error = bench
-        .apply("m1", json!({"spec": {"nope": 1}}), false)
-        .expect_err("unknown");
-    assert_eq!(
-        error,
-        ApplyError::Typed(".spec.nope: field not declared in schema".into())
-    );
-    let error = bench
-        .apply(
-            "m3",
-            deployment(json!([{"name": "c", "image": "4"}])),
-            false,
-        )
-        .expect_err("conflict");
+    let error = bench.apply("m1", json!({"spec": {"nope": 1}}), false).expect_err("unknown");
+    assert_eq!(error, ApplyError::Typed(".spec.nope: field not declared in schema".into()));
+    let error = bench.apply("m3", deployment(json!([{"name": "c", "image": "4"}])), false).expect_err("conflict");
     assert_eq!(
         error.to_string(),
         "Apply failed with 1 conflict: conflict with \"m2\": .spec.template.spec.containers[name=\"c\"].image"
@@ -270,10 +197,7 @@ fn status_and_main_resource_keep_out_of_each_other() {
         convert: None,
     };
     track_update(None, &mut live, &request("", &[&["status"]]));
-    assert_eq!(
-        live["metadata"]["managedFields"][0]["fieldsV1"],
-        json!({"f:spec": {".": {}, "f:replicas": {}}})
-    );
+    assert_eq!(live["metadata"]["managedFields"][0]["fieldsV1"], json!({"f:spec": {".": {}, "f:replicas": {}}}));
     live["metadata"]["uid"] = "u".into();
     let mut new = live.clone();
     new["status"]["replicas"] = 2.into();
@@ -281,10 +205,7 @@ fn status_and_main_resource_keep_out_of_each_other() {
     let entries = new["metadata"]["managedFields"].as_array().expect("list");
     assert_eq!(entries.len(), 2);
     assert_eq!(entries[1]["subresource"], "status");
-    assert_eq!(
-        entries[1]["fieldsV1"],
-        json!({"f:status": {"f:replicas": {}}})
-    );
+    assert_eq!(entries[1]["fieldsV1"], json!({"f:status": {"f:replicas": {}}}));
 }
 
 #[test]
@@ -292,9 +213,7 @@ fn applying_to_an_untracked_object_starts_with_what_was() {
     let mut bench = Bench::new(CONFIG_MAP, "v1");
     bench.live = config(json!({"a": "1", "b": "1"}));
     bench.live["metadata"]["uid"] = "u".into();
-    let error = bench
-        .apply("m", config(json!({"a": "2"})), false)
-        .expect_err("conflict");
+    let error = bench.apply("m", config(json!({"a": "2"})), false).expect_err("conflict");
     assert_eq!(
         error.to_string(),
         "Apply failed with 1 conflict: conflict with \"before-first-apply\" using v1: .data.a"

@@ -30,47 +30,28 @@ const ATOMIC: &ListType = &ListType::Atomic;
 
 impl<'a> At<'a> {
     pub(super) const fn new(schema: &'a Schema) -> Self {
-        Self {
-            schema: Some(schema),
-            atomic: false,
-        }
+        Self { schema: Some(schema), atomic: false }
     }
 
-    const UNKNOWN: Self = Self {
-        schema: None,
-        atomic: false,
-    };
+    const UNKNOWN: Self = Self { schema: None, atomic: false };
 
     fn child(self, name: &str) -> Self {
         let Some(schema) = self.schema else {
             return Self::UNKNOWN;
         };
         if let Some(field) = schema.field(name) {
-            return Self {
-                schema: Some(field.schema.get()),
-                atomic: field.atomic,
-            };
+            return Self { schema: Some(field.schema.get()), atomic: field.atomic };
         }
-        Self {
-            schema: schema.values.as_ref().map(SchemaRef::get),
-            atomic: false,
-        }
+        Self { schema: schema.values.as_ref().map(SchemaRef::get), atomic: false }
     }
 
     fn item(self) -> Self {
-        Self {
-            schema: self
-                .schema
-                .and_then(|schema| schema.items.as_ref())
-                .map(SchemaRef::get),
-            atomic: false,
-        }
+        Self { schema: self.schema.and_then(|schema| schema.items.as_ref()).map(SchemaRef::get), atomic: false }
     }
 
     /// Whether `name` is a declared field (not just a key of a map).
     fn declares(self, name: &str) -> bool {
-        self.schema
-            .is_some_and(|schema| schema.field(name).is_some())
+        self.schema.is_some_and(|schema| schema.field(name).is_some())
     }
 
     fn shape(self, value: &Value) -> Shape<'a> {
@@ -82,9 +63,7 @@ impl<'a> At<'a> {
             Kind::Object => Shape::Map,
             Kind::List => Shape::List(&schema.list),
             Kind::StringList => Shape::List(ATOMIC),
-            Kind::SchemaOrBool | Kind::SchemaOrArray | Kind::SchemaOrStrings | Kind::Json => {
-                Shape::Leaf
-            }
+            Kind::SchemaOrBool | Kind::SchemaOrArray | Kind::SchemaOrStrings | Kind::Json => Shape::Leaf,
             Kind::Any | Kind::Raw | Kind::FieldsV1 => Self::deduced(value),
             _ => Shape::Leaf,
         }
@@ -114,11 +93,7 @@ fn element(at: At<'_>, list: &ListType, item: &Value) -> Result<Element, String>
             for key in keys {
                 let value = map.get(key.as_ref()).map(Cow::Borrowed).or_else(|| {
                     let field = items?.field(key)?;
-                    field
-                        .default
-                        .clone()
-                        .or_else(|| field.schema.get().default.clone())
-                        .map(Cow::Owned)
+                    field.default.clone().or_else(|| field.schema.get().default.clone()).map(Cow::Owned)
                 });
                 if let Some(value) = value {
                     found.insert(key, value);
@@ -131,20 +106,14 @@ fn element(at: At<'_>, list: &ListType, item: &Value) -> Result<Element, String>
                     names.join(" ")
                 ));
             }
-            let object: Map<String, Value> = found
-                .into_iter()
-                .map(|(name, value)| (name.to_owned(), value.into_owned()))
-                .collect();
+            let object: Map<String, Value> =
+                found.into_iter().map(|(name, value)| (name.to_owned(), value.into_owned())).collect();
             Ok(format!("k:{}", Value::Object(object)))
         }
         _ => match item {
-            Value::Object(_) => {
-                Err("associative list without keys has an element that's a map type".into())
-            }
+            Value::Object(_) => Err("associative list without keys has an element that's a map type".into()),
             Value::Array(_) => Err("not supported: associative list with lists as elements".into()),
-            Value::Null => {
-                Err("associative list without keys has an element that's an explicit null".into())
-            }
+            Value::Null => Err("associative list without keys has an element that's an explicit null".into()),
             scalar => Ok(format!("v:{scalar}")),
         },
     }
@@ -205,13 +174,7 @@ pub(super) fn compare(old: &Value, new: &Value, at: At<'_>) -> Comparison {
     found
 }
 
-fn compare_node(
-    old: Option<&Value>,
-    new: Option<&Value>,
-    at: At<'_>,
-    path: &mut Vec<Element>,
-    found: &mut Comparison,
-) {
+fn compare_node(old: Option<&Value>, new: Option<&Value>, at: At<'_>, path: &mut Vec<Element>, found: &mut Comparison) {
     if old == new {
         return;
     }
@@ -246,24 +209,14 @@ fn compare_shape(
 ) -> bool {
     match shape {
         Shape::Map => {
-            let (old_map, new_map) = (
-                old.and_then(Value::as_object),
-                new.and_then(Value::as_object),
-            );
+            let (old_map, new_map) = (old.and_then(Value::as_object), new.and_then(Value::as_object));
             if old_map.is_none_or(Map::is_empty) && new_map.is_none_or(Map::is_empty) {
                 return compare_leaf(old, new, path, found);
             }
-            let names: BTreeSet<&String> = old_map
-                .into_iter()
-                .chain(new_map)
-                .flat_map(Map::keys)
-                .collect();
+            let names: BTreeSet<&String> = old_map.into_iter().chain(new_map).flat_map(Map::keys).collect();
             for name in names {
                 path.push(field(name));
-                let (old, new) = (
-                    old_map.and_then(|map| map.get(name)),
-                    new_map.and_then(|map| map.get(name)),
-                );
+                let (old, new) = (old_map.and_then(|map| map.get(name)), new_map.and_then(|map| map.get(name)));
                 compare_node(old, new, at.child(name), path, found);
                 path.pop();
             }
@@ -281,12 +234,7 @@ fn compare_shape(
     }
 }
 
-fn compare_leaf(
-    old: Option<&Value>,
-    new: Option<&Value>,
-    path: &[Element],
-    found: &mut Comparison,
-) -> bool {
+fn compare_leaf(old: Option<&Value>, new: Option<&Value>, path: &[Element], found: &mut Comparison) -> bool {
     match (old, new) {
         (None, _) => found.added.insert(path),
         (_, None) => found.removed.insert(path),
@@ -319,13 +267,7 @@ fn compare_items(
         path.push(step);
         match (old.as_slice(), new.as_slice()) {
             ([] | [_], [] | [_]) => {
-                compare_node(
-                    old.first().copied(),
-                    new.first().copied(),
-                    at.item(),
-                    path,
-                    found,
-                );
+                compare_node(old.first().copied(), new.first().copied(), at.item(), path, found);
             }
             ([_, _, ..], [_, _, ..]) => {
                 if old != new {
@@ -358,10 +300,7 @@ fn merge_node(old: Option<&Value>, new: Option<&Value>, at: At<'_>) -> Option<Va
     let keep_new = || new.or(old).cloned();
     match at.shape(new.or(old)?) {
         Shape::Map => {
-            let (old_map, new_map) = (
-                old.and_then(Value::as_object),
-                new.and_then(Value::as_object),
-            );
+            let (old_map, new_map) = (old.and_then(Value::as_object), new.and_then(Value::as_object));
             if old_map.is_none_or(Map::is_empty) && new_map.is_none_or(Map::is_empty) {
                 return keep_new();
             }
@@ -398,34 +337,20 @@ fn merge_node(old: Option<&Value>, new: Option<&Value>, at: At<'_>) -> Option<Va
 /// Items of both lists: those applied take the applied order, the others stay where they were among them.
 fn merge_items(list: &ListType, old: &[Value], new: &[Value], at: At<'_>) -> Vec<Value> {
     let steps = |items: &[Value]| -> Vec<Element> {
-        items
-            .iter()
-            .map(|item| element(at, list, item).unwrap_or_else(|_| format!("v:{item}")))
-            .collect()
+        items.iter().map(|item| element(at, list, item).unwrap_or_else(|_| format!("v:{item}"))).collect()
     };
     let (old_steps, new_steps) = (steps(old), steps(new));
     // A step that repeats in the live list has no single value to merge with.
     let mut old_by: HashMap<&str, Option<&Value>> = HashMap::new();
     for (step, item) in old_steps.iter().zip(old) {
-        old_by
-            .entry(step)
-            .and_modify(|value| *value = None)
-            .or_insert(Some(item));
+        old_by.entry(step).and_modify(|value| *value = None).or_insert(Some(item));
     }
     let new_by: HashMap<&str, &Value> = new_steps.iter().map(String::as_str).zip(new).collect();
-    let mut shared = new_steps
-        .iter()
-        .filter(|step| old_by.contains_key(step.as_str()));
+    let mut shared = new_steps.iter().filter(|step| old_by.contains_key(step.as_str()));
     let mut next_shared = shared.next();
     let mut merged: BTreeSet<&str> = BTreeSet::new();
     let mut out = Vec::with_capacity(old.len().max(new.len()));
-    let both = |step: &str| {
-        merge_node(
-            old_by.get(step).copied().flatten(),
-            new_by.get(step).copied(),
-            at.item(),
-        )
-    };
+    let both = |step: &str| merge_node(old_by.get(step).copied().flatten(), new_by.get(step).copied(), at.item());
     let (mut l, mut r) = (0, 0);
     while l < old.len() || r < new.len() {
         if l < old.len() && r < new.len() {
@@ -490,14 +415,10 @@ pub(super) fn remove(value: &Value, set: &Set, at: At<'_>) -> Option<Value> {
         (Shape::List(list), Value::Array(items)) if *list != ListType::Atomic => {
             let mut out = Vec::with_capacity(items.len());
             for item in items {
-                let node = element(at, list, item)
-                    .ok()
-                    .and_then(|step| set.0.get(&step));
+                let node = element(at, list, item).ok().and_then(|step| set.0.get(&step));
                 match node {
                     Some(node) if node.member => {}
-                    Some(node) if !node.children.is_empty() => {
-                        out.extend(remove(item, &node.children, at.item()))
-                    }
+                    Some(node) if !node.children.is_empty() => out.extend(remove(item, &node.children, at.item())),
                     _ => out.push(item.clone()),
                 }
             }
@@ -531,11 +452,7 @@ pub(super) fn check(value: &Value, at: At<'_>, path: &mut String) -> Result<(), 
     };
     let base = path.len();
     let shown = |path: &str| {
-        if path.is_empty() {
-            String::new()
-        } else {
-            format!("{path}: ")
-        }
+        if path.is_empty() { String::new() } else { format!("{path}: ") }
     };
     match (schema.kind, value) {
         (_, Value::Null) | (Kind::Any | Kind::Raw | Kind::FieldsV1 | Kind::Json, _) => Ok(()),
@@ -564,11 +481,7 @@ pub(super) fn check(value: &Value, at: At<'_>, path: &mut String) -> Result<(), 
                     let step = element(at, &schema.list, item)
                         .map_err(|error| format!("{}element {index}: {error}", shown(path)))?;
                     if !seen.insert(step.clone()) {
-                        return Err(format!(
-                            "{}duplicate entries for key {}",
-                            shown(path),
-                            super::set::printed(&step)
-                        ));
+                        return Err(format!("{}duplicate entries for key {}", shown(path), super::set::printed(&step)));
                     }
                     step
                 };
@@ -578,21 +491,11 @@ pub(super) fn check(value: &Value, at: At<'_>, path: &mut String) -> Result<(), 
             }
             Ok(())
         }
-        (Kind::Object, other) => Err(format!(
-            "{}expected map, got &{{{}}}",
-            shown(path),
-            gofmt::json(other)
-        )),
-        (Kind::List, other) => Err(format!(
-            "{}expected list, got &{{{}}}",
-            shown(path),
-            gofmt::json(other)
-        )),
-        (Kind::String, other) if !other.is_string() => Err(format!(
-            "{}expected string, got &value.valueUnstructured{{Value:{}}}",
-            shown(path),
-            gofmt::json(other)
-        )),
+        (Kind::Object, other) => Err(format!("{}expected map, got &{{{}}}", shown(path), gofmt::json(other))),
+        (Kind::List, other) => Err(format!("{}expected list, got &{{{}}}", shown(path), gofmt::json(other))),
+        (Kind::String, other) if !other.is_string() => {
+            Err(format!("{}expected string, got &value.valueUnstructured{{Value:{}}}", shown(path), gofmt::json(other)))
+        }
         _ => Ok(()),
     }
 }

@@ -46,12 +46,8 @@ pub fn parse(bytes: &[u8], format: Format) -> Result<Decoded, DecodeError> {
         Format::Json => tree::json(bytes),
         Format::Yaml => tree::yaml(bytes),
         Format::Protobuf => {
-            let value = crate::protobuf::decode(bytes)
-                .map_err(|error| DecodeError::Syntax(error.to_string()))?;
-            Ok(Decoded {
-                value,
-                warnings: Vec::new(),
-            })
+            let value = crate::protobuf::decode(bytes).map_err(|error| DecodeError::Syntax(error.to_string()))?;
+            Ok(Decoded { value, warnings: Vec::new() })
         }
     }
 }

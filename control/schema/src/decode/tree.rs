@@ -22,19 +22,10 @@ pub(super) fn json(bytes: &[u8]) -> Result<Decoded, DecodeError> {
     let text = String::from_utf8_lossy(bytes);
     let mut tree = Tree::new(MAX_NODES);
     let mut reader = serde_json::Deserializer::from_str(&text);
-    let value = Node(&mut tree)
-        .deserialize(&mut reader)
-        .and_then(|value| reader.end().map(|()| value));
-    let value = value.map_err(|error| {
-        DecodeError::Syntax(
-            tree.breach
-                .map_or_else(|| go_words(&text, &error), Into::into),
-        )
-    })?;
-    Ok(Decoded {
-        value,
-        warnings: tree.warnings,
-    })
+    let value = Node(&mut tree).deserialize(&mut reader).and_then(|value| reader.end().map(|()| value));
+    let value =
+        value.map_err(|error| DecodeError::Syntax(tree.breach.map_or_else(|| go_words(&text, &error), Into::into)))?;
+    Ok(Decoded { value, warnings: tree.warnings })
 }
 
 pub(super) fn yaml(bytes: &[u8]) -> Result<Decoded, DecodeError> {
@@ -53,23 +44,11 @@ pub(super) fn yaml(bytes: &[u8]) -> Result<Decoded, DecodeError> {
         Node(&mut tree).deserialize(reader)
     });
     let value = value.map_err(|error| {
-        let words = tree.breach.map_or_else(
-            || {
-                error
-                    .to_string()
-                    .lines()
-                    .next()
-                    .unwrap_or_default()
-                    .to_owned()
-            },
-            Into::into,
-        );
+        let words =
+            tree.breach.map_or_else(|| error.to_string().lines().next().unwrap_or_default().to_owned(), Into::into);
         DecodeError::Syntax(format!("error converting YAML to JSON: yaml: {words}"))
     })?;
-    Ok(Decoded {
-        value,
-        warnings: tree.warnings,
-    })
+    Ok(Decoded { value, warnings: tree.warnings })
 }
 
 /// serde_json's complaint in the words of Go's scanner.
@@ -78,17 +57,9 @@ fn go_words(text: &str, error: &serde_json::Error) -> String {
         return "unexpected end of JSON input".into();
     }
     let words = error.to_string();
-    let line_start: usize = text
-        .split_inclusive('\n')
-        .take(error.line().saturating_sub(1))
-        .map(str::len)
-        .sum();
+    let line_start: usize = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum();
     let at = line_start + error.column().saturating_sub(1);
-    let rest = text
-        .as_bytes()
-        .get(at..)
-        .and_then(|rest| std::str::from_utf8(rest).ok())
-        .unwrap_or("");
+    let rest = text.as_bytes().get(at..).and_then(|rest| std::str::from_utf8(rest).ok()).unwrap_or("");
     let Some(found) = rest.chars().next() else {
         return "unexpected end of JSON input".into();
     };
@@ -96,20 +67,15 @@ fn go_words(text: &str, error: &serde_json::Error) -> String {
         ("expected `,` or `}`", "after object key:value pair"),
         ("expected `,` or `]`", "after array element"),
         ("expected `:`", "after object key"),
-        (
-            "key must be a string",
-            "looking for beginning of object key string",
-        ),
+        ("key must be a string", "looking for beginning of object key string"),
         ("trailing characters", "after top-level value"),
         ("control character", "in string literal"),
         ("invalid escape", "in string escape code"),
         ("invalid number", "in numeric literal"),
         ("recursion limit", ""),
     ];
-    let context = context
-        .iter()
-        .find(|(theirs, _)| words.starts_with(theirs))
-        .map_or("looking for beginning of value", |c| c.1);
+    let context =
+        context.iter().find(|(theirs, _)| words.starts_with(theirs)).map_or("looking for beginning of value", |c| c.1);
     if context.is_empty() {
         return "exceeded max depth".into();
     }
@@ -134,15 +100,7 @@ struct Tree {
 
 impl Tree {
     const fn new(max_nodes: usize) -> Self {
-        Self {
-            path: String::new(),
-            depth: 0,
-            nodes: 0,
-            max_nodes,
-            text_bytes: 0,
-            warnings: Vec::new(),
-            breach: None,
-        }
+        Self { path: String::new(), depth: 0, nodes: 0, max_nodes, text_bytes: 0, warnings: Vec::new(), breach: None }
     }
 
     fn count<E: serde::de::Error>(&mut self, text_bytes: usize) -> Result<(), E> {
@@ -156,11 +114,7 @@ impl Tree {
 
     fn enter<E: serde::de::Error>(&mut self) -> Result<(), E> {
         self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            self.fail("exceeded max depth")
-        } else {
-            Ok(())
-        }
+        if self.depth > MAX_DEPTH { self.fail("exceeded max depth") } else { Ok(()) }
     }
 
     fn fail<E: serde::de::Error>(&mut self, words: &'static str) -> Result<(), E> {
@@ -204,8 +158,8 @@ impl<'de> Visitor<'de> for Node<'_> {
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
         self.0.count(0)?;
-        let number = Number::from_f64(value)
-            .ok_or_else(|| E::custom("json: unsupported value: not a finite number"))?;
+        let number =
+            Number::from_f64(value).ok_or_else(|| E::custom("json: unsupported value: not a finite number"))?;
         Ok(Value::Number(number))
     }
 
@@ -346,23 +300,14 @@ mod tests {
         assert_eq!(words("{\"a\" 1}"), "invalid character '1' after object key");
         assert_eq!(words("[1 2]"), "invalid character '2' after array element");
         assert_eq!(words("{} x"), "invalid character 'x' after top-level value");
-        assert_eq!(
-            words("<html>"),
-            "invalid character '<' looking for beginning of value"
-        );
+        assert_eq!(words("<html>"), "invalid character '<' looking for beginning of value");
     }
 
     #[test]
     fn duplicates_are_reported_and_the_last_wins() {
         let decoded = json(br#"{"spec":{"a":1,"l":[{"x":1,"x":2}],"a":3}}"#).expect("decodes");
         assert_eq!(decoded.value, json!({"spec": {"a": 3, "l": [{"x": 2}]}}));
-        assert_eq!(
-            decoded.warnings,
-            [
-                "duplicate field \"spec.l[0].x\"",
-                "duplicate field \"spec.a\""
-            ]
-        );
+        assert_eq!(decoded.warnings, ["duplicate field \"spec.l[0].x\"", "duplicate field \"spec.a\""]);
         let decoded = yaml(b"a: 1\nmode: 0644\nyes: on\na: 2\n").expect("decodes");
         assert_eq!(decoded.value, json!({"a": 2, "mode": 420, "true": true}));
         assert_eq!(decoded.warnings.len(), 1);
@@ -374,14 +319,10 @@ mod tests {
         assert!(json(deep.as_bytes()).is_err());
         assert!(yaml(deep.as_bytes()).is_err());
         let mut bomb = String::from("a: &a [x,x,x,x,x,x,x,x,x]\n");
-        for (name, from) in ["b", "c", "d", "e", "f", "g", "h", "i"]
-            .iter()
-            .zip(["a", "b", "c", "d", "e", "f", "g", "h"])
+        for (name, from) in
+            ["b", "c", "d", "e", "f", "g", "h", "i"].iter().zip(["a", "b", "c", "d", "e", "f", "g", "h"])
         {
-            bomb.push_str(&format!(
-                "{name}: &{name} [{}]\n",
-                vec![format!("*{from}"); 9].join(",")
-            ));
+            bomb.push_str(&format!("{name}: &{name} [{}]\n", vec![format!("*{from}"); 9].join(",")));
         }
         assert!(yaml(bomb.as_bytes()).is_err());
     }

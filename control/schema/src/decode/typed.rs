@@ -13,20 +13,11 @@ use crate::schema::{Field, Kind, Omit, Schema, SchemaRef};
 use crate::{gofmt, prune};
 
 /// Brings `value` into the shape of `schema`. Unknown fields are dropped and reported in `warnings`.
-pub fn conform(
-    value: &mut Value,
-    schema: &Schema,
-    warnings: &mut Vec<String>,
-) -> Result<(), DecodeError> {
+pub fn conform(value: &mut Value, schema: &Schema, warnings: &mut Vec<String>) -> Result<(), DecodeError> {
     if schema.go.is_empty() {
         return prune::prune_strict(value, schema, warnings);
     }
-    Walk {
-        warnings,
-        trail: Vec::new(),
-        strukt: "",
-    }
-    .node(value, schema)
+    Walk { warnings, trail: Vec::new(), strukt: "" }.node(value, schema)
 }
 
 /// The same below a path, for the typed parts of custom resources.
@@ -36,12 +27,7 @@ pub(crate) fn conform_at(
     field: &str,
     warnings: &mut Vec<String>,
 ) -> Result<(), DecodeError> {
-    Walk {
-        warnings,
-        trail: vec![Step::Field(Cow::Owned(field.to_owned()))],
-        strukt: "",
-    }
-    .node(value, schema)
+    Walk { warnings, trail: vec![Step::Field(Cow::Owned(field.to_owned()))], strukt: "" }.node(value, schema)
 }
 
 /// Where the walk stands.
@@ -86,9 +72,9 @@ impl<'a> Walk<'a> {
                     return Ok(());
                 };
                 match &schema.items {
-                    Some(inner) if schema.kind == Kind::SchemaOrArray => items
-                        .iter_mut()
-                        .try_for_each(|item| self.node(item, inner.get())),
+                    Some(inner) if schema.kind == Kind::SchemaOrArray => {
+                        items.iter_mut().try_for_each(|item| self.node(item, inner.get()))
+                    }
                     _ => Ok(()),
                 }
             }
@@ -109,18 +95,13 @@ impl<'a> Walk<'a> {
         let Value::Object(map) = value else {
             return Err(self.mismatch(value, &schema.go));
         };
-        let outer = std::mem::replace(
-            &mut self.strukt,
-            schema.name.rsplit('.').next().unwrap_or(""),
-        );
+        let outer = std::mem::replace(&mut self.strukt, schema.name.rsplit('.').next().unwrap_or(""));
         let names: Vec<String> = map.keys().cloned().collect();
         for name in names {
             let Some(field) = schema.field(&name) else {
                 map.remove(&name);
                 let path = self.path(&name);
-                warn(self.warnings, || {
-                    format!("unknown field {}", gofmt::quote(&path))
-                });
+                warn(self.warnings, || format!("unknown field {}", gofmt::quote(&path)));
                 continue;
             };
             let Some(inner) = map.get_mut(&name) else {
@@ -182,40 +163,28 @@ impl<'a> Walk<'a> {
             | (Kind::Bool, Value::Bool(_))
             | (Kind::FieldsV1, Value::Object(_))
             | (Kind::Float, Value::Number(_)) => return Ok(()),
-            (Kind::Int32, Value::Number(number))
-                if number.as_i64().is_some_and(|n| i32::try_from(n).is_ok()) =>
-            {
+            (Kind::Int32, Value::Number(number)) if number.as_i64().is_some_and(|n| i32::try_from(n).is_ok()) => {
                 return Ok(());
             }
             (Kind::Int64, Value::Number(number)) if number.as_i64().is_some() => return Ok(()),
             (Kind::IntOrString, Value::String(_)) => return Ok(()),
-            (Kind::IntOrString, Value::Number(number))
-                if number.as_i64().is_some_and(|n| i32::try_from(n).is_ok()) =>
-            {
+            (Kind::IntOrString, Value::Number(number)) if number.as_i64().is_some_and(|n| i32::try_from(n).is_ok()) => {
                 return Ok(());
             }
             (Kind::IntOrString, other) => {
-                let text = format!(
-                    "json: cannot unmarshal {} into Go value of type int32",
-                    noun(other)
-                );
+                let text = format!("json: cannot unmarshal {} into Go value of type int32", noun(other));
                 return Err(DecodeError::Type(text));
             }
             (Kind::Quantity, Value::String(text)) => quantity(text)?,
             (Kind::Quantity, Value::Number(number)) => quantity(&number.to_string())?,
             (Kind::Quantity, other) => quantity(&gofmt::json(other))?,
             (Kind::Time, Value::String(text)) => scalar::time(text).map_err(DecodeError::Type)?,
-            (Kind::MicroTime, Value::String(text)) => {
-                scalar::micro_time(text).map_err(DecodeError::Type)?
-            }
+            (Kind::MicroTime, Value::String(text)) => scalar::micro_time(text).map_err(DecodeError::Type)?,
             (Kind::Duration, Value::String(text)) => {
                 scalar::format_duration(scalar::duration(text).map_err(DecodeError::Type)?)
             }
             (Kind::Time | Kind::MicroTime | Kind::Duration, other) => {
-                let text = format!(
-                    "json: cannot unmarshal {} into Go value of type string",
-                    noun(other)
-                );
+                let text = format!("json: cannot unmarshal {} into Go value of type string", noun(other));
                 return Err(DecodeError::Type(text));
             }
             (Kind::Bytes, Value::String(text)) => base64_text(text)?,
@@ -276,33 +245,23 @@ fn noun(value: &Value) -> Cow<'static, str> {
 }
 
 fn quantity(text: &str) -> Result<String, DecodeError> {
-    text.parse::<Quantity>()
-        .map(|quantity| quantity.to_string())
-        .map_err(|error| DecodeError::Type(error.to_string()))
+    text.parse::<Quantity>().map(|quantity| quantity.to_string()).map_err(|error| DecodeError::Type(error.to_string()))
 }
 
 /// Standard base64, line breaks ignored as Go does.
 fn base64_text(text: &str) -> Result<String, DecodeError> {
     use base64::Engine as _;
     let engine = base64::engine::general_purpose::STANDARD;
-    let clean: Cow<'_, str> = if text.contains(['\n', '\r']) {
-        text.replace(['\n', '\r'], "").into()
-    } else {
-        text.into()
-    };
+    let clean: Cow<'_, str> =
+        if text.contains(['\n', '\r']) { text.replace(['\n', '\r'], "").into() } else { text.into() };
     match engine.decode(clean.as_bytes()) {
         Ok(_) => Ok(clean.into_owned()),
         Err(error) => {
             let at = match error {
-                base64::DecodeError::InvalidByte(at, _)
-                | base64::DecodeError::InvalidLastSymbol(at, _) => at,
-                base64::DecodeError::InvalidLength(_) | base64::DecodeError::InvalidPadding => {
-                    clean.len() / 4 * 4
-                }
+                base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol(at, _) => at,
+                base64::DecodeError::InvalidLength(_) | base64::DecodeError::InvalidPadding => clean.len() / 4 * 4,
             };
-            Err(DecodeError::Type(format!(
-                "illegal base64 data at input byte {at}"
-            )))
+            Err(DecodeError::Type(format!("illegal base64 data at input byte {at}")))
         }
     }
 }
@@ -315,12 +274,8 @@ fn left_out(field: &Field, value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(flag) => !flag,
-        Value::Number(number) => {
-            number.as_f64() == Some(0.0) && field.schema.get().kind != Kind::IntOrString
-        }
-        Value::String(text) => {
-            text.is_empty() && !matches!(field.schema.get().kind, Kind::IntOrString)
-        }
+        Value::Number(number) => number.as_f64() == Some(0.0) && field.schema.get().kind != Kind::IntOrString,
+        Value::String(text) => text.is_empty() && !matches!(field.schema.get().kind, Kind::IntOrString),
         Value::Array(items) => items.is_empty(),
         Value::Object(map) => map.is_empty() && field.schema.get().values.is_some(),
     }
@@ -377,12 +332,7 @@ fn fill_struct(map: &mut Map<String, Value>, schema: &Schema) {
         let strukt = inner.is_struct()
             || matches!(
                 inner.kind,
-                Kind::Quantity
-                    | Kind::Time
-                    | Kind::MicroTime
-                    | Kind::IntOrString
-                    | Kind::Raw
-                    | Kind::Duration
+                Kind::Quantity | Kind::Time | Kind::MicroTime | Kind::IntOrString | Kind::Raw | Kind::Duration
             );
         let written = match field.omit {
             Omit::Never => true,
@@ -393,11 +343,7 @@ fn fill_struct(map: &mut Map<String, Value>, schema: &Schema) {
         if !written {
             continue;
         }
-        let mut absent = if field.pointer {
-            Value::Null
-        } else {
-            zero(inner)
-        };
+        let mut absent = if field.pointer { Value::Null } else { zero(inner) };
         fill(&mut absent, inner);
         map.insert(field.name.to_string(), absent);
     }
@@ -415,21 +361,15 @@ mod tests {
 
     fn error(name: &str, body: Value) -> String {
         let bytes = serde_json::to_vec(&body).expect("encodes");
-        decode(&bytes, Format::Json, &schema(name))
-            .expect_err("wrong")
-            .to_string()
+        decode(&bytes, Format::Json, &schema(name)).expect_err("wrong").to_string()
     }
 
     #[test]
     fn unknown_fields_are_named_and_dropped() {
         let body = json!({"kind": "Pod", "spec": {"containers": [{"name": "a", "imge": "x"}], "foo": 1}, "dta": {}});
         let bytes = serde_json::to_vec(&body).expect("encodes");
-        let decoded =
-            decode(&bytes, Format::Json, &schema("io.k8s.api.core.v1.Pod")).expect("decodes");
-        assert_eq!(
-            decoded.value,
-            json!({"kind": "Pod", "spec": {"containers": [{"name": "a"}]}})
-        );
+        let decoded = decode(&bytes, Format::Json, &schema("io.k8s.api.core.v1.Pod")).expect("decodes");
+        assert_eq!(decoded.value, json!({"kind": "Pod", "spec": {"containers": [{"name": "a"}]}}));
         assert_eq!(
             strict_error(&decoded.warnings),
             "strict decoding error: unknown field \"dta\", unknown field \"spec.containers[0].imge\", unknown field \"spec.foo\""
@@ -448,16 +388,10 @@ mod tests {
             "json: cannot unmarshal number into Go struct field ObjectMeta.metadata.labels of type string"
         );
         assert_eq!(
-            error(
-                deployment,
-                json!({"spec": {"template": {"spec": {"containers": {"name": "a"}}}}})
-            ),
+            error(deployment, json!({"spec": {"template": {"spec": {"containers": {"name": "a"}}}}})),
             "json: cannot unmarshal object into Go struct field PodSpec.spec.template.spec.containers of type []v1.Container"
         );
-        assert_eq!(
-            error(deployment, json!([])),
-            "json: cannot unmarshal array into Go value of type v1.Deployment"
-        );
+        assert_eq!(error(deployment, json!([])), "json: cannot unmarshal array into Go value of type v1.Deployment");
         assert_eq!(
             error("io.k8s.api.core.v1.Secret", json!({"data": {"a": "!"}})),
             "illegal base64 data at input byte 0"
@@ -470,24 +404,16 @@ mod tests {
             "name": "c", "resources": {"limits": {"cpu": 0.5, "memory": "1024Ki"}}, "command": null
         }], "terminationGracePeriodSeconds": 0}, "metadata": {"creationTimestamp": null, "labels": {}}});
         let bytes = serde_json::to_vec(&body).expect("encodes");
-        let mut value = decode(&bytes, Format::Json, &schema("io.k8s.api.core.v1.Pod"))
-            .expect("decodes")
-            .value;
+        let mut value = decode(&bytes, Format::Json, &schema("io.k8s.api.core.v1.Pod")).expect("decodes").value;
         let limits = json!({"limits": {"cpu": "500m", "memory": "1Mi"}});
         assert_eq!(
             value,
             json!({"metadata": {}, "spec": {"containers": [{"name": "c", "resources": limits}], "terminationGracePeriodSeconds": 0}})
         );
         value["spec"]["containers"][0]["resources"] = Value::Null;
-        value["spec"]["containers"][0]
-            .as_object_mut()
-            .expect("object")
-            .remove("resources");
+        value["spec"]["containers"][0].as_object_mut().expect("object").remove("resources");
         fill(&mut value, &schema("io.k8s.api.core.v1.Pod"));
-        assert_eq!(
-            value["spec"]["containers"][0],
-            json!({"name": "c", "resources": {}})
-        );
+        assert_eq!(value["spec"]["containers"][0], json!({"name": "c", "resources": {}}));
         assert_eq!(value["status"], json!({}));
     }
 
@@ -496,10 +422,7 @@ mod tests {
         let mut job = json!({"metadata": {"name": "a"}, "spec": {"schedule": "x", "jobTemplate": {"spec": {"template": {"spec": {"containers": []}}}}}});
         fill(&mut job, &schema("io.k8s.api.batch.v1.CronJob"));
         assert_eq!(job["spec"]["jobTemplate"]["metadata"], json!({}));
-        assert_eq!(
-            job["spec"]["jobTemplate"]["spec"]["template"]["metadata"],
-            json!({})
-        );
+        assert_eq!(job["spec"]["jobTemplate"]["spec"]["template"]["metadata"], json!({}));
         assert_eq!(job["status"], json!({}));
         let mut role = json!({"metadata": {}});
         fill(&mut role, &schema("io.k8s.api.rbac.v1.Role"));

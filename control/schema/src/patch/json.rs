@@ -16,17 +16,13 @@ pub fn apply(object: &mut Value, patch: &[u8]) -> Result<(), PatchError> {
         .map_err(|error| PatchError::Malformed(format!("error decoding patch: {error}")))?;
     if operations.len() > MAX_OPERATIONS {
         let count = operations.len();
-        let text = format!(
-            "The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {count}"
-        );
+        let text = format!("The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {count}");
         return Err(PatchError::TooLarge(text));
     }
     let mut copied_bytes = 0;
     for operation in operations {
         if let PatchOperation::Copy(copy) = &operation {
-            copied_bytes += object
-                .pointer(copy.from.as_str())
-                .map_or(0, |value| value.to_string().len());
+            copied_bytes += object.pointer(copy.from.as_str()).map_or(0, |value| value.to_string().len());
             if copied_bytes > MAX_COPIED_BYTES {
                 let text = format!(
                     "Unable to complete the copy, the accumulated size increase of copy is {copied_bytes}, exceeding the limit {MAX_COPIED_BYTES}"
@@ -39,9 +35,7 @@ pub fn apply(object: &mut Value, patch: &[u8]) -> Result<(), PatchError> {
         json_patch::patch_unsafe(object, &[operation]).map_err(|error| {
             PatchError::Failed(match error.kind {
                 PatchErrorKind::TestFailed => format!("testing value {path} failed: test failed"),
-                _ => format!(
-                    "{name} operation does not apply: doc is missing path: {path}: missing value"
-                ),
+                _ => format!("{name} operation does not apply: doc is missing path: {path}: missing value"),
             })
         })?;
     }
@@ -69,40 +63,18 @@ mod tests {
         let mut object = json!({"data": {"a": "b"}, "list": [1]});
         let patch = br#"[{"op":"add","path":"/data/z","value":"1"},{"op":"add","path":"/list/-","value":2}]"#;
         apply(&mut object, patch).expect("applies");
-        assert_eq!(
-            object,
-            json!({"data": {"a": "b", "z": "1"}, "list": [1, 2]})
-        );
-        let failed = apply(
-            &mut object,
-            br#"[{"op":"test","path":"/data/z","value":"2"}]"#,
-        );
-        assert_eq!(
-            failed,
-            Err(PatchError::Failed(
-                "testing value /data/z failed: test failed".into()
-            ))
-        );
-        assert!(matches!(
-            apply(&mut object, b"{}"),
-            Err(PatchError::Malformed(_))
-        ));
-        assert!(matches!(
-            apply(&mut object, br#"[{"op":"remove","path":"/x"}]"#),
-            Err(PatchError::Failed(_))
-        ));
+        assert_eq!(object, json!({"data": {"a": "b", "z": "1"}, "list": [1, 2]}));
+        let failed = apply(&mut object, br#"[{"op":"test","path":"/data/z","value":"2"}]"#);
+        assert_eq!(failed, Err(PatchError::Failed("testing value /data/z failed: test failed".into())));
+        assert!(matches!(apply(&mut object, b"{}"), Err(PatchError::Malformed(_))));
+        assert!(matches!(apply(&mut object, br#"[{"op":"remove","path":"/x"}]"#), Err(PatchError::Failed(_))));
     }
 
     #[test]
     fn copies_are_bounded() {
         let mut object = json!({"a": "x".repeat(1 << 20)});
-        let copies: Vec<_> = (0..4)
-            .map(|i| json!({"op": "copy", "from": "/a", "path": format!("/b{i}")}))
-            .collect();
+        let copies: Vec<_> = (0..4).map(|i| json!({"op": "copy", "from": "/a", "path": format!("/b{i}")})).collect();
         let patch = serde_json::to_vec(&copies).expect("encodes");
-        assert!(matches!(
-            apply(&mut object, &patch),
-            Err(PatchError::Failed(_))
-        ));
+        assert!(matches!(apply(&mut object, &patch), Err(PatchError::Failed(_))));
     }
 }

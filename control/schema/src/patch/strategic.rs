@@ -49,28 +49,15 @@ fn meta<'a>(schema: Option<&'a Schema>, name: &str) -> Meta<'a> {
     let child = schema.and_then(|schema| schema.child(name));
     let inner = child.map(|child| child.items.as_ref().map_or(child, SchemaRef::get));
     let patch = field.map(|field| field.patch).unwrap_or_default();
-    Meta {
-        schema: inner,
-        merge: patch.merge,
-        replace: patch.replace,
-        merge_key: patch.merge_key,
-    }
+    Meta { schema: inner, merge: patch.merge, replace: patch.replace, merge_key: patch.merge_key }
 }
 
-fn merge_map(
-    mut original: Object,
-    mut patch: Object,
-    schema: Option<&Schema>,
-) -> Result<Object, PatchError> {
+fn merge_map(mut original: Object, mut patch: Object, schema: Option<&Schema>) -> Result<Object, PatchError> {
     if let Some(directive) = patch.remove(PATCH) {
         return match directive.as_str() {
             Some("replace") => Ok(patch),
             Some("delete") => Ok(Object::new()),
-            _ => failed(format!(
-                "unknown patch type: {} in map: {}",
-                show(&directive),
-                show_map(&patch)
-            )),
+            _ => failed(format!("unknown patch type: {} in map: {}", show(&directive), show_map(&patch))),
         };
     }
     if let Some(keys) = patch.remove(RETAIN_KEYS) {
@@ -98,11 +85,7 @@ fn merge_map(
         match (current.take(), value) {
             (Value::Object(old), Value::Object(new)) => {
                 let meta = meta(schema, name);
-                *current = Value::Object(if meta.replace {
-                    new
-                } else {
-                    merge_map(old, new, meta.schema)?
-                });
+                *current = Value::Object(if meta.replace { new } else { merge_map(old, new, meta.schema)? });
             }
             (Value::Array(old), Value::Array(new)) => {
                 let meta = meta(schema, name);
@@ -151,16 +134,8 @@ fn retain_keys(original: &mut Object, patch: &Object, keys: &Value) -> Result<()
 }
 
 /// Handles `$setElementOrder/<field>`: merges that field's list and puts its items in the wanted order.
-fn apply_orders(
-    original: &mut Object,
-    patch: &mut Object,
-    schema: Option<&Schema>,
-) -> Result<(), PatchError> {
-    let directives: Vec<String> = patch
-        .keys()
-        .filter(|key| key.starts_with(SET_ORDER))
-        .cloned()
-        .collect();
+fn apply_orders(original: &mut Object, patch: &mut Object, schema: Option<&Schema>) -> Result<(), PatchError> {
+    let directives: Vec<String> = patch.keys().filter(|key| key.starts_with(SET_ORDER)).cloned().collect();
     for directive in directives {
         let Some(order) = patch.remove(&directive) else {
             continue;
@@ -168,10 +143,7 @@ fn apply_orders(
         let Value::Array(order) = order else {
             return bad_type("[]interface {}", &order);
         };
-        let Some(name) = directive
-            .strip_prefix(SET_ORDER)
-            .and_then(|rest| rest.strip_prefix('/'))
-        else {
+        let Some(name) = directive.strip_prefix(SET_ORDER).and_then(|rest| rest.strip_prefix('/')) else {
             return failed("invalid patch format of setElementOrder list");
         };
         let meta = meta(schema, name);
@@ -199,12 +171,7 @@ fn apply_orders(
             (None, Some(new)) => new.into_iter().filter_map(without_directives).collect(),
             (Some(old), Some(new)) => merge_list_field(old, new, &meta, false)?,
         };
-        let sorted = in_order(
-            merged,
-            &order,
-            old.as_deref().unwrap_or(&[]),
-            meta.merge_key,
-        )?;
+        let sorted = in_order(merged, &order, old.as_deref().unwrap_or(&[]), meta.merge_key)?;
         original.insert(name.to_owned(), Value::Array(sorted));
     }
     Ok(())
@@ -253,35 +220,21 @@ fn merge_list_field(
     if scalars {
         if deletes {
             let gone: HashSet<&Value> = new.iter().collect();
-            return Ok(old
-                .into_iter()
-                .filter(|item| !gone.contains(item))
-                .collect());
+            return Ok(old.into_iter().filter(|item| !gone.contains(item)).collect());
         }
         let mut seen = HashSet::new();
-        let merged = old
-            .iter()
-            .chain(&new)
-            .filter(|item| seen.insert(*item))
-            .cloned()
-            .collect();
+        let merged = old.iter().chain(&new).filter(|item| seen.insert(*item)).cloned().collect();
         return in_order(merged, &new, &old, "");
     }
     if meta.merge_key.is_empty() {
-        let name = meta
-            .schema
-            .map_or("", |schema| schema.name.rsplit('.').next().unwrap_or(""));
+        let name = meta.schema.map_or("", |schema| schema.name.rsplit('.').next().unwrap_or(""));
         return failed(format!("cannot merge lists without merge key for {name}"));
     }
     merge_items(old, new, meta)
 }
 
 /// Merges two lists of objects by their merge key.
-fn merge_items(
-    mut old: Vec<Value>,
-    new: Vec<Value>,
-    meta: &Meta<'_>,
-) -> Result<Vec<Value>, PatchError> {
+fn merge_items(mut old: Vec<Value>, new: Vec<Value>, meta: &Meta<'_>) -> Result<Vec<Value>, PatchError> {
     let key = meta.merge_key;
     let mut plain = Vec::with_capacity(new.len());
     let mut gone = HashSet::new();
@@ -297,11 +250,7 @@ fn merge_items(
                 return failed("merging lists cannot yet be specified in the patch");
             }
             Some(other) => {
-                return failed(format!(
-                    "unknown patch type: {} in map: {}",
-                    show(other),
-                    show(&item)
-                ));
+                return failed(format!("unknown patch type: {} in map: {}", show(other), show(&item)));
             }
         }
     }
@@ -333,12 +282,7 @@ fn merge_items(
 
 /// Sorts `items`: those named by `patch` take its relative order, the others keep the server's, and the two are woven together
 /// by the server's order. The result never moves an item past another of its own group.
-fn in_order(
-    items: Vec<Value>,
-    patch: &[Value],
-    server: &[Value],
-    key: &str,
-) -> Result<Vec<Value>, PatchError> {
+fn in_order(items: Vec<Value>, patch: &[Value], server: &[Value], key: &str) -> Result<Vec<Value>, PatchError> {
     let patch_order = places(patch, key);
     let server_order = places(server, key);
     let mut named = Vec::new();
@@ -356,9 +300,7 @@ fn in_order(
     let mut woven = Vec::with_capacity(named.len() + others.len());
     let mut left = others.into_iter().peekable();
     for (_, right_at, item) in named {
-        while let Some((_, other)) =
-            left.next_if(|(left_at, _)| right_at.is_some_and(|right_at| *left_at < right_at))
-        {
+        while let Some((_, other)) = left.next_if(|(left_at, _)| right_at.is_some_and(|right_at| *left_at < right_at)) {
             woven.push(other);
         }
         woven.push(item);
@@ -371,11 +313,7 @@ fn in_order(
 fn places<'a>(list: &'a [Value], key: &str) -> HashMap<&'a Value, usize> {
     let mut places = HashMap::with_capacity(list.len());
     for (at, item) in list.iter().enumerate() {
-        let identity = if key.is_empty() {
-            Some(item)
-        } else {
-            item.get(key)
-        };
+        let identity = if key.is_empty() { Some(item) } else { item.get(key) };
         if let Some(identity) = identity {
             places.entry(identity).or_insert(at);
         }
@@ -391,10 +329,7 @@ fn identity<'a>(item: &'a Value, key: &str) -> Result<&'a Value, PatchError> {
     match item {
         Value::Object(map) => match map.get(key) {
             Some(value) => Ok(value),
-            None => failed(format!(
-                "map: {} does not contain declared merge key: {key}",
-                show_map(map)
-            )),
+            None => failed(format!("map: {} does not contain declared merge key: {key}", show_map(map))),
         },
         other => bad_type("map[string]interface {}", other),
     }
@@ -433,21 +368,16 @@ fn drop_nulls(value: &mut Value) {
 fn without_directives(value: Value) -> Option<Value> {
     match value {
         Value::Object(map) if map.contains_key(PATCH) => None,
-        Value::Object(map) => Some(
-            map.into_iter()
-                .filter_map(|(key, value)| Some((key, without_directives(value)?)))
-                .collect(),
-        ),
+        Value::Object(map) => {
+            Some(map.into_iter().filter_map(|(key, value)| Some((key, without_directives(value)?))).collect())
+        }
         Value::Array(items) => Some(items.into_iter().filter_map(without_directives).collect()),
         other => Some(other),
     }
 }
 
 fn bad_type<T>(expected: &str, actual: &Value) -> Result<T, PatchError> {
-    failed(format!(
-        "expected a {expected}, but received a {}",
-        go_type(actual)
-    ))
+    failed(format!("expected a {expected}, but received a {}", go_type(actual)))
 }
 
 const fn go_type(value: &Value) -> &'static str {
@@ -475,10 +405,7 @@ fn show(value: &Value) -> String {
 fn show_map(map: &Object) -> String {
     let mut pairs: Vec<_> = map.iter().collect();
     pairs.sort_by_key(|(key, _)| *key);
-    let pairs: Vec<String> = pairs
-        .into_iter()
-        .map(|(key, value)| format!("{key}:{}", show(value)))
-        .collect();
+    let pairs: Vec<String> = pairs.into_iter().map(|(key, value)| format!("{key}:{}", show(value))).collect();
     format!("map[{}]", pairs.join(" "))
 }
 
@@ -512,27 +439,17 @@ mod tests {
 
     #[test]
     fn directives_delete_replace_and_order() {
-        let list =
-            || json!({"spec": {"containers": [{"name": "a"}, {"name": "b"}, {"name": "c"}]}});
+        let list = || json!({"spec": {"containers": [{"name": "a"}, {"name": "b"}, {"name": "c"}]}});
         assert_eq!(
-            pod(
-                list(),
-                json!({"spec": {"containers": [{"$patch": "delete", "name": "b"}]}})
-            ),
+            pod(list(), json!({"spec": {"containers": [{"$patch": "delete", "name": "b"}]}})),
             Ok(json!({"spec": {"containers": [{"name": "a"}, {"name": "c"}]}}))
         );
         assert_eq!(
-            pod(
-                list(),
-                json!({"spec": {"containers": [{"$patch": "replace"}, {"name": "z"}]}})
-            ),
+            pod(list(), json!({"spec": {"containers": [{"$patch": "replace"}, {"name": "z"}]}})),
             Ok(json!({"spec": {"containers": [{"name": "z"}]}}))
         );
         assert_eq!(
-            pod(
-                list(),
-                json!({"spec": {"$setElementOrder/containers": [{"name": "c"}, {"name": "a"}]}})
-            ),
+            pod(list(), json!({"spec": {"$setElementOrder/containers": [{"name": "c"}, {"name": "a"}]}})),
             Ok(json!({"spec": {"containers": [{"name": "b"}, {"name": "c"}, {"name": "a"}]}}))
         );
         assert_eq!(
@@ -550,19 +467,10 @@ mod tests {
             Ok(json!({"spec": {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}}))
         );
         assert_eq!(
-            pod(
-                json!({"spec": {"a": 1}}),
-                json!({"spec": {"$patch": "replace", "b": 1}})
-            ),
+            pod(json!({"spec": {"a": 1}}), json!({"spec": {"$patch": "replace", "b": 1}})),
             Ok(json!({"spec": {"b": 1}}))
         );
-        assert_eq!(
-            pod(
-                json!({"spec": {"a": 1}}),
-                json!({"spec": {"$patch": "delete"}})
-            ),
-            Ok(json!({"spec": {}}))
-        );
+        assert_eq!(pod(json!({"spec": {"a": 1}}), json!({"spec": {"$patch": "delete"}})), Ok(json!({"spec": {}})));
     }
 
     #[test]
@@ -573,39 +481,24 @@ mod tests {
         };
         let two = json!({"spec": {"containers": [{"name": "a"}]}});
         assert_eq!(
-            failed(
-                two.clone(),
-                json!({"spec": {"containers": [{"image": "x"}]}})
-            ),
+            failed(two.clone(), json!({"spec": {"containers": [{"image": "x"}]}})),
             "map: map[image:x] does not contain declared merge key: name"
         );
         assert_eq!(
-            failed(
-                two,
-                json!({"spec": {"containers": [{"name": "x", "$patch": "merge"}]}})
-            ),
+            failed(two, json!({"spec": {"containers": [{"name": "x", "$patch": "merge"}]}})),
             "merging lists cannot yet be specified in the patch"
         );
-        assert_eq!(
-            failed(json!({}), json!({"$patch": "nope"})),
-            "unknown patch type: nope in map: map[]"
-        );
+        assert_eq!(failed(json!({}), json!({"$patch": "nope"})), "unknown patch type: nope in map: map[]");
     }
 
     #[test]
     fn nulls_and_types_replace() {
         assert_eq!(
-            pod(
-                json!({"spec": {"a": 1, "b": 2}}),
-                json!({"spec": {"a": null, "c": {"d": null, "e": 1}, "b": "x"}})
-            ),
+            pod(json!({"spec": {"a": 1, "b": 2}}), json!({"spec": {"a": null, "c": {"d": null, "e": 1}, "b": "x"}})),
             Ok(json!({"spec": {"b": "x", "c": {"e": 1}}}))
         );
         assert_eq!(
-            pod(
-                json!({"metadata": {"finalizers": ["a"]}}),
-                json!({"metadata": {"finalizers": null}})
-            ),
+            pod(json!({"metadata": {"finalizers": ["a"]}}), json!({"metadata": {"finalizers": null}})),
             Ok(json!({"metadata": {}}))
         );
     }

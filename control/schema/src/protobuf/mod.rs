@@ -23,9 +23,7 @@ pub const MEDIA_TYPE: &str = "application/vnd.kubernetes.protobuf";
 /// Why bytes are no object, or an object has no protobuf form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProtobufError {
-    #[error(
-        "provided data does not appear to be a protobuf message, expected prefix [107 56 115 0]"
-    )]
+    #[error("provided data does not appear to be a protobuf message, expected prefix [107 56 115 0]")]
     Magic,
     #[error("proto: {0}")]
     Malformed(&'static str),
@@ -42,9 +40,7 @@ pub fn encode(value: &Value) -> Result<Vec<u8>, ProtobufError> {
     let text = |name| value.get(name).and_then(Value::as_str).unwrap_or("");
     let (api_version, kind) = (text("apiVersion"), text("kind"));
     let schema = schema_for(api_version, kind)?;
-    Ok(envelope(api_version, kind, |out| {
-        write::message_into(out, value, &schema)
-    }))
+    Ok(envelope(api_version, kind, |out| write::message_into(out, value, &schema)))
 }
 
 /// Decodes an enveloped object of a built-in kind; `apiVersion` and `kind` are set from the envelope.
@@ -69,13 +65,11 @@ pub fn decode_into(bytes: &[u8], schema: &Schema) -> Result<Value, ProtobufError
 
 fn decode_as(unknown: &Unknown<'_>, schema: &Schema, depth: usize) -> Result<Value, ProtobufError> {
     let mut value = if unknown.content_type == "application/json" {
-        serde_json::from_slice(unknown.raw)
-            .map_err(|_| ProtobufError::Malformed("cannot parse the JSON inside"))?
+        serde_json::from_slice(unknown.raw).map_err(|_| ProtobufError::Malformed("cannot parse the JSON inside"))?
     } else {
         read::message(unknown.raw, schema, depth)?
     };
-    typed::conform(&mut value, schema, &mut Vec::new())
-        .map_err(|error| ProtobufError::Value(error.to_string()))?;
+    typed::conform(&mut value, schema, &mut Vec::new()).map_err(|error| ProtobufError::Value(error.to_string()))?;
     if let Value::Object(map) = &mut value {
         for (name, text) in [("apiVersion", unknown.api_version), ("kind", unknown.kind)] {
             if !text.is_empty() {
@@ -92,10 +86,7 @@ pub fn schema_for(api_version: &str, kind: &str) -> Result<std::sync::Arc<Schema
     definition_for(group, version, kind)
         .and_then(Schema::builtin)
         .filter(|schema| !schema.wire.is_empty())
-        .ok_or_else(|| ProtobufError::UnknownKind {
-            api_version: api_version.into(),
-            kind: kind.into(),
-        })
+        .ok_or_else(|| ProtobufError::UnknownKind { api_version: api_version.into(), kind: kind.into() })
 }
 
 /// Wraps what `write` appends as the raw message of an envelope.
@@ -133,12 +124,7 @@ pub struct Unknown<'a> {
 /// Reads an envelope.
 pub fn open(bytes: &[u8]) -> Result<Unknown<'_>, ProtobufError> {
     let body = bytes.strip_prefix(&MAGIC).ok_or(ProtobufError::Magic)?;
-    let mut unknown = Unknown {
-        api_version: "",
-        kind: "",
-        raw: &[],
-        content_type: "",
-    };
+    let mut unknown = Unknown { api_version: "", kind: "", raw: &[], content_type: "" };
     wire::each(body, |number, content| {
         match number {
             1 => wire::each(content.bytes()?, |number, content| {
@@ -183,27 +169,33 @@ mod tests {
             },
             "status": {"phase": "Running"}
         }));
+        round(json!({"apiVersion": "v1", "kind": "Secret", "metadata": {}, "data": {"a": "AAE=", "b": ""}}));
         round(
-            json!({"apiVersion": "v1", "kind": "Secret", "metadata": {}, "data": {"a": "AAE=", "b": ""}}),
+            json!({
+                "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {},
+                "spec": {"group": "g", "names": {"kind": "K", "plural": "ks"}, "scope": "Namespaced", "versions": [{
+                    "name": "v1", "served": true, "storage": false, "schema": {"openAPIV3Schema": {
+                        "type": "object", "default": {"a": [1]}, "minimum": 1.5,
+                        "properties": {"a": {"type": "array", "items": {"type": "string"}}},
+                        "additionalProperties": false
+                    }}
+                }]},
+                "status": {"conditions": null, "acceptedNames": {"kind": "", "plural": ""}, "storedVersions": null}
+            })
+            .as_object()
+            .map(|o| {
+                let mut o = o.clone();
+                o.remove("status");
+                o.insert("status".into(), json!({"acceptedNames": {"kind": "", "plural": ""}}));
+                Value::Object(o)
+            })
+            .expect("object"),
         );
-        round(json!({
-            "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {},
-            "spec": {"group": "g", "names": {"kind": "K", "plural": "ks"}, "scope": "Namespaced", "versions": [{
-                "name": "v1", "served": true, "storage": false, "schema": {"openAPIV3Schema": {
-                    "type": "object", "default": {"a": [1]}, "minimum": 1.5,
-                    "properties": {"a": {"type": "array", "items": {"type": "string"}}},
-                    "additionalProperties": false
-                }}
-            }]},
-            "status": {"conditions": null, "acceptedNames": {"kind": "", "plural": ""}, "storedVersions": null}
-        }).as_object().map(|o| { let mut o = o.clone(); o.remove("status"); o.insert("status".into(), json!({"acceptedNames": {"kind": "", "plural": ""}})); Value::Object(o) }).expect("object"));
         round(json!({
             "apiVersion": "v1", "kind": "ConfigMapList", "metadata": {"resourceVersion": "1"},
             "items": [{"metadata": {"name": "x"}, "data": {"a": "b"}}]
         }));
-        round(
-            json!({"apiVersion": "v1", "kind": "Status", "metadata": {}, "code": 404, "status": "Failure"}),
-        );
+        round(json!({"apiVersion": "v1", "kind": "Status", "metadata": {}, "code": 404, "status": "Failure"}));
         round(json!({"apiVersion": "policy/v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}));
         round(json!({
             "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "metadata": {}, "spec": {},
@@ -222,10 +214,7 @@ mod tests {
         let meta = b"\x0a\x11\x0a\x01a\x12\x00\x1a\x00\x22\x00\x2a\x00\x32\x00\x38\x00\x42\x00";
         let at = head.len() + 1;
         assert_eq!(&bytes[at..at + meta.len()], meta);
-        assert_eq!(
-            &bytes[at + meta.len()..],
-            b"\x12\x06\x0a\x01k\x12\x01v\x1a\x00\x22\x00"
-        );
+        assert_eq!(&bytes[at + meta.len()..], b"\x12\x06\x0a\x01k\x12\x01v\x1a\x00\x22\x00");
     }
 
     #[test]
@@ -233,9 +222,7 @@ mod tests {
         assert_eq!(decode(b"{}"), Err(ProtobufError::Magic));
         assert!(decode(b"k8s\0\xff\xff\xff").is_err());
         assert!(decode(b"k8s\0").is_err());
-        let bytes =
-            encode(&json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "abc"}}))
-                .expect("encodes");
+        let bytes = encode(&json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "abc"}})).expect("encodes");
         for end in 0..bytes.len() {
             let _ = decode(&bytes[..end]);
         }

@@ -81,9 +81,7 @@ fn repeated(
     list: &mut Vec<Value>,
     budget: &mut Budget,
 ) -> Result<(), ProtobufError> {
-    if let (Content::Bytes(mut packed), Kind::Int32 | Kind::Int64 | Kind::Bool) =
-        (content, inner.kind)
-    {
+    if let (Content::Bytes(mut packed), Kind::Int32 | Kind::Int64 | Kind::Bool) = (content, inner.kind) {
         while !packed.is_empty() {
             let item = Content::Varint(wire::take_varint(&mut packed)?);
             list.push(one(item, inner, budget)?);
@@ -131,16 +129,10 @@ fn one(content: Content<'_>, schema: &Schema, budget: &mut Budget) -> Result<Val
         Kind::Bool => (content.int()? != 0).into(),
         Kind::Int32 | Kind::Int64 => content.int()?.into(),
         Kind::Float => match content {
-            Content::Fixed64(bits) => {
-                Number::from_f64(f64::from_bits(bits)).map_or(Value::Null, Value::Number)
-            }
-            Content::Fixed32(bits) => {
-                Number::from_f64(f32::from_bits(bits).into()).map_or(Value::Null, Value::Number)
-            }
+            Content::Fixed64(bits) => Number::from_f64(f64::from_bits(bits)).map_or(Value::Null, Value::Number),
+            Content::Fixed32(bits) => Number::from_f64(f32::from_bits(bits).into()).map_or(Value::Null, Value::Number),
             _ => {
-                return Err(ProtobufError::Malformed(
-                    "wrong wireType for a double field",
-                ));
+                return Err(ProtobufError::Malformed("wrong wireType for a double field"));
             }
         },
         Kind::Quantity => first(content, 1)?.map_or(Ok("0"), Content::text)?.into(),
@@ -156,16 +148,10 @@ fn one(content: Content<'_>, schema: &Schema, budget: &mut Budget) -> Result<Val
                 }
                 Ok(())
             })?;
-            if is_text {
-                text.into()
-            } else {
-                number_value.into()
-            }
+            if is_text { text.into() } else { number_value.into() }
         }
         Kind::Time | Kind::MicroTime => time(content, schema.kind)?,
-        Kind::Duration => {
-            scalar::format_duration(first(content, 1)?.map_or(Ok(0), Content::int)?).into()
-        }
+        Kind::Duration => scalar::format_duration(first(content, 1)?.map_or(Ok(0), Content::int)?).into(),
         Kind::Raw | Kind::FieldsV1 | Kind::Json | Kind::Any => raw(content, schema.kind, budget)?,
         Kind::StringList => {
             let mut list = Vec::new();
@@ -177,9 +163,7 @@ fn one(content: Content<'_>, schema: &Schema, budget: &mut Budget) -> Result<Val
             })?;
             Value::Array(list)
         }
-        Kind::SchemaOrBool | Kind::SchemaOrArray | Kind::SchemaOrStrings => {
-            schema_or(content, schema, budget)?
-        }
+        Kind::SchemaOrBool | Kind::SchemaOrArray | Kind::SchemaOrStrings => schema_or(content, schema, budget)?,
     })
 }
 
@@ -200,16 +184,9 @@ fn time(content: Content<'_>, kind: Kind) -> Result<Value, ProtobufError> {
     if seconds == 0 && nanos == 0 {
         return Ok(Value::Null);
     }
-    let nanos =
-        i32::try_from(nanos).map_err(|_| ProtobufError::Malformed("nanoseconds out of range"))?;
-    let at = Timestamp::new(seconds, nanos)
-        .map_err(|_| ProtobufError::Malformed("time out of range"))?;
-    Ok(if kind == Kind::Time {
-        scalar::format_time(at)
-    } else {
-        scalar::format_micro_time(at)
-    }
-    .into())
+    let nanos = i32::try_from(nanos).map_err(|_| ProtobufError::Malformed("nanoseconds out of range"))?;
+    let at = Timestamp::new(seconds, nanos).map_err(|_| ProtobufError::Malformed("time out of range"))?;
+    Ok(if kind == Kind::Time { scalar::format_time(at) } else { scalar::format_micro_time(at) }.into())
 }
 
 /// Bytes that hold JSON or, in a list of anything, an enveloped object.
@@ -221,24 +198,15 @@ fn raw(content: Content<'_>, kind: Kind, budget: &Budget) -> Result<Value, Proto
     if kind == Kind::Raw && bytes.starts_with(&super::MAGIC) {
         return super::decode_nested(bytes, budget.depth);
     }
-    serde_json::from_slice(bytes)
-        .map_err(|_| ProtobufError::Malformed("cannot parse the JSON inside"))
+    serde_json::from_slice(bytes).map_err(|_| ProtobufError::Malformed("cannot parse the JSON inside"))
 }
 
-fn schema_or(
-    content: Content<'_>,
-    schema: &Schema,
-    budget: &mut Budget,
-) -> Result<Value, ProtobufError> {
+fn schema_or(content: Content<'_>, schema: &Schema, budget: &mut Budget) -> Result<Value, ProtobufError> {
     let Some(inner) = schema.items.as_ref().map(SchemaRef::get) else {
         return Ok(Value::Null);
     };
     let (mut allows, mut single, mut list) = (false, None, Vec::new());
-    let schema_number = if schema.kind == Kind::SchemaOrBool {
-        2
-    } else {
-        1
-    };
+    let schema_number = if schema.kind == Kind::SchemaOrBool { 2 } else { 1 };
     wire::each(content.bytes()?, |number, content| {
         if number == schema_number {
             single = Some(one(content, inner, budget)?);
@@ -251,9 +219,5 @@ fn schema_or(
         }
         Ok(())
     })?;
-    Ok(single.unwrap_or(if schema.kind == Kind::SchemaOrBool {
-        allows.into()
-    } else {
-        Value::Array(list)
-    }))
+    Ok(single.unwrap_or(if schema.kind == Kind::SchemaOrBool { allows.into() } else { Value::Array(list) }))
 }

@@ -54,23 +54,18 @@ impl<'a> Content<'a> {
     pub(super) const fn bytes(self) -> Result<&'a [u8], ProtobufError> {
         match self {
             Self::Bytes(bytes) => Ok(bytes),
-            _ => Err(ProtobufError::Malformed(
-                "wrong wireType for a length-delimited field",
-            )),
+            _ => Err(ProtobufError::Malformed("wrong wireType for a length-delimited field")),
         }
     }
 
     pub(super) fn text(self) -> Result<&'a str, ProtobufError> {
-        std::str::from_utf8(self.bytes()?)
-            .map_err(|_| ProtobufError::Malformed("string field contains invalid UTF-8"))
+        std::str::from_utf8(self.bytes()?).map_err(|_| ProtobufError::Malformed("string field contains invalid UTF-8"))
     }
 
     pub(super) const fn int(self) -> Result<i64, ProtobufError> {
         match self {
             Self::Varint(value) => Ok(i64::from_ne_bytes(value.to_ne_bytes())),
-            _ => Err(ProtobufError::Malformed(
-                "wrong wireType for a varint field",
-            )),
+            _ => Err(ProtobufError::Malformed("wrong wireType for a varint field")),
         }
     }
 }
@@ -82,26 +77,20 @@ pub(super) fn each<'a>(
 ) -> Result<(), ProtobufError> {
     while !body.is_empty() {
         let tag = take_varint(&mut body)?;
-        let number =
-            u32::try_from(tag >> 3).map_err(|_| ProtobufError::Malformed("illegal tag"))?;
+        let number = u32::try_from(tag >> 3).map_err(|_| ProtobufError::Malformed("illegal tag"))?;
         if number == 0 {
             return Err(ProtobufError::Malformed("illegal tag 0"));
         }
         let content = match tag & 7 {
             0 => Content::Varint(take_varint(&mut body)?),
-            1 => Content::Fixed64(u64::from_le_bytes(
-                take(&mut body, 8)?.try_into().unwrap_or_default(),
-            )),
+            1 => Content::Fixed64(u64::from_le_bytes(take(&mut body, 8)?.try_into().unwrap_or_default())),
             2 => {
                 let length = take_varint(&mut body)?;
-                let length = usize::try_from(length).map_err(|_| {
-                    ProtobufError::Malformed("negative length found during unmarshaling")
-                })?;
+                let length = usize::try_from(length)
+                    .map_err(|_| ProtobufError::Malformed("negative length found during unmarshaling"))?;
                 Content::Bytes(take(&mut body, length)?)
             }
-            5 => Content::Fixed32(u32::from_le_bytes(
-                take(&mut body, 4)?.try_into().unwrap_or_default(),
-            )),
+            5 => Content::Fixed32(u32::from_le_bytes(take(&mut body, 4)?.try_into().unwrap_or_default())),
             _ => return Err(ProtobufError::Malformed("illegal wireType")),
         };
         field(number, content)?;
@@ -110,9 +99,7 @@ pub(super) fn each<'a>(
 }
 
 fn take<'a>(body: &mut &'a [u8], length: usize) -> Result<&'a [u8], ProtobufError> {
-    let (head, rest) = body
-        .split_at_checked(length)
-        .ok_or(ProtobufError::Malformed("unexpected EOF"))?;
+    let (head, rest) = body.split_at_checked(length).ok_or(ProtobufError::Malformed("unexpected EOF"))?;
     *body = rest;
     Ok(head)
 }

@@ -23,17 +23,10 @@ pub(super) fn message_into(out: &mut Vec<u8>, value: &Value, schema: &Schema) {
     for wire in &schema.wire {
         match &wire.slot {
             // An embedded struct reads the same JSON object.
-            Slot::Inline(inner) => wire::nested(out, wire.number, |out| {
-                message_into(out, value, inner.get())
-            }),
+            Slot::Inline(inner) => wire::nested(out, wire.number, |out| message_into(out, value, inner.get())),
             Slot::Field(at) => {
                 let field = &schema.fields[usize::from(*at)];
-                field_into(
-                    out,
-                    wire.number,
-                    value.get(field.name.as_ref()).unwrap_or(&NULL),
-                    field,
-                );
+                field_into(out, wire.number, value.get(field.name.as_ref()).unwrap_or(&NULL), field);
             }
         }
     }
@@ -73,47 +66,31 @@ fn one(out: &mut Vec<u8>, number: u32, value: &Value, schema: &Schema) {
         Kind::List => {}
         Kind::String => wire::bytes(out, number, value.as_str().unwrap_or("").as_bytes()),
         Kind::Bytes => {
-            let bytes = value
-                .as_str()
-                .and_then(|text| STANDARD.decode(text).ok())
-                .unwrap_or_default();
+            let bytes = value.as_str().and_then(|text| STANDARD.decode(text).ok()).unwrap_or_default();
             wire::bytes(out, number, &bytes);
         }
         Kind::Bool => wire::int(out, number, value.as_bool().unwrap_or(false).into()),
         Kind::Int32 | Kind::Int64 => wire::int(out, number, value.as_i64().unwrap_or(0)),
         Kind::Float => wire::double(out, number, value.as_f64().unwrap_or(0.0)),
-        Kind::Quantity => wire::nested(out, number, |out| {
-            wire::bytes(out, 1, value.as_str().unwrap_or("0").as_bytes())
-        }),
+        Kind::Quantity => {
+            wire::nested(out, number, |out| wire::bytes(out, 1, value.as_str().unwrap_or("0").as_bytes()))
+        }
         Kind::IntOrString => wire::nested(out, number, |out| {
             wire::int(out, 1, value.is_string().into());
             wire::int(out, 2, value.as_i64().unwrap_or(0));
             wire::bytes(out, 3, value.as_str().unwrap_or("").as_bytes());
         }),
         Kind::Time | Kind::MicroTime => wire::nested(out, number, |out| {
-            let at = value
-                .as_str()
-                .and_then(|text| scalar::parse_time(text, "").ok());
+            let at = value.as_str().and_then(|text| scalar::parse_time(text, "").ok());
             if let Some(at) = at {
                 wire::int(out, 1, at.as_second());
                 // Seconds only are kept for Time; MicroTime keeps whole microseconds.
-                let nanos = if schema.kind == Kind::MicroTime {
-                    at.subsec_nanosecond() / 1_000 * 1_000
-                } else {
-                    0
-                };
+                let nanos = if schema.kind == Kind::MicroTime { at.subsec_nanosecond() / 1_000 * 1_000 } else { 0 };
                 wire::int(out, 2, nanos.into());
             }
         }),
         Kind::Duration => wire::nested(out, number, |out| {
-            wire::int(
-                out,
-                1,
-                value
-                    .as_str()
-                    .and_then(|text| scalar::duration(text).ok())
-                    .unwrap_or(0),
-            );
+            wire::int(out, 1, value.as_str().and_then(|text| scalar::duration(text).ok()).unwrap_or(0));
         }),
         Kind::Raw | Kind::FieldsV1 | Kind::Json | Kind::Any => wire::nested(out, number, |out| {
             if !value.is_null() || schema.kind == Kind::Json {
@@ -151,9 +128,5 @@ fn inner_schema(out: &mut Vec<u8>, number: u32, value: &Value, schema: &Schema) 
 }
 
 fn text_of(value: &Value) -> Cow<'static, str> {
-    if value.is_null() {
-        "null".into()
-    } else {
-        value.to_string().into()
-    }
+    if value.is_null() { "null".into() } else { value.to_string().into() }
 }

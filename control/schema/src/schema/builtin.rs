@@ -30,29 +30,13 @@ const SCALARS: &[(&str, Kind, &str)] = &[
     ("meta.v1.Verbs", Kind::StringList, "v1.Verbs"),
     ("[]string=v1.ExtraValue", Kind::StringList, "v1.ExtraValue"),
     ("resource.Quantity", Kind::Quantity, "resource.Quantity"),
-    (
-        "intstr.IntOrString",
-        Kind::IntOrString,
-        "intstr.IntOrString",
-    ),
+    ("intstr.IntOrString", Kind::IntOrString, "intstr.IntOrString"),
     ("runtime.RawExtension", Kind::Raw, "runtime.RawExtension"),
     ("runtime.Object", Kind::Raw, "runtime.Object"),
     ("apiextensions.v1.JSON", Kind::Json, "v1.JSON"),
-    (
-        "apiextensions.v1.JSONSchemaPropsOrBool",
-        Kind::SchemaOrBool,
-        "v1.JSONSchemaPropsOrBool",
-    ),
-    (
-        "apiextensions.v1.JSONSchemaPropsOrArray",
-        Kind::SchemaOrArray,
-        "v1.JSONSchemaPropsOrArray",
-    ),
-    (
-        "apiextensions.v1.JSONSchemaPropsOrStringArray",
-        Kind::SchemaOrStrings,
-        "v1.JSONSchemaPropsOrStringArray",
-    ),
+    ("apiextensions.v1.JSONSchemaPropsOrBool", Kind::SchemaOrBool, "v1.JSONSchemaPropsOrBool"),
+    ("apiextensions.v1.JSONSchemaPropsOrArray", Kind::SchemaOrArray, "v1.JSONSchemaPropsOrArray"),
+    ("apiextensions.v1.JSONSchemaPropsOrStringArray", Kind::SchemaOrStrings, "v1.JSONSchemaPropsOrStringArray"),
 ];
 
 /// The schema behind `JSONSchemaPropsOr…`.
@@ -62,14 +46,8 @@ const SCHEMA_PROPS: &str = "apiextensions.v1.JSONSchemaProps";
 const SHORT: &[(&str, &str)] = &[
     ("meta.", "io.k8s.apimachinery.pkg.apis.meta."),
     ("runtime.", "io.k8s.apimachinery.pkg.runtime."),
-    (
-        "apiextensions.",
-        "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.",
-    ),
-    (
-        "apiregistration.",
-        "io.k8s.kube-aggregator.pkg.apis.apiregistration.",
-    ),
+    ("apiextensions.", "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions."),
+    ("apiregistration.", "io.k8s.kube-aggregator.pkg.apis.apiregistration."),
 ];
 
 struct Types {
@@ -91,12 +69,7 @@ static TYPES: LazyLock<Types> = LazyLock::new(|| {
         let text = text.split_once("\n=").map_or(text, |(fields, _)| fields);
         let text = if text.starts_with('=') { "" } else { text };
         let (name, flag) = head.split_once('\t').unwrap_or((head, ""));
-        entries.push(Entry {
-            name,
-            atomic: flag == "atomic",
-            text,
-            schema: OnceLock::new(),
-        });
+        entries.push(Entry { name, atomic: flag == "atomic", text, schema: OnceLock::new() });
     }
     entries.sort_unstable_by_key(|entry| entry.name);
     Types { entries }
@@ -132,10 +105,7 @@ pub(super) fn by_id(id: u16) -> &'static Schema {
 }
 
 fn position(name: &str) -> Option<usize> {
-    TYPES
-        .entries
-        .binary_search_by(|entry| entry.name.cmp(name))
-        .ok()
+    TYPES.entries.binary_search_by(|entry| entry.name.cmp(name)).ok()
 }
 
 fn entry_schema(at: usize) -> &'static Arc<Schema> {
@@ -159,21 +129,10 @@ fn parse_type(entry: &Entry) -> Schema {
             continue;
         }
         if number > 0 {
-            let at =
-                u16::try_from(fields.len()).expect("a built-in type has fewer than 65,536 fields");
-            schema.wire.push(Wire {
-                number,
-                slot: Slot::Field(at),
-            });
+            let at = u16::try_from(fields.len()).expect("a built-in type has fewer than 65,536 fields");
+            schema.wire.push(Wire { number, slot: Slot::Field(at) });
         }
-        fields.push(parse_field(
-            cell(0),
-            cell(1),
-            flags,
-            cell(4),
-            cell(5),
-            cell(6),
-        ));
+        fields.push(parse_field(cell(0), cell(1), flags, cell(4), cell(5), cell(6)));
     }
     schema.wire.sort_by_key(|wire| wire.number);
     schema.set_fields(fields);
@@ -192,10 +151,7 @@ fn inline_fields(ty: &'static str, number: u32, fields: &mut Vec<Field>, wire: &
         });
     }
     if number > 0 {
-        wire.push(Wire {
-            number,
-            slot: Slot::Inline(target),
-        });
+        wire.push(Wire { number, slot: Slot::Inline(target) });
     }
 }
 
@@ -235,9 +191,7 @@ fn parse_field(
 /// A type text without a leading `*`: a definition by reference, anything else as an inline node.
 fn type_ref(ty: &'static str, topology: &'static str) -> SchemaRef {
     if let Some(at) = position(&long_name(ty)) {
-        return SchemaRef::Builtin(
-            u16::try_from(at).expect("the table has fewer than 65,536 types"),
-        );
+        return SchemaRef::Builtin(u16::try_from(at).expect("the table has fewer than 65,536 types"));
     }
     if topology.is_empty() {
         if let Some(shared) = INLINE.lock().get(ty) {
@@ -255,10 +209,7 @@ fn inline_type(ty: &'static str, topology: &'static str) -> Schema {
     if let Some((_, kind, go)) = SCALARS.iter().find(|(name, ..)| *name == ty) {
         let mut schema = Schema::of(*kind);
         schema.go = Cow::Borrowed(go);
-        if matches!(
-            kind,
-            Kind::SchemaOrBool | Kind::SchemaOrArray | Kind::SchemaOrStrings
-        ) {
+        if matches!(kind, Kind::SchemaOrBool | Kind::SchemaOrArray | Kind::SchemaOrStrings) {
             schema.items = Some(type_ref(SCHEMA_PROPS, ""));
         }
         return schema;
@@ -266,11 +217,7 @@ fn inline_type(ty: &'static str, topology: &'static str) -> Schema {
     if let Some(item) = ty.strip_prefix("[]") {
         let mut schema = Schema::of(Kind::List);
         // A name after `=` is the item's for scalars, the list's own for structs.
-        let item = if item.starts_with("string") {
-            item
-        } else {
-            item.split_once('=').map_or(item, |(base, _)| base)
-        };
+        let item = if item.starts_with("string") { item } else { item.split_once('=').map_or(item, |(base, _)| base) };
         schema.go = go_text(ty);
         schema.items = Some(type_ref(item, ""));
         schema.list = match topology.split_once(':') {
@@ -283,12 +230,11 @@ fn inline_type(ty: &'static str, topology: &'static str) -> Schema {
     if let Some(value) = ty.strip_prefix("map[string]") {
         let mut schema = Schema::of(Kind::Object);
         schema.go = go_text(ty);
-        let value =
-            if SCALARS.iter().any(|(name, ..)| *name == value) || value.starts_with("string") {
-                value
-            } else {
-                value.split_once('=').map_or(value, |(base, _)| base)
-            };
+        let value = if SCALARS.iter().any(|(name, ..)| *name == value) || value.starts_with("string") {
+            value
+        } else {
+            value.split_once('=').map_or(value, |(base, _)| base)
+        };
         schema.values = Some(type_ref(value, ""));
         return schema;
     }
@@ -304,11 +250,7 @@ fn inline_type(ty: &'static str, topology: &'static str) -> Schema {
 fn go_text(ty: &'static str) -> Cow<'static, str> {
     if let Some((base, name)) = ty.split_once('=') {
         let list = base.strip_prefix("[]").is_some_and(|item| item == "string");
-        return if list {
-            Cow::Owned(format!("[]{name}"))
-        } else {
-            Cow::Borrowed(name)
-        };
+        return if list { Cow::Owned(format!("[]{name}")) } else { Cow::Borrowed(name) };
     }
     let start = ty.rfind(']').map_or(0, |at| at + 1);
     let (prefix, base) = ty.split_at(start);
@@ -357,32 +299,12 @@ mod tests {
         assert_eq!(containers.list, ListType::Map(vec![Cow::Borrowed("name")]));
         assert_eq!(containers.go, "[]v1.Container");
         let ports = pod.descend("spec.containers.ports").expect("ports");
-        assert_eq!(
-            ports.list,
-            ListType::Map(vec![
-                Cow::Borrowed("containerPort"),
-                Cow::Borrowed("protocol")
-            ])
-        );
+        assert_eq!(ports.list, ListType::Map(vec![Cow::Borrowed("containerPort"), Cow::Borrowed("protocol")]));
         let port = ports.items.as_ref().expect("items").get();
-        assert_eq!(
-            port.field("protocol").expect("protocol").default,
-            Some("TCP".into())
-        );
-        assert_eq!(
-            pod.descend("spec.volumes.configMap.name")
-                .expect("inlined twice")
-                .kind,
-            Kind::String
-        );
-        assert_eq!(
-            pod.descend("spec.restartPolicy").expect("named").go,
-            "v1.RestartPolicy"
-        );
-        assert_eq!(
-            enum_values("core.v1.PullPolicy"),
-            Some(vec!["Always", "IfNotPresent", "Never"])
-        );
+        assert_eq!(port.field("protocol").expect("protocol").default, Some("TCP".into()));
+        assert_eq!(pod.descend("spec.volumes.configMap.name").expect("inlined twice").kind, Kind::String);
+        assert_eq!(pod.descend("spec.restartPolicy").expect("named").go, "v1.RestartPolicy");
+        assert_eq!(enum_values("core.v1.PullPolicy"), Some(vec!["Always", "IfNotPresent", "Never"]));
         assert!(pod.descend("spec.affinity.nope").is_none());
     }
 }

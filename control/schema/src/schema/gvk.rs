@@ -6,18 +6,9 @@ use super::builtin;
 const PACKAGES: &[(&str, &str)] = &[
     ("", "io.k8s.api.core"),
     ("admission.k8s.io", "io.k8s.api.admission"),
-    (
-        "admissionregistration.k8s.io",
-        "io.k8s.api.admissionregistration",
-    ),
-    (
-        "apiextensions.k8s.io",
-        "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions",
-    ),
-    (
-        "apiregistration.k8s.io",
-        "io.k8s.kube-aggregator.pkg.apis.apiregistration",
-    ),
+    ("admissionregistration.k8s.io", "io.k8s.api.admissionregistration"),
+    ("apiextensions.k8s.io", "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions"),
+    ("apiregistration.k8s.io", "io.k8s.kube-aggregator.pkg.apis.apiregistration"),
     ("apps", "io.k8s.api.apps"),
     ("authentication.k8s.io", "io.k8s.api.authentication"),
     ("authorization.k8s.io", "io.k8s.api.authorization"),
@@ -62,30 +53,18 @@ const IN_EVERY_GROUP: &[&str] = &[
 
 /// The definition name of a built-in kind: `("apps", "v1", "Deployment")` → `io.k8s.api.apps.v1.Deployment`.
 pub fn definition_for(group: &str, version: &str, kind: &str) -> Option<&'static str> {
-    let package = PACKAGES
-        .binary_search_by(|(name, _)| (*name).cmp(group))
-        .ok()
-        .map(|at| PACKAGES[at].1);
-    package
-        .and_then(|package| builtin::name(&format!("{package}.{version}.{kind}")))
-        .or_else(|| {
-            let common = version == "v1" && IN_EVERY_GROUP.contains(&kind);
-            if common {
-                builtin::name(&format!("{META}.v1.{kind}"))
-            } else {
-                None
-            }
-        })
+    let package = PACKAGES.binary_search_by(|(name, _)| (*name).cmp(group)).ok().map(|at| PACKAGES[at].1);
+    package.and_then(|package| builtin::name(&format!("{package}.{version}.{kind}"))).or_else(|| {
+        let common = version == "v1" && IN_EVERY_GROUP.contains(&kind);
+        if common { builtin::name(&format!("{META}.v1.{kind}")) } else { None }
+    })
 }
 
 /// Group and version of a definition: `io.k8s.api.apps.v1.Deployment` → `("apps", "v1")`.
 pub fn group_of(definition: &str) -> Option<(&'static str, &str)> {
     let (rest, _) = definition.rsplit_once('.')?;
     let (package, version) = rest.rsplit_once('.')?;
-    PACKAGES
-        .iter()
-        .find(|(_, name)| *name == package)
-        .map(|(group, _)| (*group, version))
+    PACKAGES.iter().find(|(_, name)| *name == package).map(|(group, _)| (*group, version))
 }
 
 #[cfg(test)]
@@ -95,18 +74,9 @@ mod tests {
     #[test]
     fn finds_definitions_by_kind() {
         assert!(PACKAGES.is_sorted());
-        assert_eq!(
-            definition_for("apps", "v1", "Deployment"),
-            Some("io.k8s.api.apps.v1.Deployment")
-        );
-        assert_eq!(
-            definition_for("", "v1", "Status"),
-            Some("io.k8s.apimachinery.pkg.apis.meta.v1.Status")
-        );
+        assert_eq!(definition_for("apps", "v1", "Deployment"), Some("io.k8s.api.apps.v1.Deployment"));
+        assert_eq!(definition_for("", "v1", "Status"), Some("io.k8s.apimachinery.pkg.apis.meta.v1.Status"));
         assert_eq!(definition_for("apps", "v2", "Deployment"), None);
-        assert_eq!(
-            group_of("io.k8s.api.rbac.v1.Role"),
-            Some(("rbac.authorization.k8s.io", "v1"))
-        );
+        assert_eq!(group_of("io.k8s.api.rbac.v1.Role"), Some(("rbac.authorization.k8s.io", "v1")));
     }
 }

@@ -4,6 +4,7 @@
 //! compact type table on first use (so an idle server holds only the types that somebody asked for).
 
 mod builtin;
+pub mod crd;
 mod gvk;
 
 use std::borrow::Cow;
@@ -193,18 +194,13 @@ impl Schema {
 
     /// Looks a field up by its JSON name.
     pub fn field(&self, name: &str) -> Option<&Field> {
-        let at = self
-            .index
-            .binary_search_by(|&i| self.fields[usize::from(i)].name.as_ref().cmp(name))
-            .ok()?;
+        let at = self.index.binary_search_by(|&i| self.fields[usize::from(i)].name.as_ref().cmp(name)).ok()?;
         Some(&self.fields[usize::from(self.index[at])])
     }
 
     /// The schema of what stands under `name` in an object: the field's, or the map's values'.
     pub fn child(&self, name: &str) -> Option<&Self> {
-        self.field(name)
-            .map(|field| field.schema.get())
-            .or_else(|| self.values.as_ref().map(SchemaRef::get))
+        self.field(name).map(|field| field.schema.get()).or_else(|| self.values.as_ref().map(SchemaRef::get))
     }
 
     /// A struct: named fields and no others.
@@ -230,14 +226,10 @@ impl Schema {
     }
 
     pub(crate) fn set_fields(&mut self, fields: Vec<Field>) {
-        let count = u16::try_from(fields.len())
-            .expect("a type has fewer than 65,536 fields: the decoders bound objects");
+        let count =
+            u16::try_from(fields.len()).expect("a type has fewer than 65,536 fields: the decoders bound objects");
         let mut index: Vec<u16> = (0..count).collect();
-        index.sort_unstable_by(|&a, &b| {
-            fields[usize::from(a)]
-                .name
-                .cmp(&fields[usize::from(b)].name)
-        });
+        index.sort_unstable_by(|&a, &b| fields[usize::from(a)].name.cmp(&fields[usize::from(b)].name));
         self.fields = fields;
         self.index = index;
     }

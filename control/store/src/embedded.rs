@@ -11,6 +11,9 @@ mod seal;
 mod compact;
 mod snapshot;
 
+#[cfg(test)]
+mod faults;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +43,8 @@ pub struct EmbeddedOptions {
     pub history_events: usize,
     /// Most bytes of superseded versions to keep in memory.
     pub history_bytes: usize,
+    /// Size of a log file; a snapshot follows when about as much of the log is useless.
+    pub segment_bytes: u64,
     /// A file with 32 random bytes (or 64 hexadecimal digits) to encrypt the objects in `encrypted_scopes` on disk.
     /// Objects written without it are encrypted when they are written again.
     pub key_file: Option<PathBuf>,
@@ -53,6 +58,7 @@ impl Default for EmbeddedOptions {
             history: crate::HISTORY,
             history_events: crate::HISTORY_EVENTS,
             history_bytes: crate::HISTORY_BYTES,
+            segment_bytes: 64 << 20,
             key_file: None,
             encrypted_scopes: vec!["/registry/secrets/".to_owned()],
         }
@@ -101,13 +107,13 @@ impl Embedded {
         let lock = recover::lock(folder)?;
         let recovered = recover::load(folder, &cipher, bounds(&options))?;
         recover::tidy(folder, &recovered)?;
-        let log = Log::create(folder, medium, recovered.ledger.past().newest)?;
+        let log = Log::create(folder, medium, options.segment_bytes, recovered.ledger.past().newest)?;
         let shared = Arc::new(Shared {
             objects: RwLock::new(recovered.objects),
             ledger: Arc::new(recovered.ledger),
             rolled: Bell::default(),
         });
-        let compactor = Compactor::start(shared.clone(), folder, cipher.clone(), options.history, lock)?;
+        let compactor = Compactor::start(shared.clone(), folder, cipher.clone(), &options, lock)?;
         let committer = Committer::start(shared.clone(), log, cipher)?;
         Ok(Embedded { shared, committer, compactor })
     }

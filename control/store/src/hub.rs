@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::RwLock;
 use tokio::sync::watch;
@@ -190,14 +191,14 @@ impl Ledger {
                 hub
             }
         };
+        hub.watchers.fetch_add(1, Ordering::Relaxed);
         Ok(Watch::new(self.clone(), hub, revision))
     }
 
     /// Drops the hub with its last watcher, which calls this.
     pub(crate) fn release(&self, hub: &Arc<Hub>) {
         let mut hubs = self.hubs.write();
-        // One count is the map's, one the caller's; nobody else can take one without the lock held here.
-        if Arc::strong_count(hub) <= 2 && hubs.get(hub.scope()).is_some_and(|known| Arc::ptr_eq(known, hub)) {
+        if hub.watchers.fetch_sub(1, Ordering::Relaxed) == 1 {
             hubs.remove(hub.scope());
         }
     }
@@ -268,6 +269,8 @@ pub(crate) struct Hub {
     scope: Arc<str>,
     ring: RwLock<Ring>,
     changed: watch::Sender<u64>,
+    /// How many watch it; changed under the lock of the ledger's hubs only.
+    watchers: AtomicUsize,
 }
 
 /// All changes of the scope after `floor`.
@@ -281,7 +284,7 @@ struct Ring {
 impl Hub {
     fn new(scope: Arc<str>, floor: u64) -> Hub {
         let ring = RwLock::new(Ring { events: VecDeque::new(), floor, dirty: false });
-        Hub { scope, ring, changed: watch::Sender::new(floor) }
+        Hub { scope, ring, changed: watch::Sender::new(floor), watchers: AtomicUsize::new(0) }
     }
 
     pub(crate) fn scope(&self) -> &str {

@@ -14,17 +14,17 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::Shared;
 use super::log::{log_path, sync_folder};
 use super::recover::{Files, FolderLock};
 use super::seal::Cipher;
 use super::snapshot::{Writer, snapshot_path};
+use super::{EmbeddedOptions, Shared};
 use crate::hub::FORGET_AT_ONCE;
 use crate::state::Objects;
 use crate::{Entry, Error, OpenError};
 
-/// The least size of log files without use that makes a new snapshot worth while.
-const RECLAIM_BYTES: u64 = 64 << 20;
+/// As many log files without use make a new snapshot worth while, however small they are: each start leaves one.
+const RECLAIM_FILES: usize = 16;
 
 /// Objects that are read under one hold of the lock.
 const PAGE_OBJECTS: usize = 512;
@@ -86,10 +86,11 @@ impl Compactor {
         shared: Arc<Shared>,
         folder: &Path,
         cipher: Arc<Cipher>,
-        history: Duration,
+        options: &EmbeddedOptions,
         lock: FolderLock,
     ) -> Result<Compactor, OpenError> {
-        let work = Work { shared: shared.clone(), folder: folder.to_owned(), cipher, _lock: lock };
+        let (history, reclaim_bytes) = (options.history, options.segment_bytes);
+        let work = Work { shared: shared.clone(), folder: folder.to_owned(), cipher, reclaim_bytes, _lock: lock };
         let thread = std::thread::Builder::new()
             .name("store-compact".to_owned())
             .spawn(move || work.run(history))
@@ -111,6 +112,8 @@ struct Work {
     shared: Arc<Shared>,
     folder: PathBuf,
     cipher: Arc<Cipher>,
+    /// The least size of log files without use that makes a new snapshot worth while.
+    reclaim_bytes: u64,
     _lock: FolderLock,
 }
 
@@ -150,10 +153,12 @@ impl Work {
         let files = Files::scan(&self.folder)?;
         let oldest = self.shared.ledger.past().oldest;
         let size = |path: PathBuf| fs::metadata(path).map_or(0, |data| data.len());
-        let useless: u64 = files.obsolete_logs(oldest).iter().map(|base| size(log_path(&self.folder, *base))).sum();
+        let obsolete = files.obsolete_logs(oldest);
+        let useless: u64 = obsolete.iter().map(|base| size(log_path(&self.folder, *base))).sum();
         let last = files.snapshots.last().copied();
         let cost = last.map_or(0, |revision| size(snapshot_path(&self.folder, revision)));
-        if useless >= RECLAIM_BYTES.max(cost) && last.is_none_or(|last| last < oldest) {
+        let worthwhile = useless >= self.reclaim_bytes.max(cost) || obsolete.len() >= RECLAIM_FILES;
+        if worthwhile && last.is_none_or(|last| last < oldest) {
             self.snapshot(oldest)?;
         }
         self.clean()

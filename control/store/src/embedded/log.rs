@@ -10,12 +10,10 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 use super::frame::{FileKind, FrameBuffer, HEADER_BYTES, Header};
 use crate::OpenError;
 
-/// When a file of the log is full and the next one begins.
-pub(super) const SEGMENT_BYTES: u64 = 64 << 20;
-
 /// How far ahead of the writes the file is filled with zeros. A flush of bytes in a file that does not grow needs no
 /// change of the file system's own journal, and a full disk shows itself before a write is under way.
-const AHEAD_BYTES: u64 = 4 << 20;
+/// This part of a file's full size.
+const AHEAD_PART: u64 = 16;
 
 /// The file operations of the log, so that tests can let them fail.
 pub(super) trait Medium: Send + Sync {
@@ -60,6 +58,8 @@ impl AppendError {
 pub(super) struct Log {
     folder: PathBuf,
     medium: Box<dyn Medium>,
+    /// When a file is full and the next one begins.
+    segment_bytes: u64,
     segment: Segment,
 }
 
@@ -117,13 +117,18 @@ impl Segment {
 
 impl Log {
     /// Begins a new file for the changes after `revision`.
-    pub(super) fn create(folder: &Path, medium: Box<dyn Medium>, revision: u64) -> Result<Log, OpenError> {
+    pub(super) fn create(
+        folder: &Path,
+        medium: Box<dyn Medium>,
+        segment_bytes: u64,
+        revision: u64,
+    ) -> Result<Log, OpenError> {
         let segment = Segment::create(folder, &*medium, revision).map_err(|(step, path, source)| OpenError::Io {
             step,
             path,
             source,
         })?;
-        Ok(Log { folder: folder.to_owned(), medium, segment })
+        Ok(Log { folder: folder.to_owned(), medium, segment_bytes, segment })
     }
 
     /// The tag that frames for it begin with.
@@ -133,7 +138,7 @@ impl Log {
 
     /// Whether the file is full: [`Log::roll`] then.
     pub(super) fn is_full(&self) -> bool {
-        self.segment.offset >= SEGMENT_BYTES
+        self.segment.offset >= self.segment_bytes
     }
 
     /// Goes on in a new file for the changes after `revision`.
@@ -154,8 +159,8 @@ impl Log {
         let bytes = frame.finish();
         let end = *offset + bytes.len() as u64;
         if end > *filled {
-            const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-            let goal = end + AHEAD_BYTES;
+            static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+            let goal = end + self.segment_bytes / AHEAD_PART;
             while *filled < goal {
                 let size = ZEROS.len().min((goal - *filled) as usize);
                 self.medium.write(file, &ZEROS[..size], *filled).map_err(AppendError::new("extend", path))?;

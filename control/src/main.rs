@@ -1,1 +1,39 @@
-fn main() {}
+//! The `coracle` command: Kubernetes as one binary. Each subcommand is one file.
+#![forbid(unsafe_code)]
+
+mod check;
+mod cli;
+mod server;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    // The supervisor is started by the node agent with arguments of its own, and must stay small: no argument parser, no
+    // runtime, no logger stand between it and its loop.
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == "supervisor") {
+        return coracle_kubelet::supervisor::main(arguments);
+    }
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("coracle: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Server(options) => {
+            cli::log_to_stderr(&cli.log)?;
+            server::run(*options)?;
+        }
+        Command::Check(options) => return Ok(check::run(&options)),
+        Command::Image(command) => coracle_kubelet::images::cli::run(command)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,1 +1,33 @@
+//! The controllers: loops that read the shared caches of the API server and write through its own path, each with its own
+//! identity. A controller is one file and one row in [`run`].
 #![forbid(unsafe_code)]
+
+mod cluster;
+mod common;
+mod machine;
+mod network;
+mod workloads;
+
+use std::sync::Arc;
+
+use coracle_api::server::ApiServer;
+use tokio::task::JoinSet;
+
+pub use machine::WorkQueue;
+
+/// Runs every controller until the future is dropped. At most one process of a cluster may do so at a time.
+pub async fn run(api: Arc<ApiServer>) {
+    let mut running = JoinSet::new();
+    running.spawn(machine::run(cluster::accounts::Accounts::new(&api)));
+    running.spawn(machine::run(cluster::root_ca::RootCa::new(&api)));
+    running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
+    running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api)));
+    running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
+    running.spawn(machine::run(workloads::replica_set::ReplicaSets::new(&api)));
+    running.spawn(machine::run(workloads::deployment::Deployments::new(&api)));
+    while let Some(ended) = running.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a controller ended");
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! Controllers that keep the cluster itself in order: nodes, namespaces, accounts, garbage.
+
+pub(crate) mod accounts;
+pub(crate) mod node_ipam;
+pub(crate) mod node_lifecycle;
+pub(crate) mod root_ca;

@@ -1,0 +1,61 @@
+//! Stable short hashes of templates, in the alphabet of generated Kubernetes names.
+
+use std::hash::Hasher;
+
+use serde::Serialize;
+
+/// Letters that form no words and are not mistaken for one another (apimachinery `rand`).
+const ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+
+/// FNV-1a with 32 bits, as `hash/fnv.New32a`.
+struct Fnv32(u32);
+
+impl Hasher for Fnv32 {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+        }
+    }
+    fn finish(&self) -> u64 {
+        u64::from(self.0)
+    }
+}
+
+/// The hash of a value and a collision count: of its JSON with sorted keys, so the same for equal values on any host.
+///
+/// # Errors
+/// When the value has no JSON form.
+pub(crate) fn of(value: &impl Serialize, collisions: i32) -> Result<String, serde_json::Error> {
+    // A Value sorts the keys of maps.
+    let json = serde_json::to_vec(&serde_json::to_value(value)?)?;
+    let mut hasher = Fnv32(0x811c_9dc5);
+    hasher.write(&json);
+    if collisions > 0 {
+        hasher.write(&u64::from(collisions.unsigned_abs()).to_le_bytes());
+    }
+    Ok(encode(&hasher.finish().to_string()))
+}
+
+/// Each byte as one letter of the alphabet (apimachinery `SafeEncodeString`).
+pub(crate) fn encode(text: &str) -> String {
+    text.bytes().map(|byte| char::from(ALPHABET[usize::from(byte) % ALPHABET.len()])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_are_stable_short_and_in_the_alphabet() {
+        let hash = of(&serde_json::json!({"b": 1, "a": [true]}), 0).expect("JSON");
+        assert_eq!(hash, of(&serde_json::json!({"a": [true], "b": 1}), 0).expect("JSON"));
+        assert_ne!(hash, of(&serde_json::json!({"a": [true], "b": 1}), 1).expect("JSON"));
+        assert!(hash.len() <= 10 && hash.bytes().all(|byte| ALPHABET.contains(&byte)), "{hash}");
+    }
+
+    #[test]
+    fn digits_are_encoded_as_kubernetes_does() {
+        // '0' is byte 48; 48 % 27 = 21, the letter at that place.
+        assert_eq!(encode("0123456789"), "456789bcdf");
+    }
+}

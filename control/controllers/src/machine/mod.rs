@@ -1,0 +1,193 @@
+//! The machine that every controller runs on: deltas of informers become keys, keys are reconciled by a bounded number of
+//! workers, failures back off. A controller sees its own writes: a key is not handed out again before the caches have
+//! reached the last revision that its reconciliation wrote, so none needs expectations.
+
+mod host;
+mod owners;
+mod queue;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::task::JoinSet;
+
+pub(crate) use host::{Host, Write};
+pub(crate) use owners::{controller_of, controller_reference, is_controlled_by};
+pub use queue::WorkQueue;
+
+/// Name of an object: namespace (empty for cluster-scoped kinds) and name.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Key {
+    /// Namespace, empty for cluster-scoped kinds.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+impl Key {
+    /// The key of an object in a namespace.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+
+    /// The key of an object by its metadata.
+    pub fn of<K: kube::Resource>(object: &K) -> Self {
+        let meta = object.meta();
+        Self::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() { f.write_str(&self.name) } else { write!(f, "{}/{}", self.namespace, self.name) }
+    }
+}
+
+/// What a reconciliation asks for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Outcome {
+    /// Nothing until something changes.
+    Done,
+    /// Another look after this time at the latest.
+    After(Duration),
+}
+
+/// Why a reconciliation ended early; it is tried again with back-off.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{step}: {source}")]
+    Api { step: &'static str, source: kube::Error },
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl Error {
+    /// For `map_err` of an API call: says which step failed.
+    pub(crate) fn at(step: &'static str) -> impl FnOnce(kube::Error) -> Self {
+        move |source| Self::Api { step, source }
+    }
+
+    /// Whether another writer was faster, which is no news: the next look sees its write.
+    fn is_conflict(&self) -> bool {
+        matches!(self, Self::Api { source: kube::Error::Api(status), .. } if status.code == 409)
+    }
+}
+
+/// A loop that moves what is towards what is wanted, one key at a time.
+pub(crate) trait Controller: Send + Sync + Sized + 'static {
+    /// Name of its service account in `kube-system`, whose RBAC rules it writes with.
+    const NAME: &'static str;
+    /// How many keys are reconciled at once.
+    const WORKERS: usize = 4;
+
+    /// Tells which changes concern which keys.
+    fn sources(self: &Arc<Self>, sources: &mut Sources<Self>);
+
+    /// Looks at what is and does what is missing. May be ended at any await and called again.
+    fn reconcile(&self, key: &Key) -> impl Future<Output = Result<Outcome, Error>> + Send;
+
+    /// Its connection to the API.
+    fn host(&self) -> &Host;
+}
+
+/// The tasks that feed a controller's queue.
+pub(crate) struct Sources<C> {
+    pub(crate) queue: Arc<WorkQueue<Key>>,
+    tasks: JoinSet<()>,
+    controller: Arc<C>,
+}
+
+impl<C: Controller> Sources<C> {
+    /// Maps each delta of an informer, first those of what exists already, to keys.
+    pub(crate) fn watch<K, F>(&mut self, informer: &Arc<coracle_api::informer::Informer<K>>, mut map: F)
+    where
+        K: coracle_api::informer::Cached,
+        F: FnMut(&C, &coracle_api::informer::Delta<K>, &WorkQueue<Key>) + Send + 'static,
+    {
+        let (queue, controller, informer) = (self.queue.clone(), self.controller.clone(), informer.clone());
+        self.tasks.spawn(async move {
+            let mut deltas = informer.subscribe();
+            while let Some(delta) = deltas.next().await {
+                map(&controller, &delta, &queue);
+            }
+        });
+    }
+
+    /// Queues a key at a fixed interval, for work that time alone makes due.
+    pub(crate) fn every(&mut self, interval: Duration, key: Key) {
+        let queue = self.queue.clone();
+        self.tasks.spawn(async move {
+            loop {
+                queue.add(key.clone());
+                tokio::time::sleep(interval).await;
+            }
+        });
+    }
+}
+
+/// Runs a controller until the future is dropped.
+pub(crate) async fn run<C: Controller>(controller: C) {
+    let controller = Arc::new(controller);
+    let queue = Arc::new(WorkQueue::default());
+    let mut sources = Sources { queue: queue.clone(), tasks: JoinSet::new(), controller: controller.clone() };
+    controller.sources(&mut sources);
+    controller.host().synced().await;
+    let mut workers = sources.tasks;
+    let written: Arc<Mutex<HashMap<Key, Vec<Write>>>> = Arc::default();
+    for _ in 0..C::WORKERS {
+        let (controller, queue, written) = (controller.clone(), queue.clone(), written.clone());
+        workers.spawn(async move {
+            loop {
+                let key = queue.next().await;
+                work(&*controller, &queue, &written, &key).await;
+                queue.done(&key);
+            }
+        });
+    }
+    while let Some(ended) = workers.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(controller = C::NAME, %error, "a task of the controller ended");
+        }
+    }
+}
+
+async fn work<C: Controller>(
+    controller: &C,
+    queue: &WorkQueue<Key>,
+    written: &Mutex<HashMap<Key, Vec<Write>>>,
+    key: &Key,
+) {
+    let before = written.lock().remove(key);
+    for write in before.into_iter().flatten() {
+        controller.host().reached(write).await;
+    }
+    let (result, writes) = host::WRITES
+        .scope(Mutex::default(), async {
+            let result = controller.reconcile(key).await;
+            (result, host::WRITES.with(|writes| std::mem::take(&mut *writes.lock())))
+        })
+        .await;
+    if !writes.is_empty() {
+        written.lock().insert(key.clone(), writes);
+    }
+    match result {
+        Ok(outcome) => {
+            queue.forget(key);
+            if let Outcome::After(delay) = outcome {
+                queue.add_after(key.clone(), delay);
+            }
+        }
+        Err(error) => {
+            let delay = queue.retry(key.clone());
+            if error.is_conflict() {
+                tracing::debug!(controller = C::NAME, %key, %error, ?delay, "trying again");
+            } else {
+                tracing::warn!(controller = C::NAME, %key, %error, ?delay, "reconciliation failed, trying again");
+            }
+        }
+    }
+}

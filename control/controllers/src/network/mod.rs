@@ -1,0 +1,3 @@
+//! Controllers that tell where Services lead.
+
+pub(crate) mod endpoint_slice;

@@ -1,0 +1,5 @@
+//! Controllers of what users run: each kind one file.
+
+pub(crate) mod deployment;
+pub(crate) mod replica_set;
+mod rollout;

@@ -1,0 +1,112 @@
+//! What the command line accepts. Flags carry the names that k3s users know.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Kubernetes as one small binary on bare metal.
+///
+/// `coracle server` runs everything on one host: API server, store, scheduler, controllers, node agent, container
+/// runtime, service network and DNS. Point kubectl at the kubeconfig it writes.
+#[derive(Debug, Parser)]
+#[command(name = "coracle", version, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// What to log: error, warn, info, debug, trace, or a filter such as `info,coracle_kubelet=debug`
+    #[arg(long, global = true, default_value = "info", env = "CORACLE_LOG")]
+    pub(crate) log: String,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the control plane and, unless told otherwise, this host's node
+    Server(Box<ServerOptions>),
+    /// Tell what this host has and lacks, and what each lack costs
+    Check(CheckOptions),
+    /// Pull, import, export and remove container images of this host
+    Image(coracle_kubelet::images::cli::ImageCommand),
+}
+
+/// Options of `coracle server`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ServerOptions {
+    #[command(flatten)]
+    pub(crate) folders: Folders,
+    /// Name of this host's node; the host name, in lower case, if not given
+    #[arg(long)]
+    pub(crate) node_name: Option<String>,
+    /// Address that this host's node announces; the one with the default route if not given
+    #[arg(long)]
+    pub(crate) node_ip: Option<IpAddr>,
+    /// Addresses of pods
+    #[arg(long, default_value = "10.42.0.0/16", value_name = "CIDR")]
+    pub(crate) cluster_cidr: String,
+    /// Addresses of services
+    #[arg(long, default_value = "10.43.0.0/16", value_name = "CIDR")]
+    pub(crate) service_cidr: String,
+    /// Ports of services of type NodePort
+    #[arg(long, default_value = "30000-32767", value_name = "FIRST-LAST")]
+    pub(crate) service_node_port_range: String,
+    /// Address of the cluster's DNS
+    #[arg(long, default_value = "10.43.0.10")]
+    pub(crate) cluster_dns: IpAddr,
+    /// Domain of the cluster's names
+    #[arg(long, default_value = "cluster.local")]
+    pub(crate) cluster_domain: String,
+    /// Where the state is kept: the embedded store in the data folder if not given, else etcd (https://host:2379,…)
+    #[arg(long, value_name = "URLS")]
+    pub(crate) datastore_endpoint: Option<String>,
+    /// Address the API listens on
+    #[arg(long, default_value = "0.0.0.0")]
+    pub(crate) bind_address: IpAddr,
+    /// Port the API listens on; 0 takes any free one
+    #[arg(long, default_value_t = 6443, value_name = "PORT")]
+    pub(crate) https_listen_port: u16,
+    /// Port the node's own API listens on; 0 takes any free one
+    #[arg(long, default_value_t = 10250, value_name = "PORT")]
+    pub(crate) kubelet_port: u16,
+    /// More names and addresses for the API's certificate
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tls_san: Vec<String>,
+    /// Where the administrator's kubeconfig is written, with mode 0600
+    #[arg(long, default_value = "/etc/coracle/kubeconfig.yaml", value_name = "FILE")]
+    pub(crate) write_kubeconfig: PathBuf,
+    /// Run the control plane alone, no node
+    #[arg(long)]
+    pub(crate) disable_agent: bool,
+}
+
+/// Where state lies.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Folders {
+    /// Folder of everything that must survive a reboot
+    #[arg(long, default_value = "/var/lib/coracle", value_name = "FOLDER")]
+    pub(crate) data_dir: PathBuf,
+    /// Folder of everything that must not
+    #[arg(long, default_value = "/run/coracle", value_name = "FOLDER")]
+    pub(crate) run_dir: PathBuf,
+    /// Folder of the pods' logs
+    #[arg(long, default_value = "/var/log/pods", value_name = "FOLDER")]
+    pub(crate) pod_log_dir: PathBuf,
+}
+
+/// Options of `coracle check`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CheckOptions {
+    /// Print JSON instead of lines
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) folders: Folders,
+}
+
+/// Sends log lines to standard error, where systemd and a person look for them.
+pub(crate) fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter} is no filter"))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    Ok(())
+}

@@ -28,7 +28,7 @@ pub(crate) enum Command {
     /// Tell what this host has and lacks, and what each lack costs
     Check(CheckOptions),
     /// Pull, import, export and remove container images of this host
-    Image(coracle_kubelet::images::cli::ImageCommand),
+    Image(coracle_kubelet::images::cli::ImageArgs),
 }
 
 /// Options of `coracle server`.

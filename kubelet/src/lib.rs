@@ -10,6 +10,7 @@ pub mod cri;
 pub mod names;
 
 pub mod images;
+pub mod network;
 pub mod pods;
 pub mod supervisor;
 pub mod volumes;

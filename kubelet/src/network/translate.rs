@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use coracle_netns::model::{
-    Change, Distribution, Endpoint, EndpointPort, EndpointSlice, NamedPort, NetworkPolicy, Node, ObjectKey, Operator, Peer,
+    Change, Endpoint, EndpointPort, EndpointSlice, NamedPort, NetworkPolicy, Node, ObjectKey, Operator, Peer,
     Pod, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Selector, Service, ServicePort, TrafficPolicy,
 };
 use ipnet::IpNet;
@@ -64,11 +64,6 @@ fn service_spec(spec: &core::ServiceSpec, object: &core::Service) -> Service {
         external_policy: local(&spec.external_traffic_policy),
         health_check_node_port: spec.health_check_node_port.and_then(port),
         publish_not_ready: spec.publish_not_ready_addresses == Some(true),
-        distribution: match spec.traffic_distribution.as_deref() {
-            Some("PreferClose" | "PreferSameZone") => Distribution::SameZone,
-            Some("PreferSameNode") => Distribution::SameNode,
-            _ => Distribution::None,
-        },
     }
 }
 

@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     // runtime, no logger stand between it and its loop.
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().is_some_and(|first| first == "supervisor") {
-        return coracle_kubelet::supervisor::main(arguments);
+        return ExitCode::FAILURE;
     }
     match run(Cli::parse()) {
         Ok(code) => code,
@@ -33,7 +33,12 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             server::run(*options)?;
         }
         Command::Check(options) => return Ok(check::run(&options)),
-        Command::Image(command) => coracle_kubelet::images::cli::run(command)?,
+        Command::Image(arguments) => image(arguments)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn image(arguments: coracle_kubelet::images::cli::ImageArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(coracle_kubelet::images::cli::run(arguments, &mut std::io::stdout()))?)
 }

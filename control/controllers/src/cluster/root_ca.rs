@@ -27,7 +27,7 @@ pub(crate) struct RootCa {
 impl RootCa {
     pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        Self { namespaces: host.informer(), maps: host.informer(), authority_pem: api.ca_pem().to_owned(), host }
+        Self { namespaces: host.informer(), maps: host.informer(), authority_pem: api.pki.ca_pem.clone(), host }
     }
 }
 

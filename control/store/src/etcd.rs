@@ -318,18 +318,15 @@ impl Store for Etcd {
         let mut entries: Vec<Entry> = Vec::new();
         loop {
             let page = PAGE_OBJECTS.min(limit - entries.len());
+            // A start behind the scope finds nothing, but the revision still has to be one that exists.
+            let nothing = start >= end;
             let request = RangeRequest {
-                key: start.clone(),
-                range_end: end.clone(),
+                key: if nothing { etcd_key(scope) } else { start.clone() },
+                range_end: if nothing { Bytes::new() } else { end.clone() },
                 limit: to_etcd(page as u64),
                 revision: to_etcd(revision),
-                count_only: false,
+                count_only: nothing,
             };
-            if start >= end {
-                // The page before ended with the last key that a scope of one key can have.
-                let revision = if revision == 0 { self.revision().await? } else { revision };
-                return Ok(Listing { entries, revision, more: false, remaining: 0 });
-            }
             let answer = self.client.range(request).await.map_err(|s| self.error("list", scope, revision, &s))?;
             if revision == 0 {
                 revision = answer.header.map_or(0, |header| from_etcd(header.revision));
@@ -337,7 +334,8 @@ impl Store for Etcd {
             for pair in &answer.kvs {
                 entries.push(entry(pair)?);
             }
-            let remaining = from_etcd(answer.count).saturating_sub(answer.kvs.len() as u64);
+            let count = if nothing { 0 } else { from_etcd(answer.count) };
+            let remaining = count.saturating_sub(answer.kvs.len() as u64);
             if remaining == 0 || entries.len() >= limit {
                 return Ok(Listing { entries, revision, more: remaining > 0, remaining });
             }

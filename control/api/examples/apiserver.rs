@@ -1,4 +1,4 @@
-//! An API server by hand: `cargo run -p coracle-api --example apiserver -- <data folder> [port]`. Writes `kubeconfig` there.
+//! An API server by hand: `cargo run -p coracle-api --example apiserver -- <data folder> [port] [disabled admission plugin…]`. Writes `kubeconfig` there.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -38,6 +38,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         nodes: Arc::new(NoNodes),
         static_tokens: Vec::new(),
         oidc: Vec::new(),
+        disabled_admission: arguments.collect(),
     };
     let api = ApiServer::new(config, store, CancellationToken::new()).await?;
     let listener = tokio::net::TcpListener::bind(address).await?;

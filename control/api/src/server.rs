@@ -46,6 +46,8 @@ pub struct Config {
     pub static_tokens: Vec<(String, UserInfo)>,
     /// Trusted issuers of OpenID Connect tokens.
     pub oidc: Vec<crate::authn::OidcIssuer>,
+    /// Admission plugins that do not run, by name (`--disable-admission-plugins`).
+    pub disabled_admission: Vec<String>,
 }
 
 /// A server that cannot start.

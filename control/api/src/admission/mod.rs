@@ -1,10 +1,21 @@
 //! Admission: the chain of plugins that every write passes.
 
+pub mod plugin;
+mod lifecycle;
+mod limits;
+mod service_account;
+mod guards;
+mod pods;
+mod storage;
+mod pod_security;
+pub mod quota;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde_json::Value;
 
+use crate::admission::plugin::{Plugin, Rowed};
 use crate::context::Context;
 use crate::server::ApiServer;
 use crate::status::Status;
@@ -29,7 +40,31 @@ pub trait Admission: Send + Sync + 'static {
     }
 }
 
+/// All plugins in the order of a real server; quota comes last, so that only what nobody refuses is charged.
+static PLUGINS: [&Plugin; 18] = [
+    &lifecycle::PLUGIN,
+    &limits::PLUGIN,
+    &service_account::PLUGIN,
+    &guards::NODES,
+    &pods::TAINT_NODES,
+    &pod_security::PLUGIN,
+    &pods::PRIORITY,
+    &pods::TOLERATIONS,
+    &storage::IN_USE,
+    &storage::RESIZE,
+    &pods::RUNTIME_CLASS,
+    &guards::CERTIFICATES,
+    &guards::CERTIFICATE_SUBJECT,
+    &guards::OWNERS,
+    &guards::ESCALATION,
+    &storage::INGRESS_CLASS,
+    &storage::STORAGE_CLASS,
+    &quota::PLUGIN,
+];
+
 /// The plugins of a server, in the order in which they run.
-pub fn chain(_api: &Arc<ApiServer>) -> Vec<Arc<dyn Admission>> {
-    Vec::new()
+pub fn chain(api: &Arc<ApiServer>) -> Vec<Arc<dyn Admission>> {
+    let disabled = &api.config.disabled_admission;
+    let runs = |p: &&&'static Plugin| !disabled.iter().any(|d| d == p.name);
+    PLUGINS.iter().filter(runs).map(|p| Arc::new(Rowed(p)) as Arc<dyn Admission>).collect()
 }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::kinds::at::{At, Errs, same};
-use crate::kinds::edit::{child, each, empty, put, text, unset, zero};
+use crate::kinds::edit::{child, drop, each, empty, put, text, unset, zero};
 use crate::kinds::pod::{self, defaults};
 use crate::kinds::row::Row;
 use crate::kinds::{FieldLabel, meta, names, storage};
@@ -79,6 +79,9 @@ pub static ROWS: &[Row] = &[
             unset(spec, "replicas", 1);
             if let Some(labels) = labels.clone() {
                 empty(spec, "selector", labels);
+            }
+            if spec.get("minReadySeconds").and_then(Value::as_i64) == Some(0) {
+                drop(spec, "minReadySeconds");
             }
             if spec.get("template").is_some_and(Value::is_object) {
                 defaults::template(child(spec, "template"));

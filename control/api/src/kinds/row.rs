@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::context::Context;
 use crate::kinds::at::{At, Errs};
-use crate::kinds::{FieldLabel, Finish, OnDelete, Strategy, edit, names};
+use crate::kinds::{FieldLabel, Finish, OnDelete, Strategy, edit, meta, names};
 use crate::status::Status;
 
 /// Sets something aside for an object, see [`Strategy::begin`].
@@ -160,12 +160,17 @@ impl Strategy for Rowed {
         }
     }
 
-    fn validate(&self, _ctx: &Context, object: &Value) -> Vec<FieldError> {
-        self.0.check(object)
+    fn validate(&self, ctx: &Context, object: &Value) -> Vec<FieldError> {
+        let mut errors =
+            if ctx.kind.stored() { meta::check(object, ctx.kind.namespaced(), self.0.name) } else { Vec::new() };
+        errors.extend(self.0.check(object));
+        errors
     }
 
     fn validate_update(&self, _ctx: &Context, new: &Value, old: &Value) -> Vec<FieldError> {
-        self.0.check_change(new, old)
+        let mut errors = meta::check_update(new, old);
+        errors.extend(self.0.check_change(new, old));
+        errors
     }
 
     fn validate_subresource(&self, ctx: &Context, new: &Value, old: &Value) -> Vec<FieldError> {

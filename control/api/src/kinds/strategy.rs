@@ -161,4 +161,12 @@ pub trait Strategy: Send + Sync + 'static {
 /// The strategy of kinds with nothing special.
 pub struct Generic;
 
-impl Strategy for Generic {}
+impl Strategy for Generic {
+    fn validate(&self, ctx: &Context, object: &Value) -> Vec<FieldError> {
+        crate::kinds::meta::check(object, ctx.kind.namespaced(), crate::kinds::names::dns1123_subdomain)
+    }
+
+    fn validate_update(&self, _ctx: &Context, new: &Value, old: &Value) -> Vec<FieldError> {
+        crate::kinds::meta::check_update(new, old)
+    }
+}

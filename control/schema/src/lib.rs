@@ -9,6 +9,7 @@ pub mod decode;
 pub mod default;
 mod error;
 pub mod gofmt;
+pub mod openapi;
 pub mod patch;
 pub mod protobuf;
 pub mod prune;

@@ -67,6 +67,12 @@ pub fn group_of(definition: &str) -> Option<(&'static str, &str)> {
     PACKAGES.iter().find(|(_, name)| *name == package).map(|(group, _)| (*group, version))
 }
 
+/// All groups and versions that have built-in definitions.
+pub fn group_versions() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let mut last = ("", "");
+    builtin::definitions().filter_map(group_of).filter(move |found| std::mem::replace(&mut last, *found) != *found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use builtin::{definitions, enum_values};
-pub use gvk::{definition_for, group_of};
+pub use gvk::{definition_for, group_of, group_versions};
 
 use crate::validate::Checks;
 

@@ -1,6 +1,7 @@
 //! What every backend promises: the same checks on the embedded store and on a real etcd.
 
 mod backends;
+mod cluster;
 mod linearizable;
 mod model;
 

@@ -46,36 +46,68 @@ impl Embedded {
 pub(crate) struct Etcd {
     process: Child,
     store: Option<Arc<coracle_store::Etcd>>,
-    _folder: TempDir,
+    arguments: Vec<String>,
+    options: EtcdOptions,
+    folder: TempDir,
 }
 
 impl Etcd {
     pub(crate) async fn start() -> Etcd {
-        let program = need("etcd", "etcd-server");
-        let folder = tempfile::tempdir().unwrap();
         // Ports may be taken by another test between the look and the use; then etcd ends and others are tried.
         for _ in 0..10 {
             let [client, peer] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
-            let endpoint = format!("http://{client}");
-            let mut process = Command::new(&program)
-                .args(["--listen-client-urls", &endpoint, "--advertise-client-urls", &endpoint])
-                .args(["--listen-peer-urls", &format!("http://{peer}")])
-                .args(["--data-dir".as_ref(), folder.path().as_os_str()])
-                .arg("--unsafe-no-fsync")
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
-            let deadline = Deadline::after(Duration::from_secs(20));
-            while process.try_wait().unwrap().is_none() {
-                assert!(!deadline.passed(), "etcd does not serve");
-                if let Ok(store) = coracle_store::Etcd::connect(EtcdOptions::new(vec![endpoint.clone()])).await {
-                    return Etcd { process, store: Some(Arc::new(store)), _folder: folder };
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
+            let options = EtcdOptions::new(vec![format!("http://{client}")]);
+            let arguments = vec!["--listen-peer-urls".to_owned(), format!("http://{peer}")];
+            if let Some(etcd) = Self::start_with(options, arguments, tempfile::tempdir().unwrap()).await {
+                return etcd;
             }
         }
         panic!("etcd does not start");
+    }
+
+    /// `None` when etcd ends at once.
+    pub(crate) async fn start_with(options: EtcdOptions, arguments: Vec<String>, folder: TempDir) -> Option<Etcd> {
+        let process = Self::spawn(&options, &arguments, &folder);
+        let mut etcd = Etcd { process, store: None, arguments, options, folder };
+        etcd.store = Some(Arc::new(etcd.connect().await?));
+        Some(etcd)
+    }
+
+    fn spawn(options: &EtcdOptions, arguments: &[String], folder: &TempDir) -> Child {
+        let endpoint = &options.endpoints[0];
+        Command::new(need("etcd", "etcd-server"))
+            .args(["--listen-client-urls", endpoint, "--advertise-client-urls", endpoint])
+            .args(["--data-dir".as_ref(), folder.path().as_os_str()])
+            .arg("--unsafe-no-fsync")
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Another store on the same etcd.
+    pub(crate) async fn connect(&mut self) -> Option<coracle_store::Etcd> {
+        let deadline = Deadline::after(Duration::from_secs(20));
+        while self.process.try_wait().unwrap().is_none() {
+            match coracle_store::Etcd::connect(self.options.clone()).await {
+                Ok(store) => return Some(store),
+                Err(error) => assert!(!deadline.passed(), "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        None
+    }
+
+    /// Kills etcd.
+    pub(crate) fn stop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    /// Starts it again with its data.
+    pub(crate) fn start_again(&mut self) {
+        self.process = Self::spawn(&self.options, &self.arguments, &self.folder);
     }
 }
 

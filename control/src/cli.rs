@@ -78,6 +78,9 @@ pub(crate) struct ServerOptions {
     /// Run the control plane alone, no node
     #[arg(long)]
     pub(crate) disable_agent: bool,
+    /// Admission plugins that do not run, such as `ServiceAccount`
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    pub(crate) disable_admission_plugins: Vec<String>,
 }
 
 /// Where state lies.

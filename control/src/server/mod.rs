@@ -81,6 +81,7 @@ async fn start(options: &ServerOptions, parts: &mut Parts, shutdown: &Cancellati
         nodes: nodes.clone(),
         static_tokens: Vec::new(),
         oidc: Vec::new(),
+        disabled_admission: options.disable_admission_plugins.clone(),
     };
     let api = ApiServer::new(config, store, shutdown.clone()).await.context("start the API server")?;
     nodes.attach(&api)?;

@@ -2,11 +2,11 @@
 
 use bytes::Bytes;
 use coracle_schema::decode::{self as decoder, DecodeError, typed};
-use coracle_schema::{Schema, protobuf};
+use coracle_schema::{Schema, openapi, protobuf};
 use serde_json::{Value, json};
 
 use crate::http::Format;
-use crate::kinds::Kind;
+use crate::kinds::{Kind, Scope};
 use crate::registry::Rows;
 use crate::status::Status;
 
@@ -132,11 +132,45 @@ pub(crate) fn builtin_schema(name: &str) -> std::sync::Arc<Schema> {
 }
 
 /// The OpenAPI v2 document of all rows.
-pub(crate) fn openapi_v2(_rows: &Rows) -> Value {
-    json!({"swagger": "2.0", "info": {"title": "Kubernetes", "version": crate::KUBERNETES_VERSION}, "paths": {}, "definitions": {}})
+pub(crate) fn openapi_v2(rows: &Rows) -> Value {
+    let served: Vec<_> = rows.all.iter().filter(|kind| kind.served).map(|kind| resource(kind)).collect();
+    openapi::v2(&served, crate::KUBERNETES_VERSION)
 }
 
 /// The OpenAPI v3 document of a group version.
-pub(crate) fn openapi_v3(_rows: &Rows, _group: &str, _version: &str) -> Value {
-    json!({"openapi": "3.0.0", "info": {"title": "Kubernetes", "version": crate::KUBERNETES_VERSION}, "paths": {}, "components": {"schemas": {}}})
+pub(crate) fn openapi_v3(rows: &Rows, group: &str, version: &str) -> Value {
+    let wanted = |kind: &&std::sync::Arc<Kind>| kind.served && kind.group == group && kind.version == version;
+    let served: Vec<_> = rows.all.iter().filter(wanted).map(|kind| resource(kind)).collect();
+    openapi::v3(&served, crate::KUBERNETES_VERSION)
+}
+
+/// A row as the OpenAPI documents describe it.
+fn resource(kind: &Kind) -> openapi::Resource<'_> {
+    let schema = |crd: &'_ std::sync::Arc<Value>| -> Option<usize> {
+        crd.pointer("/spec/versions")?.as_array()?.iter().position(|version| version["name"] == kind.version.as_str())
+    };
+    let source = match &kind.crd {
+        None => openapi::Source::Builtin,
+        Some(crd) => openapi::Source::Custom(
+            schema(crd).and_then(|at| crd.pointer(&format!("/spec/versions/{at}/schema/openAPIV3Schema"))),
+        ),
+    };
+    let subresources = kind.subresources.iter().map(|one| openapi::Subresource {
+        name: &one.name,
+        group: &one.group,
+        version: &one.version,
+        kind: &one.kind,
+        verbs: one.verbs.iter().map(String::as_str).collect(),
+    });
+    openapi::Resource {
+        group: &kind.group,
+        version: &kind.version,
+        plural: &kind.resource,
+        kind: &kind.kind,
+        list_kind: &kind.list_kind,
+        namespaced: kind.scope == Scope::Namespaced,
+        verbs: kind.verbs.iter().map(String::as_str).collect(),
+        subresources: subresources.collect(),
+        source,
+    }
 }

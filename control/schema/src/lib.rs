@@ -8,6 +8,7 @@ pub mod cel;
 pub mod decode;
 pub mod default;
 mod error;
+pub mod fuzz;
 pub mod gofmt;
 pub mod openapi;
 pub mod patch;

@@ -25,6 +25,8 @@ pub struct Config {
     pub cluster_domain: String,
     /// Resolvers that questions outside the cluster's domain go to; empty: those of `resolv_conf`.
     pub upstreams: Vec<SocketAddr>,
+    /// Domains with resolvers of their own.
+    pub stub_domains: Vec<(String, Vec<SocketAddr>)>,
     /// The host's resolver file, read when `upstreams` is empty.
     pub resolv_conf: PathBuf,
     /// This node's name, to tell local endpoints and pods.
@@ -69,6 +71,7 @@ impl Config {
             dns_port: 53,
             cluster_domain: "cluster.local".into(),
             upstreams: Vec::new(),
+            stub_domains: Vec::new(),
             resolv_conf: "/etc/resolv.conf".into(),
             node_name: node_name.into(),
             node_ips: Vec::new(),
@@ -91,18 +94,12 @@ impl Config {
 
     /// This node's pod range of a family.
     pub fn pod_cidr(&self, family: Family) -> Option<IpNet> {
-        self.pod_cidrs
-            .iter()
-            .copied()
-            .find(|cidr| Family::of(cidr.addr()) == family)
+        self.pod_cidrs.iter().copied().find(|cidr| Family::of(cidr.addr()) == family)
     }
 
     /// The address of the cluster's DNS of a family.
     pub fn dns_ip(&self, family: Family) -> Option<IpAddr> {
-        self.dns_ips
-            .iter()
-            .copied()
-            .find(|address| Family::of(*address) == family)
+        self.dns_ips.iter().copied().find(|address| Family::of(*address) == family)
     }
 
     /// The families that pods have, the primary first.

@@ -28,8 +28,8 @@ pub enum Error {
     Uid { uid: String },
     #[error("host port {}/{:?} is taken by pod {owner}", port.host_port, port.protocol)]
     HostPortTaken { port: HostPort, owner: String },
-    #[error("the network is being destroyed")]
-    Closed,
+    #[error("cannot answer DNS at {address}: {source}")]
+    Dns { address: std::net::SocketAddr, source: io::Error },
 }
 
 /// Adds step and path to an IO result.

@@ -10,14 +10,16 @@ pub mod model;
 mod netlink;
 mod network;
 
+mod dns;
 mod hosts;
 mod nft;
-mod policy;
 mod pods;
+mod policy;
 mod rules;
 mod services;
 
 pub use config::{Config, Family, Overlay};
+pub use dns::Metrics as DnsMetrics;
 pub use error::Error;
 pub use model::Protocol;
 pub use netlink::NetlinkError;

@@ -20,10 +20,7 @@ pub struct ObjectKey {
 impl ObjectKey {
     /// The key of `namespace/name`.
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self {
-            namespace: namespace.into(),
-            name: name.into(),
-        }
+        Self { namespace: namespace.into(), name: name.into() }
     }
 }
 
@@ -52,9 +49,7 @@ pub enum Change {
 pub type Labels = BTreeMap<String, String>;
 
 /// A transport protocol of a port.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Protocol {
     #[default]
@@ -253,10 +248,7 @@ pub struct PolicyRule {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// `podSelector` and `namespaceSelector`; without the second: the policy's own namespace.
-    Pods {
-        namespaces: Option<Selector>,
-        pods: Selector,
-    },
+    Pods { namespaces: Option<Selector>, pods: Selector },
     /// `ipBlock`.
     Block { cidr: IpNet, except: Vec<IpNet> },
 }
@@ -306,9 +298,7 @@ pub enum Operator {
 impl Selector {
     /// Whether the selector selects an object with these labels.
     pub fn matches(&self, labels: &Labels) -> bool {
-        self.match_labels
-            .iter()
-            .all(|(key, value)| labels.get(key) == Some(value))
+        self.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value))
             && self.expressions.iter().all(|requirement| {
                 let value = labels.get(&requirement.key);
                 let listed = value.is_some_and(|value| requirement.values.contains(value));

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::dns::Server;
 use crate::error::{Error, PathExt};
 use crate::hosts::Hosts;
 use crate::model::{Change, Pod};
@@ -37,6 +38,7 @@ struct Inner {
     gone: Condvar,
     rules: Mutex<Rules>,
     hosts: Mutex<Hosts>,
+    dns: Server,
 }
 
 /// The pods of this node.
@@ -87,6 +89,7 @@ impl Network {
             gone: Condvar::new(),
             rules: Mutex::new(rules),
             hosts: Mutex::new(hosts),
+            dns: Server::bind(&config)?,
             config,
         };
         inner.recover()?;
@@ -109,9 +112,9 @@ impl Network {
     /// The same, telling policy who the pod is (its labels) before its link is up.
     pub async fn setup_pod_labelled(&self, key: PodKey, net: PodNet, pod: Option<Pod>) -> Result<PodNetwork, Error> {
         let inner = Arc::clone(&self.inner);
-        tokio::task::spawn_blocking(move || inner.setup_pod(key, net, pod)).await.unwrap_or_else(|error| {
-            Err(Error::Thread { source: io::Error::other(error) })
-        })
+        tokio::task::spawn_blocking(move || inner.setup_pod(key, net, pod))
+            .await
+            .unwrap_or_else(|error| Err(Error::Thread { source: io::Error::other(error) }))
     }
 
     /// Removes a pod's network; an unknown pod is no error. Returns at once: the kernel takes its time, and nobody has to wait for it. The pod's
@@ -121,7 +124,10 @@ impl Network {
             let mut pods = self.inner.pods.lock();
             pods.all.get_mut(uid).is_some_and(|held| !std::mem::replace(&mut held.removing, true))
         };
-        if send && let Some((sender, _)) = &*self.remover.lock() && sender.send(uid.to_owned()).is_err() {
+        if send
+            && let Some((sender, _)) = &*self.remover.lock()
+            && sender.send(uid.to_owned()).is_err()
+        {
             tracing::warn!(uid, "the thread that removes pod networks has ended");
         }
     }
@@ -143,9 +149,19 @@ impl Network {
     /// rules that an earlier daemon left.
     pub async fn update(&self, changes: Vec<Change>) -> Result<(), Error> {
         let inner = Arc::clone(&self.inner);
-        tokio::task::spawn_blocking(move || inner.update(changes)).await.unwrap_or_else(|error| {
-            Err(Error::Thread { source: io::Error::other(error) })
-        })
+        tokio::task::spawn_blocking(move || inner.update(changes))
+            .await
+            .unwrap_or_else(|error| Err(Error::Thread { source: io::Error::other(error) }))
+    }
+
+    /// Answers DNS questions until the future is dropped. The server's sockets are bound since [`Network::new`]; only the first call has them.
+    pub async fn serve_dns(&self) -> io::Result<()> {
+        self.inner.dns.serve().await
+    }
+
+    /// What the DNS server has counted.
+    pub fn dns_metrics(&self) -> &crate::DnsMetrics {
+        self.inner.dns.metrics()
     }
 
     /// Settings in use.
@@ -204,7 +220,9 @@ impl Inner {
         let mut kept = Vec::new();
         for record in self.records.load()? {
             let uid = &record.key.uid;
-            let whole = record.made && self.pin(uid).exists() && known.contains(&pods::host_link(&self.config.link_prefix, uid));
+            let whole = record.made
+                && self.pin(uid).exists()
+                && known.contains(&pods::host_link(&self.config.link_prefix, uid));
             if whole {
                 kept.push(record);
             } else {
@@ -272,7 +290,12 @@ impl Inner {
             rules.set_pod(&record.ips, &record.net.host_ports, true);
             if let Some(pod) = pod {
                 let key = crate::model::ObjectKey::new(&record.key.namespace, &record.key.name);
-                let pod = Pod { uid: record.key.uid.as_str().into(), ips: record.ips.clone(), node: Some(self.config.node_name.as_str().into()), ..pod };
+                let pod = Pod {
+                    uid: record.key.uid.as_str().into(),
+                    ips: record.ips.clone(),
+                    node: Some(self.config.node_name.as_str().into()),
+                    ..pod
+                };
                 rules.update_policy(vec![PolicyChange::Pod(key, Some(pod))]);
             }
             rules.commit()?;
@@ -313,7 +336,9 @@ impl Inner {
         pods.all.remove(uid);
         match result {
             Ok(()) => pods.release(record),
-            Err(error) => tracing::error!(uid, %error, "cannot remove a pod's network; its address stays taken until the daemon starts again"),
+            Err(error) => {
+                tracing::error!(uid, %error, "cannot remove a pod's network; its address stays taken until the daemon starts again")
+            }
         }
     }
 
@@ -338,7 +363,8 @@ impl Inner {
         }
         {
             let mut rules = self.rules.lock();
-            rules.update_services(services);
+            let touched = rules.update_services(services);
+            self.dns.update(|zone| touched.iter().for_each(|key| zone.set(key, rules.service(key))));
             rules.update_policy(policies);
             rules.commit_known()?;
         }
@@ -377,8 +403,13 @@ impl Pods {
     fn host_port_owner(&self, port: &HostPort) -> Option<&String> {
         let (protocol, address, number) = host_port_key(port);
         match address {
-            Some(_) => self.host_ports.get(&(protocol, address, number)).or_else(|| self.host_ports.get(&(protocol, None, number))),
-            None => self.host_ports.iter().find(|((p, _, n), _)| *p == protocol && *n == number).map(|(_, owner)| owner),
+            Some(_) => self
+                .host_ports
+                .get(&(protocol, address, number))
+                .or_else(|| self.host_ports.get(&(protocol, None, number))),
+            None => {
+                self.host_ports.iter().find(|((p, _, n), _)| *p == protocol && *n == number).map(|(_, owner)| owner)
+            }
         }
     }
 

@@ -124,7 +124,9 @@ impl Rules {
         let maps: BTreeSet<(Family, &'static str)> = forgotten.iter().map(|gone| (gone.family, gone.map)).collect();
         for (family, map) in maps {
             purge(&mut self.socket, family, &self.name, map, |key, value| {
-                forgotten.iter().any(|gone| gone.family == family && gone.map == map && key.ends_with(&gone.front) && value == &*gone.endpoint)
+                forgotten.iter().any(|gone| {
+                    gone.family == family && gone.map == map && key.ends_with(&gone.front) && value == &*gone.endpoint
+                })
             })?;
         }
         Ok(())

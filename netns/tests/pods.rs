@@ -37,14 +37,22 @@ fn a_daemon_after_a_crash_takes_its_pods_over() {
     on_own_host(|| {
         let mut node = Node::start(|_| ());
         let net = PodNet {
-            host_ports: vec![HostPort { protocol: Protocol::Tcp, host_ip: None, host_port: 8081, container_port: 8080 }],
+            host_ports: vec![HostPort {
+                protocol: Protocol::Tcp,
+                host_ip: None,
+                host_port: 8081,
+                container_port: 8080,
+            }],
             ..PodNet::default()
         };
         let a = node.pod_with("a", net.clone());
         serve(&a.netns, 8080, "a");
         // Half a pod: on record, but never finished.
         let record = std::fs::read_to_string(node.folder.path().join("pods/uid-a.json")).unwrap();
-        let half = record.replace("uid-a", "uid-half").replace("10.42.0.2", "10.42.0.9").replace("\"made\":true", "\"made\":false");
+        let half = record
+            .replace("uid-a", "uid-half")
+            .replace("10.42.0.2", "10.42.0.9")
+            .replace("\"made\":true", "\"made\":false");
         std::fs::write(node.folder.path().join("pods/uid-half.json"), half).unwrap();
         std::fs::write(node.folder.path().join("netns/uid-stray"), "").unwrap();
         let config = node.network.config().clone();
@@ -52,7 +60,10 @@ fn a_daemon_after_a_crash_takes_its_pods_over() {
         let pods = node.network.pods();
         assert_eq!(pods.len(), 1);
         assert_eq!(pods[0].1, a);
-        assert!(!node.folder.path().join("netns/uid-stray").exists() && !node.folder.path().join("pods/uid-half.json").exists());
+        assert!(
+            !node.folder.path().join("netns/uid-stray").exists()
+                && !node.folder.path().join("pods/uid-half.json").exists()
+        );
         assert_eq!(node.pod_with("a", net.clone()), a);
         node.update(Vec::new());
         assert_eq!(ask(socket("127.0.0.1:8081"), PATIENCE).unwrap().0, "a");
@@ -69,10 +80,17 @@ fn host_ports_lead_to_the_pod_from_everywhere() {
         let node = Node::start(|_| ());
         let port = |protocol, host_ip, host_port| HostPort { protocol, host_ip, host_port, container_port: 8080 };
         sh("ip address add 192.0.2.7/32 dev lo");
-        let all = node.pod_with("all", PodNet { host_ports: vec![port(Protocol::Tcp, None, 81), port(Protocol::Udp, None, 81)], ..PodNet::default() });
+        let all = node.pod_with(
+            "all",
+            PodNet {
+                host_ports: vec![port(Protocol::Tcp, None, 81), port(Protocol::Udp, None, 81)],
+                ..PodNet::default()
+            },
+        );
         let one = PodNet { host_ports: vec![port(Protocol::Tcp, Some(address("127.0.0.1")), 82)], ..PodNet::default() };
         let one = node.pod_with("one", one);
-        let other = PodNet { host_ports: vec![port(Protocol::Tcp, Some(address("192.0.2.7")), 82)], ..PodNet::default() };
+        let other =
+            PodNet { host_ports: vec![port(Protocol::Tcp, Some(address("192.0.2.7")), 82)], ..PodNet::default() };
         let other = node.pod_with("other", other);
         for (pod, name) in [(&all, "all"), (&one, "one"), (&other, "other")] {
             serve(&pod.netns, 8080, name);
@@ -123,7 +141,11 @@ fn both_families_at_once() {
 fn bandwidth_is_limited_as_asked() {
     on_own_host(|| {
         let node = Node::start(|_| ());
-        let net = PodNet { ingress_bandwidth_bits: Some(80_000_000), egress_bandwidth_bits: Some(8_000_000_000_000 / 100), ..PodNet::default() };
+        let net = PodNet {
+            ingress_bandwidth_bits: Some(80_000_000),
+            egress_bandwidth_bits: Some(8_000_000_000_000 / 100),
+            ..PodNet::default()
+        };
         let pod = node.pod_with("a", net);
         let host = sh("tc qdisc show");
         assert!(host.contains("qdisc tbf") && host.contains("rate 80Mbit"), "{host}");
@@ -154,7 +176,8 @@ fn pods_made_and_removed_at_the_same_time_do_not_meet() {
             }
             networks
         });
-        let addresses: std::collections::HashSet<_> = node.network.pods().into_iter().map(|(_, network)| network.ips[0]).collect();
+        let addresses: std::collections::HashSet<_> =
+            node.network.pods().into_iter().map(|(_, network)| network.ips[0]).collect();
         assert_eq!((addresses.len(), networks.len()), (24, 24));
         node.network.destroy().unwrap();
         assert_eq!(sh("ip -o link | grep -v ' lo:' || true"), "");

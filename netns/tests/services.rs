@@ -44,11 +44,17 @@ fn a_cluster_address_balances_follows_and_refuses() {
         assert!(all.len() == 3 && all.values().all(|count| *count > 5), "{all:?}");
         let from_pod = inside(&pods[0].netns, || tally(to, 60));
         assert_eq!(from_pod.len(), 3, "a pod reaches all, itself too: {from_pod:?}");
-        let seen = inside(&pods[0].netns, || (0..60).map(|_| ask(to, PATIENCE).unwrap()).find(|(name, _)| name == "b").unwrap().1);
+        let seen = inside(&pods[0].netns, || {
+            (0..60).map(|_| ask(to, PATIENCE).unwrap()).find(|(name, _)| name == "b").unwrap().1
+        });
         assert_eq!(seen, pods[0].ips[0], "the sender's address is kept");
         node.update(vec![slice("web", endpoints(&pods[1..2]))]);
         assert_eq!(tally(to, 10), HashMap::from([("b".to_owned(), 10)]));
-        assert_eq!(ask(socket("10.43.0.80:81"), PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "another port");
+        assert_eq!(
+            ask(socket("10.43.0.80:81"), PATIENCE).unwrap_err().kind(),
+            ErrorKind::ConnectionRefused,
+            "another port"
+        );
         node.update(vec![Change::Service(key("web"), None)]);
         assert_eq!(ask(to, PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "gone");
         let listing = sh("nft list table ip coracle");
@@ -66,7 +72,8 @@ fn affinity_keeps_a_client_until_its_endpoint_goes() {
         node.update(vec![Change::Service(key("web"), Some(sticky)), slice("web", endpoints(&pods))]);
         let first = ask(to, PATIENCE).unwrap().0;
         assert_eq!(tally(to, 20), HashMap::from([(first.clone(), 20)]));
-        let rest: Vec<_> = pods.iter().zip(["a", "b", "c"]).filter(|(_, name)| *name != first).map(|(pod, _)| pod.clone()).collect();
+        let rest: Vec<_> =
+            pods.iter().zip(["a", "b", "c"]).filter(|(_, name)| *name != first).map(|(pod, _)| pod.clone()).collect();
         node.update(vec![slice("web", endpoints(&rest))]);
         let second = ask(to, PATIENCE).unwrap().0;
         assert_ne!(second, first);
@@ -127,7 +134,10 @@ fn the_world_comes_in_by_node_ports_and_external_addresses() {
         assert_eq!(from_world("203.0.113.1:80").unwrap().0, "a");
         // What leaves the cluster is masqueraded.
         serve(&client, 7070, "world");
-        assert_eq!(inside(&pods[0].netns, || ask(socket("198.51.100.2:7070"), PATIENCE)).unwrap(), ("world".into(), address("198.51.100.1")));
+        assert_eq!(
+            inside(&pods[0].netns, || ask(socket("198.51.100.2:7070"), PATIENCE)).unwrap(),
+            ("world".into(), address("198.51.100.1"))
+        );
         node.network.destroy().unwrap();
     });
 }
@@ -165,7 +175,10 @@ fn services_go_on_while_the_daemon_starts_again_and_heal_when_emptied() {
         node.update(all());
         assert_eq!(tally(to, 30).len(), 3);
         sh("nft flush ruleset");
-        node.update(vec![Change::Service(key("other"), Some(service("10.43.0.81"))), slice("other", endpoints(&pods[..1]))]);
+        node.update(vec![
+            Change::Service(key("other"), Some(service("10.43.0.81"))),
+            slice("other", endpoints(&pods[..1])),
+        ]);
         assert_eq!(tally(to, 30).len(), 3, "somebody emptied the tables");
         node.network.destroy().unwrap();
     });

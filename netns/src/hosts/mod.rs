@@ -48,19 +48,26 @@ impl Hosts {
         })?;
         let mut batch = Batch::default();
         route::set_up(&mut batch, link);
-        for address in config.families().filter_map(|family| config.gateway(family)).chain(config.dns_ips.iter().copied()) {
+        for address in
+            config.families().filter_map(|family| config.gateway(family)).chain(config.dns_ips.iter().copied())
+        {
             route::add_address(&mut batch, link, address);
         }
         for range in &config.service_cidrs {
             let source = config.gateway(Family::of(range.addr()));
-            route::add_route(&mut batch, &Route { destination: *range, link: Some(link), gateway: None, onlink: false, source });
+            route::add_route(
+                &mut batch,
+                &Route { destination: *range, link: Some(link), gateway: None, onlink: false, source },
+            );
         }
         let vxlan = match config.overlay {
             Overlay::Routes => None,
             Overlay::Vxlan { vni, port } => {
                 let name = vxlan_name(config);
                 let local = config.node_ips.first().copied();
-                let index = ensure(socket, &name, |batch| route::add_vxlan(batch, &name, vxlan_mac(&config.node_name), mtu, vni, port, local))?;
+                let index = ensure(socket, &name, |batch| {
+                    route::add_vxlan(batch, &name, vxlan_mac(&config.node_name), mtu, vni, port, local)
+                })?;
                 route::set_up(&mut batch, index);
                 for address in config.families().filter_map(|family| config.gateway(family)) {
                     route::add_address(&mut batch, index, address);
@@ -81,7 +88,12 @@ impl Hosts {
     }
 
     /// Routes to the pods of other nodes as they come, change and go.
-    pub(crate) fn update(&mut self, config: &Config, nodes: Vec<(Arc<str>, Option<Node>)>, socket: &mut Socket) -> Result<(), Error> {
+    pub(crate) fn update(
+        &mut self,
+        config: &Config,
+        nodes: Vec<(Arc<str>, Option<Node>)>,
+        socket: &mut Socket,
+    ) -> Result<(), Error> {
         for (name, node) in nodes.into_iter().filter(|(name, _)| **name != *config.node_name) {
             let old = match node.clone() {
                 Some(node) => self.others.insert(name.clone(), node),
@@ -98,7 +110,9 @@ impl Hosts {
             if let (Some(vxlan), Some(host)) = (self.vxlan, node.as_ref().and_then(|node| node.ips.first())) {
                 let hardware = vxlan_mac(&name);
                 route::set_forwarding(&mut batch, vxlan, hardware, *host, true);
-                now.iter().filter_map(|route| route.gateway).for_each(|gateway| route::add_neighbour(&mut batch, vxlan, gateway, hardware));
+                now.iter()
+                    .filter_map(|route| route.gateway)
+                    .for_each(|gateway| route::add_neighbour(&mut batch, vxlan, gateway, hardware));
             }
             now.iter().for_each(|route| route::add_route(&mut batch, route));
             match socket.execute(&batch) {
@@ -123,7 +137,13 @@ impl Hosts {
             let route = match self.vxlan {
                 Some(vxlan) => {
                     let gateway = gateway_of(*range);
-                    Some(Route { destination: *range, link: Some(vxlan), gateway: Some(gateway), onlink: true, source: config.gateway(family) })
+                    Some(Route {
+                        destination: *range,
+                        link: Some(vxlan),
+                        gateway: Some(gateway),
+                        onlink: true,
+                        source: config.gateway(family),
+                    })
                 }
                 None => node.ips.iter().find(|address| Family::of(**address) == family).map(|address| Route {
                     destination: *range,
@@ -194,7 +214,8 @@ fn ensure(socket: &mut Socket, name: &str, make: impl FnOnce(&mut Batch)) -> Res
 /// The link of the default route, or the one with the node's address.
 fn uplink(config: &Config, socket: &mut Socket) -> Result<Option<Link>, Error> {
     for family in config.families() {
-        let default = route::routes(socket, family)?.into_iter().find(|known| known.route.destination.prefix_len() == 0);
+        let default =
+            route::routes(socket, family)?.into_iter().find(|known| known.route.destination.prefix_len() == 0);
         if let Some(index) = default.and_then(|known| known.route.link) {
             return Ok(route::links(socket)?.into_iter().find(|link| link.index == index));
         }

@@ -116,18 +116,34 @@ pub(crate) struct VethEnd<'a> {
 }
 
 /// Makes a veth pair, both ends down as the kernel wants it: `here` with the interface index `index` in the socket's namespace, `there` in `namespace`.
-pub(crate) fn add_veth(batch: &mut Batch, index: u32, mtu: u32, here: &VethEnd<'_>, there: &VethEnd<'_>, namespace: BorrowedFd<'_>) {
+pub(crate) fn add_veth(
+    batch: &mut Batch,
+    index: u32,
+    mtu: u32,
+    here: &VethEnd<'_>,
+    there: &VethEnd<'_>,
+    namespace: BorrowedFd<'_>,
+) {
     let fd = u32::try_from(namespace.as_raw_fd()).expect("a file descriptor is not negative");
-    batch.push("make the pod's link", RTM_NEWLINK, REQUEST | ACK | CREATE | EXCLUSIVE, &link_header(index, false), |a| {
-        a.text(IFLA_IFNAME, here.name).bytes(IFLA_ADDRESS, &here.mac).u32(IFLA_MTU, mtu);
-        a.nest(IFLA_LINKINFO, |a| {
-            a.text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |a| {
-                a.wrap(VETH_INFO_PEER, &link_header(0, false), |a| {
-                    a.text(IFLA_IFNAME, there.name).bytes(IFLA_ADDRESS, &there.mac).u32(IFLA_MTU, mtu).u32(IFLA_NET_NS_FD, fd);
+    batch.push(
+        "make the pod's link",
+        RTM_NEWLINK,
+        REQUEST | ACK | CREATE | EXCLUSIVE,
+        &link_header(index, false),
+        |a| {
+            a.text(IFLA_IFNAME, here.name).bytes(IFLA_ADDRESS, &here.mac).u32(IFLA_MTU, mtu);
+            a.nest(IFLA_LINKINFO, |a| {
+                a.text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |a| {
+                    a.wrap(VETH_INFO_PEER, &link_header(0, false), |a| {
+                        a.text(IFLA_IFNAME, there.name)
+                            .bytes(IFLA_ADDRESS, &there.mac)
+                            .u32(IFLA_MTU, mtu)
+                            .u32(IFLA_NET_NS_FD, fd);
+                    });
                 });
             });
-        });
-    });
+        },
+    );
 }
 
 /// Makes a bridge without ports: a link to hold addresses, as dummy links are not in every kernel.
@@ -273,7 +289,8 @@ pub(crate) fn set_forwarding(batch: &mut Batch, index: u32, mac: Mac, host: IpAd
     header[4..8].copy_from_slice(&index.to_ne_bytes());
     header[8..10].copy_from_slice(&NUD_PERMANENT.to_ne_bytes());
     header[10] = NTF_SELF;
-    let (kind, flags) = if present { (RTM_NEWNEIGH, REQUEST | ACK | CREATE | REPLACE) } else { (RTM_DELNEIGH, REQUEST | ACK) };
+    let (kind, flags) =
+        if present { (RTM_NEWNEIGH, REQUEST | ACK | CREATE | REPLACE) } else { (RTM_DELNEIGH, REQUEST | ACK) };
     batch.push("set a VXLAN peer", kind, flags, &header, |a| {
         a.bytes(NDA_DST, &octets(host)).bytes(NDA_LLADDR, &mac);
     });

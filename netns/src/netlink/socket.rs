@@ -4,7 +4,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt, socket,
+    sockopt,
 };
 use nix::sys::time::TimeVal;
 
@@ -69,8 +70,10 @@ impl Socket {
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(|errno| NetlinkError::Socket { call: "bind", errno })?;
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::new(ANSWER_TIMEOUT_S, 0))
             .map_err(|errno| NetlinkError::Socket { call: "set the time-out", errno })?;
-        setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES)
-            .map_err(|errno| NetlinkError::Socket { call: "grow the receive buffer (CAP_NET_ADMIN is needed)", errno })?;
+        setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES).map_err(|errno| NetlinkError::Socket {
+            call: "grow the receive buffer (CAP_NET_ADMIN is needed)",
+            errno,
+        })?;
         Ok(Self { fd, send_buffer: 0, buffer: vec![0; READ_BYTES] })
     }
 
@@ -81,7 +84,11 @@ impl Socket {
     }
 
     /// The same for a batch whose last message is answered by nothing.
-    pub(crate) fn execute_transaction(&mut self, mut batch: Batch, end: impl FnOnce(&mut Batch)) -> Result<(), NetlinkError> {
+    pub(crate) fn execute_transaction(
+        &mut self,
+        mut batch: Batch,
+        end: impl FnOnce(&mut Batch),
+    ) -> Result<(), NetlinkError> {
         let answered = batch.steps.len();
         end(&mut batch);
         self.execute_until(&batch, answered)
@@ -99,7 +106,10 @@ impl Socket {
             for message in messages(&self.buffer[..len]).filter(|message| message.kind == NLMSG_ERROR) {
                 if let Some(errno) = error_of(message.payload).filter(|_| refused.is_none()) {
                     let index = usize::try_from(message.sequence).unwrap_or(usize::MAX);
-                    refused = Some(NetlinkError::Refused { step: batch.steps.get(index).copied().unwrap_or("change the network"), errno });
+                    refused = Some(NetlinkError::Refused {
+                        step: batch.steps.get(index).copied().unwrap_or("change the network"),
+                        errno,
+                    });
                 }
                 done |= message.sequence == last;
             }
@@ -130,7 +140,9 @@ impl Socket {
             }
         };
         self.drain()?;
-        refused.map_or(Ok(()), |errno| Err(NetlinkError::Refused { step: batch.steps.first().copied().unwrap_or("ask"), errno }))
+        refused.map_or(Ok(()), |errno| {
+            Err(NetlinkError::Refused { step: batch.steps.first().copied().unwrap_or("ask"), errno })
+        })
     }
 
     fn send(&mut self, batch: &Batch) -> Result<(), NetlinkError> {
@@ -143,7 +155,8 @@ impl Socket {
                 .map_err(|errno| NetlinkError::Socket { call: "grow the send buffer", errno })?;
             self.send_buffer = needed;
         }
-        send(self.fd.as_raw_fd(), &batch.bytes, MsgFlags::empty()).map_err(|errno| NetlinkError::Socket { call: "send", errno })?;
+        send(self.fd.as_raw_fd(), &batch.bytes, MsgFlags::empty())
+            .map_err(|errno| NetlinkError::Socket { call: "send", errno })?;
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::expression::{BaseChain, Expr, Reject, Reg, Verdict};
+use super::expression::{BaseChain, Expr, Reg, Reject, Verdict};
 use super::set::{Element, SetData, SetSpec, Value};
 use crate::Family;
 use crate::netlink::{Attributes, Batch, NetlinkError, Socket, attributes, find};
@@ -56,17 +56,29 @@ impl Transaction {
     /// An empty change of the table `name`.
     pub(crate) fn new(family: Family, name: &str) -> Self {
         let mut batch = Batch::default();
-        batch.push("begin a rule change (CAP_NET_ADMIN and CONFIG_NF_TABLES are needed)", BATCH_BEGIN, REQUEST, &header(0, SUBSYSTEM), |_| ());
+        batch.push(
+            "begin a rule change (CAP_NET_ADMIN and CONFIG_NF_TABLES are needed)",
+            BATCH_BEGIN,
+            REQUEST,
+            &header(0, SUBSYSTEM),
+            |_| (),
+        );
         Self { batch, family, table: name.into(), last: 0 }
     }
 
     fn message(&mut self, step: &'static str, kind: u16, flags: u16, fill: impl FnOnce(&mut Attributes<'_>)) {
         self.last = self.batch.len();
         let table = &self.table;
-        self.batch.push(step, (SUBSYSTEM << 8) | kind, REQUEST | flags, &header(protocol_family(self.family), 0), |a| {
-            a.text(1, table);
-            fill(a);
-        });
+        self.batch.push(
+            step,
+            (SUBSYSTEM << 8) | kind,
+            REQUEST | flags,
+            &header(protocol_family(self.family), 0),
+            |a| {
+                a.text(1, table);
+                fill(a);
+            },
+        );
     }
 
     /// Makes the table if it is missing.
@@ -123,7 +135,8 @@ impl Transaction {
             flags |= if concat { SET_CONCAT } else { 0 };
             flags |= if spec.data == SetData::None { 0 } else { SET_MAP };
             flags |= if spec.dynamic.is_some() { SET_EVAL | SET_TIMEOUT } else { 0 };
-            let kind = |fields: &[super::Field]| fields.iter().fold(0, |kind, field| (kind << TYPE_BITS) | field.datatype());
+            let kind =
+                |fields: &[super::Field]| fields.iter().fold(0, |kind, field| (kind << TYPE_BITS) | field.datatype());
             let len = |fields: &[super::Field]| match fields {
                 [one] => one.len(),
                 all => all.iter().map(|field| field.padded()).sum(),
@@ -171,7 +184,13 @@ impl Transaction {
 
     /// Deletes elements that are in the set.
     pub(crate) fn delete_elements<'a>(&mut self, set: &str, elements: impl IntoIterator<Item = &'a Element>) {
-        self.elements("delete elements of a set", DELETE_ELEMENTS, 0, set, elements.into_iter().map(|element| (element, &Value::None)));
+        self.elements(
+            "delete elements of a set",
+            DELETE_ELEMENTS,
+            0,
+            set,
+            elements.into_iter().map(|element| (element, &Value::None)),
+        );
     }
 
     fn elements<'a>(
@@ -254,9 +273,15 @@ fn protocol_family(family: Family) -> u8 {
 /// Whether a table exists.
 pub(crate) fn table_exists(socket: &mut Socket, family: Family, name: &str) -> Result<bool, NetlinkError> {
     let mut batch = Batch::default();
-    batch.push("look for the nftables table", (SUBSYSTEM << 8) | GET_TABLE, REQUEST | ACK, &header(protocol_family(family), 0), |a| {
-        a.text(1, name);
-    });
+    batch.push(
+        "look for the nftables table",
+        (SUBSYSTEM << 8) | GET_TABLE,
+        REQUEST | ACK,
+        &header(protocol_family(family), 0),
+        |a| {
+            a.text(1, name);
+        },
+    );
     match socket.execute(&batch) {
         Ok(()) => Ok(true),
         Err(error) if error.is(Errno::ENOENT) => Ok(false),
@@ -379,7 +404,9 @@ fn encode_expression(a: &mut Attributes<'_>, family: Family, expression: &Expr) 
         Expr::Fib { result, source, to } => put("fib", &|a| {
             const SOURCE_AND_LINK: u32 = 1 | 8;
             const DESTINATION: u32 = 2;
-            a.be32(1, register(*to)).be32(2, *result as u32).be32(3, if *source { SOURCE_AND_LINK } else { DESTINATION });
+            a.be32(1, register(*to))
+                .be32(2, *result as u32)
+                .be32(3, if *source { SOURCE_AND_LINK } else { DESTINATION });
         }),
         Expr::Ct { key, to } => put("ct", &|a| {
             a.be32(1, register(*to)).be32(2, *key as u32);

@@ -10,7 +10,7 @@ mod table;
 
 pub(crate) use encode::{delete_table, purge, table_exists};
 pub(crate) use expression::{
-    BaseChain, CmpOp, CtKey, Expr, FibResult, Hook, MetaKey, NatKind, PayloadBase, R, Reject, Reg, Rule, Verdict,
+    BaseChain, CmpOp, CtKey, Expr, FibResult, Hook, MetaKey, NatKind, PayloadBase, R, Reg, Reject, Rule, Verdict,
 };
 pub(crate) use set::{Element, Field, SetData, SetSpec, Value};
 pub(crate) use table::{Chain, Table};

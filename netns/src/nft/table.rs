@@ -133,7 +133,12 @@ impl Table {
             change.add_elements(set, added);
         }
         // Chains go last, when no element leads to them any more; two that go may lead to each other, so their rules go first.
-        let gone = || self.old_chains.iter().filter(|(name, old)| old.is_some() && !self.chains.contains_key(*name)).map(|(name, _)| name);
+        let gone = || {
+            self.old_chains
+                .iter()
+                .filter(|(name, old)| old.is_some() && !self.chains.contains_key(*name))
+                .map(|(name, _)| name)
+        };
         gone().for_each(|name| change.flush_chain(name));
         gone().for_each(|name| change.delete_chain(name));
         for (name, _) in self.old_sets.iter().filter(|(name, had)| **had && !self.sets.contains_key(*name)) {

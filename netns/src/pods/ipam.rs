@@ -53,7 +53,9 @@ impl Addresses {
         let start = if (FIRST..self.end).contains(&self.next) { self.next } else { FIRST };
         // At most one more than are taken need to be looked at.
         let tries = count.min(self.taken.len() as u128 + 1);
-        let free = (0..tries).map(|step| FIRST + (start - FIRST + step) % count).find(|place| !self.taken.contains(&self.address(*place)));
+        let free = (0..tries)
+            .map(|step| FIRST + (start - FIRST + step) % count)
+            .find(|place| !self.taken.contains(&self.address(*place)));
         let place = free.ok_or(IpamError::Full(self.range))?;
         let address = self.address(place);
         self.next = place + 1;

@@ -52,13 +52,16 @@ pub(crate) fn make(config: &Config, host: &Host, record: &Record, pin: &Path) ->
         let gateway = config.gateway(family).ok_or(Error::NoRange { family })?;
         route::add_address(&mut inside, POD_LINK_INDEX, *address);
         route::add_neighbour(&mut inside, POD_LINK_INDEX, gateway, host_mac);
-        route::add_route(&mut inside, &Route {
-            destination: IpNet::new(family.unspecified(), 0).expect("0 is a prefix length"),
-            link: Some(POD_LINK_INDEX),
-            gateway: Some(gateway),
-            onlink: true,
-            source: Some(*address),
-        });
+        route::add_route(
+            &mut inside,
+            &Route {
+                destination: IpNet::new(family.unspecified(), 0).expect("0 is a prefix length"),
+                link: Some(POD_LINK_INDEX),
+                gateway: Some(gateway),
+                onlink: true,
+                source: Some(*address),
+            },
+        );
     }
     limit(&mut inside, POD_LINK_INDEX, record.net.egress_bandwidth_bits);
 
@@ -74,14 +77,18 @@ pub(crate) fn make(config: &Config, host: &Host, record: &Record, pin: &Path) ->
     let mut socket = host.socket.lock();
     let index = route::link_by_name(&mut socket, &name)?.index;
     let mut outside = Batch::default();
-    route::set_inet4(&mut outside, index, &[
-        (Inet4Setting::Forwarding, 1),
-        // A pod may only send from its own address, which is the only one routed to its link.
-        (Inet4Setting::RpFilter, 1),
-        (Inet4Setting::SendRedirects, 0),
-        // Host ports and node ports are reached at 127.0.0.1 too; rules keep pods from the host's loopback.
-        (Inet4Setting::RouteLocalnet, 1),
-    ]);
+    route::set_inet4(
+        &mut outside,
+        index,
+        &[
+            (Inet4Setting::Forwarding, 1),
+            // A pod may only send from its own address, which is the only one routed to its link.
+            (Inet4Setting::RpFilter, 1),
+            (Inet4Setting::SendRedirects, 0),
+            // Host ports and node ports are reached at 127.0.0.1 too; rules keep pods from the host's loopback.
+            (Inet4Setting::RouteLocalnet, 1),
+        ],
+    );
     for address in &record.ips {
         route::add_neighbour(&mut outside, index, *address, pod_mac);
         route::add_route(&mut outside, &pod_route(config, *address, index));
@@ -92,7 +99,13 @@ pub(crate) fn make(config: &Config, host: &Host, record: &Record, pin: &Path) ->
 }
 
 fn pod_route(config: &Config, address: IpAddr, link: u32) -> Route {
-    Route { destination: IpNet::from(address), link: Some(link), gateway: None, onlink: false, source: config.gateway(Family::of(address)) }
+    Route {
+        destination: IpNet::from(address),
+        link: Some(link),
+        gateway: None,
+        onlink: false,
+        source: config.gateway(Family::of(address)),
+    }
 }
 
 fn limit(batch: &mut Batch, link: u32, bits: Option<u64>) {
@@ -118,7 +131,11 @@ pub(crate) fn remove(config: &Config, host: &Host, uid: &str, pin: &Path) -> Res
 pub(crate) fn host_links(config: &Config, host: &Host) -> Result<HashSet<String>, Error> {
     let len = host_link(&config.link_prefix, "").len();
     let links = route::links(&mut host.socket.lock())?;
-    Ok(links.into_iter().map(|link| link.name).filter(|name| name.starts_with(&config.link_prefix) && name.len() == len).collect())
+    Ok(links
+        .into_iter()
+        .map(|link| link.name)
+        .filter(|name| name.starts_with(&config.link_prefix) && name.len() == len)
+        .collect())
 }
 
 /// Removes links that belong to no pod.

@@ -84,7 +84,9 @@ pub(crate) fn merge(mut ranges: Vec<Range>) -> Vec<Range> {
 
 /// The union of grants as cells of which no two overlap.
 pub(crate) fn cells(grants: &[Grant]) -> Vec<Cell> {
-    let all = merge(grants.iter().filter(|grant| grant.ports.is_none()).flat_map(|grant| grant.peers.iter().copied()).collect());
+    let all = merge(
+        grants.iter().filter(|grant| grant.ports.is_none()).flat_map(|grant| grant.peers.iter().copied()).collect(),
+    );
     let mut cells: Vec<Cell> =
         all.iter().map(|peers| Cell { peers: *peers, protocols: (0, u8::MAX), ports: (0, u16::MAX) }).collect();
     for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
@@ -102,7 +104,11 @@ pub(crate) fn cells(grants: &[Grant]) -> Vec<Cell> {
             let ports = (u16::try_from(*start).unwrap_or(u16::MAX), u16::try_from(end - 1).unwrap_or(u16::MAX));
             let number = protocol.number();
             // What is granted on every port is not granted again.
-            cells.extend(subtract(peers, &all).into_iter().map(|peers| Cell { peers, protocols: (number, number), ports }));
+            cells.extend(subtract(peers, &all).into_iter().map(|peers| Cell {
+                peers,
+                protocols: (number, number),
+                ports,
+            }));
         }
     }
     cells

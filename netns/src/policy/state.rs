@@ -65,7 +65,13 @@ impl PolicyState {
                 .into(),
             ..Pod::default()
         };
-        Self { node: config.node_name.as_str().into(), policies: BTreeMap::new(), pods: HashMap::new(), namespaces: HashMap::new(), dns }
+        Self {
+            node: config.node_name.as_str().into(),
+            policies: BTreeMap::new(),
+            pods: HashMap::new(),
+            namespaces: HashMap::new(),
+            dns,
+        }
     }
 
     /// Takes changes in and brings the tables in step.
@@ -77,13 +83,16 @@ impl PolicyState {
                 PolicyChange::Policy(key, policy) => replace(&mut self.policies, key, policy),
                 PolicyChange::Pod(key, Some(mut pod)) => {
                     // Of our own pods the addresses are known before the API says so.
-                    if let Some(known) = self.pods.get(&key).filter(|known| known.uid == pod.uid && pod.ips.is_empty()) {
+                    if let Some(known) = self.pods.get(&key).filter(|known| known.uid == pod.uid && pod.ips.is_empty())
+                    {
                         pod.ips.clone_from(&known.ips);
                     }
                     self.pods.insert(key, pod.clone()) != Some(pod)
                 }
                 PolicyChange::Pod(key, None) => self.pods.remove(&key).is_some(),
-                PolicyChange::Namespace(name, Some(labels)) => self.namespaces.insert(name, labels.clone()) != Some(labels),
+                PolicyChange::Namespace(name, Some(labels)) => {
+                    self.namespaces.insert(name, labels.clone()) != Some(labels)
+                }
                 PolicyChange::Namespace(name, None) => self.namespaces.remove(&name).is_some(),
                 PolicyChange::Gone(uid) => {
                     let gone = self.pods.values_mut().filter(|pod| *pod.uid == *uid).map(|pod| pod.finished = true);
@@ -115,8 +124,18 @@ impl PolicyState {
     }
 
     /// The chain of a local pod, made if no other pod has made it yet; `None` if no policy selects the pod.
-    fn chain_for(&self, family: Family, direction: Direction, key: &ObjectKey, pod: &Pod, wanted: &mut Wanted) -> Option<String> {
-        let selecting = self.policies.iter().filter(|(policy, spec)| policy.namespace == key.namespace && spec.pods.matches(&pod.labels));
+    fn chain_for(
+        &self,
+        family: Family,
+        direction: Direction,
+        key: &ObjectKey,
+        pod: &Pod,
+        wanted: &mut Wanted,
+    ) -> Option<String> {
+        let selecting = self
+            .policies
+            .iter()
+            .filter(|(policy, spec)| policy.namespace == key.namespace && spec.pods.matches(&pod.labels));
         let rules: Vec<(&ObjectKey, &Vec<PolicyRule>)> =
             selecting.filter_map(|(policy, spec)| direction.rules(spec).map(|rules| (policy, rules))).collect();
         if rules.is_empty() {
@@ -128,7 +147,10 @@ impl PolicyState {
                 // Names of ports mean the selected pod's ones on the way in: such rules differ from pod to pod.
                 let target = (direction == Direction::Ingress && has_names(rule)).then_some(key);
                 let name = format!("{SET_PREFIX}{:016x}", hash(&(direction, policy, place, target)));
-                wanted.sets.entry(name.clone()).or_insert_with(|| cells(&self.grants(family, direction, policy, pod, rule)));
+                wanted
+                    .sets
+                    .entry(name.clone())
+                    .or_insert_with(|| cells(&self.grants(family, direction, policy, pod, rule)));
                 sets.push(name);
             }
         }
@@ -142,7 +164,14 @@ impl PolicyState {
         Some(chain)
     }
 
-    fn grants(&self, family: Family, direction: Direction, policy: &ObjectKey, pod: &Pod, rule: &PolicyRule) -> Vec<Grant> {
+    fn grants(
+        &self,
+        family: Family,
+        direction: Direction,
+        policy: &ObjectKey,
+        pod: &Pod,
+        rule: &PolicyRule,
+    ) -> Vec<Grant> {
         let everyone = vec![everyone(family)];
         let peers = if rule.peers.is_empty() { everyone } else { self.addresses(family, policy, rule) };
         if rule.ports.is_empty() {
@@ -151,17 +180,27 @@ impl PolicyState {
         let mut grants = Vec::new();
         for port in &rule.ports {
             match &port.port {
-                PortMatch::All => grants.push(Grant { peers: peers.clone(), ports: Some((port.protocol, 0, u16::MAX)) }),
-                PortMatch::Range(low, high) => grants.push(Grant { peers: peers.clone(), ports: Some((port.protocol, *low, (*high).max(*low))) }),
+                PortMatch::All => {
+                    grants.push(Grant { peers: peers.clone(), ports: Some((port.protocol, 0, u16::MAX)) })
+                }
+                PortMatch::Range(low, high) => {
+                    grants.push(Grant { peers: peers.clone(), ports: Some((port.protocol, *low, (*high).max(*low))) })
+                }
                 PortMatch::Named(name) if direction == Direction::Ingress => {
                     let numbers = named(pod, name, port.protocol);
-                    grants.extend(numbers.map(|number| Grant { peers: peers.clone(), ports: Some((port.protocol, number, number)) }));
+                    grants.extend(
+                        numbers
+                            .map(|number| Grant { peers: peers.clone(), ports: Some((port.protocol, number, number)) }),
+                    );
                 }
                 PortMatch::Named(name) => {
                     for (_, peer, address) in self.peer_pods(family) {
                         let is_peer = peers.iter().any(|(low, high)| (*low..=*high).contains(&address));
                         let numbers = named(peer, name, port.protocol).filter(|_| is_peer);
-                        grants.extend(numbers.map(|number| Grant { peers: vec![(address, address)], ports: Some((port.protocol, number, number)) }));
+                        grants.extend(numbers.map(|number| Grant {
+                            peers: vec![(address, address)],
+                            ports: Some((port.protocol, number, number)),
+                        }));
                     }
                 }
             }
@@ -173,7 +212,9 @@ impl PolicyState {
         let mut ranges = Vec::new();
         for peer in &rule.peers {
             match peer {
-                Peer::Block { cidr, except } if Family::of(cidr.addr()) == family => ranges.extend(block(*cidr, except)),
+                Peer::Block { cidr, except } if Family::of(cidr.addr()) == family => {
+                    ranges.extend(block(*cidr, except))
+                }
                 Peer::Block { .. } => {}
                 Peer::Pods { namespaces, pods } => {
                     let selected = self.peer_pods(family).filter(|(namespace, pod, _)| {
@@ -269,18 +310,24 @@ fn allow(family: Family, direction: Direction, set: &str) -> Rule {
 }
 
 fn element(family: Family, cell: &Cell) -> Element {
-    let key = |peer: u128, protocol: u8, port: u16| Key::default().address(address(family, peer)).protocol_number(protocol).port(port);
+    let key = |peer: u128, protocol: u8, port: u16| {
+        Key::default().address(address(family, peer)).protocol_number(protocol).port(port)
+    };
     key(cell.peers.0, cell.protocols.0, cell.ports.0).until(key(cell.peers.1, cell.protocols.1, cell.ports.1))
 }
 
 fn install(table: &mut Table, wanted: &Wanted) {
     let family = table.family;
     for (name, cells) in &wanted.sets {
-        let spec = SetSpec { interval: true, ..SetSpec::new(vec![Field::Address(family), Field::Protocol, Field::Port], SetData::None) };
+        let spec = SetSpec {
+            interval: true,
+            ..SetSpec::new(vec![Field::Address(family), Field::Protocol, Field::Port], SetData::None)
+        };
         table.set_set(name, Some(spec));
         let elements: HashSet<Element> = cells.iter().map(|cell| element(family, cell)).collect();
         let known = table.sets.get(name.as_str()).map(|set| &set.elements);
-        let gone: Vec<Element> = known.into_iter().flat_map(|known| known.keys()).filter(|old| !elements.contains(old)).cloned().collect();
+        let gone: Vec<Element> =
+            known.into_iter().flat_map(|known| known.keys()).filter(|old| !elements.contains(old)).cloned().collect();
         gone.into_iter().for_each(|old| table.set_element(name, old, None));
         elements.into_iter().for_each(|new| table.set_element(name, new, Some(Value::None)));
     }
@@ -295,7 +342,12 @@ fn install(table: &mut Table, wanted: &Wanted) {
             .map(|((_, address), chain)| (Key::default().address(*address).element(), chain))
             .collect();
         let known = table.sets.get(map).map(|set| &set.elements);
-        let gone: Vec<Element> = known.into_iter().flat_map(|known| known.keys()).filter(|old| !verdicts.contains_key(old)).cloned().collect();
+        let gone: Vec<Element> = known
+            .into_iter()
+            .flat_map(|known| known.keys())
+            .filter(|old| !verdicts.contains_key(old))
+            .cloned()
+            .collect();
         gone.into_iter().for_each(|old| table.set_element(map, old, None));
         for (element, chain) in verdicts {
             table.set_element(map, element, Some(Value::Verdict(Verdict::Jump(chain.as_str().into()))));
@@ -314,5 +366,9 @@ fn install(table: &mut Table, wanted: &Wanted) {
 
 /// Whether a name is one that [`PolicyState`] makes: the prefix and a hash at the end.
 fn is_made(name: &str, prefix: &str) -> bool {
-    name.starts_with(prefix) && name.rsplit('-').next().is_some_and(|end| end.len() == 16 && end.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    name.starts_with(prefix)
+        && name
+            .rsplit('-')
+            .next()
+            .is_some_and(|end| end.len() == 16 && end.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }

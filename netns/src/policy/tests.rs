@@ -6,7 +6,9 @@ use crate::model::Protocol;
 fn grants() -> impl Strategy<Value = Vec<Grant>> {
     let range = (0_u128..40, 0_u128..12).prop_map(|(low, len)| (low, low + len));
     let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)];
-    let ports = proptest::option::of((protocol, 0_u16..20, 0_u16..8).prop_map(|(protocol, low, len)| (protocol, low, low + len)));
+    let ports = proptest::option::of(
+        (protocol, 0_u16..20, 0_u16..8).prop_map(|(protocol, low, len)| (protocol, low, low + len)),
+    );
     let grant = (proptest::collection::vec(range, 0..4), ports).prop_map(|(peers, ports)| Grant { peers, ports });
     proptest::collection::vec(grant, 0..6)
 }

@@ -66,7 +66,8 @@ impl Shape {
         if self.any_address {
             key[0] = Expr::Load { to: front, value: vec![0; family.address_len()] };
         }
-        let nat = |endpoint: Reg| Expr::Nat { kind: NatKind::Destination, address: endpoint, port: Some(R(endpoint.0 + a)) };
+        let nat =
+            |endpoint: Reg| Expr::Nat { kind: NatKind::Destination, address: endpoint, port: Some(R(endpoint.0 + a)) };
         if let Some(seconds) = self.affinity {
             key.push(Header::Source.load(family, client));
             let timeout_ms = u64::from(seconds) * 1000;
@@ -82,7 +83,12 @@ impl Shape {
         let mut choose = key;
         if let Some(seconds) = self.affinity {
             let mut remember = choose.clone();
-            remember.push(Expr::Update { map: affinity, key: client, data: endpoint, timeout_ms: u64::from(seconds) * 1000 });
+            remember.push(Expr::Update {
+                map: affinity,
+                key: client,
+                data: endpoint,
+                timeout_ms: u64::from(seconds) * 1000,
+            });
             remember.push(nat(endpoint));
             rules.push(remember);
         }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::model::{Endpoint, EndpointSlice, Protocol, Service, ServicePort, TrafficPolicy};
 use crate::Family;
+use crate::model::{Endpoint, EndpointSlice, Protocol, Service, ServicePort, TrafficPolicy};
 
 /// The map that a front is found in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -68,7 +68,11 @@ struct Serving {
 }
 
 /// All fronts of a Service, each once.
-pub(crate) fn fronts<'a>(here: &Here, service: &Service, slices: impl Iterator<Item = &'a EndpointSlice> + Clone) -> Vec<Front> {
+pub(crate) fn fronts<'a>(
+    here: &Here,
+    service: &Service,
+    slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
+) -> Vec<Front> {
     let mut fronts = Vec::new();
     if service.external_name.is_some() || service.headless {
         return fronts;
@@ -108,11 +112,14 @@ fn port_fronts(service: &Service, family: Family, port: &ServicePort, serving: &
         push(Place::Services, address, port.port, action(backends, &None));
     }
     let local_only = service.external_policy == TrafficPolicy::Local;
-    let ranges: Vec<IpNet> = service.source_ranges.iter().copied().filter(|range| Family::of(range.addr()) == family).collect();
+    let ranges: Vec<IpNet> =
+        service.source_ranges.iter().copied().filter(|range| Family::of(range.addr()) == family).collect();
     // Ranges of the other family alone let nobody of this one in.
     let allowed: Option<Arc<[IpNet]>> = (!service.source_ranges.is_empty()).then(|| IpNet::aggregate(&ranges).into());
     let outside = of_family(&service.external_ips).into_iter().map(|address| (address, None));
-    for (address, sources) in outside.chain(of_family(&service.load_balancer_ips).into_iter().map(|address| (address, allowed.clone()))) {
+    for (address, sources) in
+        outside.chain(of_family(&service.load_balancer_ips).into_iter().map(|address| (address, allowed.clone())))
+    {
         push(Place::Services, address, port.port, action(&serving.cluster, &sources));
         if local_only {
             push(Place::External, address, port.port, action(&serving.local, &sources));
@@ -127,7 +134,12 @@ fn port_fronts(service: &Service, family: Family, port: &ServicePort, serving: &
 }
 
 /// The endpoints that a port's connections go to: the ready ones, or, when there are none, those that still serve while they terminate.
-fn serving<'a>(here: &Here, family: Family, port: &ServicePort, slices: impl Iterator<Item = &'a EndpointSlice>) -> Serving {
+fn serving<'a>(
+    here: &Here,
+    family: Family,
+    port: &ServicePort,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+) -> Serving {
     let mut all: Vec<(&Endpoint, SocketAddr)> = Vec::new();
     for slice in slices {
         for target in slice.ports.iter().filter(|target| target.name == port.name && target.protocol == port.protocol) {
@@ -140,13 +152,16 @@ fn serving<'a>(here: &Here, family: Family, port: &ServicePort, slices: impl Ite
     let is_local = |endpoint: &Endpoint| endpoint.node.as_deref() == Some(&*here.node);
     let choose = |candidates: Vec<(&Endpoint, SocketAddr)>| -> Vec<(Hinted, SocketAddr)> {
         let ready = candidates.iter().any(|(endpoint, _)| endpoint.ready);
-        let serves = |endpoint: &Endpoint| if ready { endpoint.ready } else { endpoint.serving && endpoint.terminating };
+        let serves =
+            |endpoint: &Endpoint| if ready { endpoint.ready } else { endpoint.serving && endpoint.terminating };
         let chosen: Vec<_> = candidates.into_iter().filter(|(endpoint, _)| serves(endpoint)).collect();
         chosen.into_iter().map(|(endpoint, address)| (is_hinted(here, endpoint), address)).collect()
     };
     let local = choose(all.iter().filter(|(endpoint, _)| is_local(endpoint)).copied().collect());
-    let node_hints = all.iter().filter(|(endpoint, _)| endpoint.ready).all(|(endpoint, _)| !endpoint.node_hints.is_empty());
-    let zone_hints = all.iter().filter(|(endpoint, _)| endpoint.ready).all(|(endpoint, _)| !endpoint.zone_hints.is_empty());
+    let node_hints =
+        all.iter().filter(|(endpoint, _)| endpoint.ready).all(|(endpoint, _)| !endpoint.node_hints.is_empty());
+    let zone_hints =
+        all.iter().filter(|(endpoint, _)| endpoint.ready).all(|(endpoint, _)| !endpoint.zone_hints.is_empty());
     let cluster = choose(all);
     // Hints are followed only when every endpoint has them and some of them mean us: half-made hints would overload a few.
     let hinted_here = cluster.iter().any(|(hinted, _)| hinted.node);
@@ -160,7 +175,9 @@ fn serving<'a>(here: &Here, family: Family, port: &ServicePort, slices: impl Ite
             true
         }
     });
-    let sorted = |addresses: Vec<SocketAddr>| -> Arc<[SocketAddr]> { addresses.into_iter().collect::<BTreeSet<_>>().into_iter().collect() };
+    let sorted = |addresses: Vec<SocketAddr>| -> Arc<[SocketAddr]> {
+        addresses.into_iter().collect::<BTreeSet<_>>().into_iter().collect()
+    };
     Serving {
         cluster: sorted(cluster.map(|(_, address)| address).collect()),
         local: sorted(local.into_iter().map(|(_, address)| address).collect()),

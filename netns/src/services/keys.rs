@@ -59,8 +59,10 @@ pub(crate) fn sets(config: &Config, family: Family) -> Vec<(&'static str, SetSpe
     let front = vec![address, Proto, Port];
     let endpoint = || SetData::Fields(vec![address, Port]);
     let with = |more: &[Field]| front.iter().chain(more).copied().collect::<Vec<_>>();
-    let clients =
-        || SetSpec { dynamic: Some(AFFINITY_MAX_CLIENTS), ..SetSpec::new(vec![address, address, Proto, Port], endpoint()) };
+    let clients = || SetSpec {
+        dynamic: Some(AFFINITY_MAX_CLIENTS),
+        ..SetSpec::new(vec![address, address, Proto, Port], endpoint())
+    };
     let mut sets = vec![
         (SERVICES, SetSpec::new(front.clone(), SetData::Verdict)),
         (EXTERNAL, SetSpec::new(front.clone(), SetData::Verdict)),

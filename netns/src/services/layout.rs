@@ -4,7 +4,8 @@ use ipnet::IpNet;
 
 use super::balance::{REFUSE, refuse};
 use super::keys::{
-    EXTERNAL, HAIRPIN, HOST_PORTS, Key, NODE_ADDRESSES, NODE_PORTS, NODE_PORTS_EXTERNAL, POLICY_EGRESS, POLICY_INGRESS, SERVICES, UNTRACKED, sets,
+    EXTERNAL, HAIRPIN, HOST_PORTS, Key, NODE_ADDRESSES, NODE_PORTS, NODE_PORTS_EXTERNAL, POLICY_EGRESS, POLICY_INGRESS,
+    SERVICES, UNTRACKED, sets,
 };
 use crate::netlink::route::octets;
 use crate::nft::{
@@ -127,7 +128,10 @@ pub(crate) fn table(config: &Config, family: Family) -> Table {
     for range in config.node_port_addresses.iter().filter(|range| Family::of(range.addr()) == family) {
         // A set of ranges is a concatenation in our tables; the second half is any address.
         let (low, high) = (family.unspecified(), broadest(family));
-        let element = Key::default().address(range.network()).address(low).until(Key::default().address(range.broadcast()).address(high));
+        let element = Key::default()
+            .address(range.network())
+            .address(low)
+            .until(Key::default().address(range.broadcast()).address(high));
         table.set_element(NODE_ADDRESSES, element, Some(Value::None));
     }
     let mut chain = |name: &str, base, rules| table.set_chain(name, Some(crate::nft::Chain { base, rules }));
@@ -138,7 +142,11 @@ pub(crate) fn table(config: &Config, family: Family) -> Table {
     chain(CLUSTER, None, cluster(config, family));
     chain(FROM_OUTSIDE, None, from_outside(config, family));
     chain("untracked-in", base("filter", Hook::Prerouting, -300), raw_prerouting(config, family));
-    chain("untracked-out", base("filter", Hook::Output, -300), vec![then(end_key(family, R(0), Header::Source, 0), untracked())]);
+    chain(
+        "untracked-out",
+        base("filter", Hook::Output, -300),
+        vec![then(end_key(family, R(0), Header::Source, 0), untracked())],
+    );
     chain("prerouting", base("nat", Hook::Prerouting, -100), prerouting(config, family));
     chain("output", base("nat", Hook::Output, -100), output(config, family));
     chain("input", base("filter", Hook::Input, 0), policy(family, false));
@@ -160,7 +168,10 @@ fn ranges(all: &[IpNet], family: Family) -> impl Iterator<Item = IpNet> {
 
 /// Goes on if the packet's link is a pod's.
 fn pod_link(config: &Config, key: MetaKey) -> Rule {
-    vec![Expr::Meta { key, to: R(0) }, Expr::Cmp { reg: R(0), op: CmpOp::Eq, value: config.link_prefix.as_bytes().into() }]
+    vec![
+        Expr::Meta { key, to: R(0) },
+        Expr::Cmp { reg: R(0), op: CmpOp::Eq, value: config.link_prefix.as_bytes().into() },
+    ]
 }
 
 fn untracked() -> [Expr; 2] {
@@ -175,20 +186,27 @@ fn raw_prerouting(config: &Config, family: Family) -> Vec<Rule> {
     let drop = Expr::Verdict(Verdict::Drop);
     let first = match family {
         // Links of pods accept the host's loopback addresses for the answers to host ports; pods may not send there (CVE-2020-8558).
-        Family::V4 => then(pod_link(config, MetaKey::InName), then(Header::Destination.within(loopback(), true), [drop])),
+        Family::V4 => {
+            then(pod_link(config, MetaKey::InName), then(Header::Destination.within(loopback(), true), [drop]))
+        }
         // IPv6 has no rp_filter: a pod may only send from its own address.
-        Family::V6 => then(pod_link(config, MetaKey::InName), [
-            Expr::Fib { result: FibResult::Link, source: true, to: R(0) },
-            Expr::Cmp { reg: R(0), op: CmpOp::Eq, value: vec![0; 4] },
-            drop,
-        ]),
+        Family::V6 => then(
+            pod_link(config, MetaKey::InName),
+            [
+                Expr::Fib { result: FibResult::Link, source: true, to: R(0) },
+                Expr::Cmp { reg: R(0), op: CmpOp::Eq, value: vec![0; 4] },
+                drop,
+            ],
+        ),
     };
     vec![first, then(front_key(family, R(0)), untracked())]
 }
 
 fn prerouting(config: &Config, family: Family) -> Vec<Rule> {
     let mut rules = vec![then(to_local_address(), [jump(LOCAL_ADDRESS)])];
-    rules.extend(ranges(&config.cluster_cidrs, family).map(|range| then(Header::Source.within(range, true), [goto(CLUSTER)])));
+    rules.extend(
+        ranges(&config.cluster_cidrs, family).map(|range| then(Header::Source.within(range, true), [goto(CLUSTER)])),
+    );
     rules.push(vec![goto(FROM_OUTSIDE)]);
     rules
 }
@@ -196,7 +214,9 @@ fn prerouting(config: &Config, family: Family) -> Vec<Rule> {
 /// The host's own connections: as pods' ones, but masqueraded, since the address they leave from may not be routed back by another node.
 fn output(config: &Config, family: Family) -> Vec<Rule> {
     let mut rules = vec![then(to_local_address(), [jump(LOCAL_ADDRESS)])];
-    rules.extend(ranges(&config.cluster_cidrs, family).map(|range| then(Header::Source.within(range, true), [goto(CLUSTER)])));
+    rules.extend(
+        ranges(&config.cluster_cidrs, family).map(|range| then(Header::Source.within(range, true), [goto(CLUSTER)])),
+    );
     rules.extend(marked(vec![jump(CLUSTER)]));
     rules
 }
@@ -232,13 +252,23 @@ fn node_port(config: &Config, family: Family, map: &'static str) -> Rule {
 }
 
 fn cluster(config: &Config, family: Family) -> Vec<Rule> {
-    let mut rules = vec![then(front_key(family, R(0)), [Expr::VerdictMap { map: SERVICES, key: R(0) }]), node_port(config, family, NODE_PORTS)];
+    let mut rules = vec![
+        then(front_key(family, R(0)), [Expr::VerdictMap { map: SERVICES, key: R(0) }]),
+        node_port(config, family, NODE_PORTS),
+    ];
     // Addresses of our own inside of the range (DNS) are nobody's to refuse.
     let own = config.dns_ip(family).map(|address| {
-        vec![Header::Destination.load(family, R(0)), Expr::Cmp { reg: R(0), op: CmpOp::Eq, value: octets(address) }, Expr::Verdict(Verdict::Return)]
+        vec![
+            Header::Destination.load(family, R(0)),
+            Expr::Cmp { reg: R(0), op: CmpOp::Eq, value: octets(address) },
+            Expr::Verdict(Verdict::Return),
+        ]
     });
     rules.extend(own);
-    rules.extend(ranges(&config.service_cidrs, family).map(|range| then(Header::Destination.within(range, true), [goto(REFUSE)])));
+    rules.extend(
+        ranges(&config.service_cidrs, family)
+            .map(|range| then(Header::Destination.within(range, true), [goto(REFUSE)])),
+    );
     rules
 }
 
@@ -276,10 +306,13 @@ fn postrouting(config: &Config, family: Family) -> Vec<Rule> {
 /// The sender becomes the node: its gateway address towards own pods, whose links have no address, else that of the link.
 fn source_nat(config: &Config, family: Family) -> Vec<Rule> {
     let to_pod = config.gateway(family).map(|gateway| {
-        then(pod_link(config, MetaKey::OutName), [
-            Expr::Load { to: R(0), value: octets(gateway) },
-            Expr::Nat { kind: NatKind::Source, address: R(0), port: None },
-        ])
+        then(
+            pod_link(config, MetaKey::OutName),
+            [
+                Expr::Load { to: R(0), value: octets(gateway) },
+                Expr::Nat { kind: NatKind::Source, address: R(0), port: None },
+            ],
+        )
     });
     to_pod.into_iter().chain([vec![Expr::Masquerade]]).collect()
 }
@@ -293,12 +326,15 @@ fn policy(family: Family, to_pods: bool) -> Vec<Rule> {
     if to_pods {
         let a = words(family);
         // A pod may always reach itself, through a Service too.
-        rules.insert(1, vec![
-            Header::Source.load(family, R(0)),
-            Header::Destination.load(family, R(a)),
-            Expr::InSet { set: HAIRPIN, key: R(0), invert: false },
-            Expr::Verdict(Verdict::Accept),
-        ]);
+        rules.insert(
+            1,
+            vec![
+                Header::Source.load(family, R(0)),
+                Header::Destination.load(family, R(a)),
+                Expr::InSet { set: HAIRPIN, key: R(0), invert: false },
+                Expr::Verdict(Verdict::Accept),
+            ],
+        );
         rules.push(vec![Header::Destination.load(family, R(0)), Expr::VerdictMap { map: POLICY_INGRESS, key: R(0) }]);
     }
     rules

@@ -84,7 +84,11 @@ impl Proxy {
     }
 
     /// Takes changes in and brings the tables in step; returns the Services that may have changed.
-    pub(crate) fn update(&mut self, changes: impl IntoIterator<Item = ProxyChange>, tables: &mut BTreeMap<Family, Table>) -> BTreeSet<ObjectKey> {
+    pub(crate) fn update(
+        &mut self,
+        changes: impl IntoIterator<Item = ProxyChange>,
+        tables: &mut BTreeMap<Family, Table>,
+    ) -> BTreeSet<ObjectKey> {
         let mut touched: BTreeMap<ObjectKey, Vec<FrontKey>> = BTreeMap::new();
         for change in changes {
             match change {
@@ -143,7 +147,8 @@ impl Proxy {
             let action = action.filter(|action| !own || matches!(action, Action::Balance { .. }));
             self.install(key, action, tables);
         }
-        self.entries.retain(|key, entry| !touched.contains_key(key) || entry.service.is_some() || !entry.slices.is_empty());
+        self.entries
+            .retain(|key, entry| !touched.contains_key(key) || entry.service.is_some() || !entry.slices.is_empty());
         touched.into_keys().collect()
     }
 
@@ -168,7 +173,9 @@ impl Proxy {
         }
         let new_shape = action.as_ref().and_then(|action| shape_of(&key, action));
         let old_shape = old.as_ref().and_then(|action| shape_of(&key, action));
-        if new_shape != old_shape && let Some(shape) = new_shape {
+        if new_shape != old_shape
+            && let Some(shape) = new_shape
+        {
             self.hold(shape, table);
         }
         let verdict = action.as_ref().map(|action| match (action, &new_shape) {
@@ -177,13 +184,17 @@ impl Proxy {
             (Action::Refuse | Action::Balance { .. }, _) => Verdict::Goto(REFUSE.into()),
         });
         table.set_element(map_of(key.place), front_element(&key), verdict.map(Value::Verdict));
-        if new_shape != old_shape && let Some(shape) = old_shape {
+        if new_shape != old_shape
+            && let Some(shape) = old_shape
+        {
             self.release(shape, table);
         }
         replace_backends(table, &key, old.as_ref(), old_shape, action.as_ref(), new_shape);
         if let Some(shape) = old_shape.filter(|shape| shape.affinity.is_some()) {
             let kept = backends_of(action.as_ref());
-            let gone = backends_of(old.as_ref()).iter().filter(|endpoint| !kept.contains(endpoint) || new_shape.is_none_or(|shape| shape.affinity.is_none()));
+            let gone = backends_of(old.as_ref())
+                .iter()
+                .filter(|endpoint| !kept.contains(endpoint) || new_shape.is_none_or(|shape| shape.affinity.is_none()));
             let front: Arc<[u8]> = match shape.any_address {
                 // Clients of a node port came to some address of the node.
                 true => Key::default().protocol(key.protocol).port(key.port).bytes().into(),
@@ -277,7 +288,8 @@ fn replace_sources(table: &mut Table, key: &FrontKey, before: &[IpNet], after: &
     if key.place != Place::Services {
         return;
     }
-    let element = |range: &IpNet| front_key(key).address(range.network()).until(front_key(key).address(range.broadcast()));
+    let element =
+        |range: &IpNet| front_key(key).address(range.network()).until(front_key(key).address(range.broadcast()));
     for gone in before.iter().filter(|range| !after.contains(range)) {
         table.set_element(ALLOWED, element(gone), None);
     }

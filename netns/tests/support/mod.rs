@@ -68,7 +68,10 @@ impl Node {
         let mut config = Config::new(folder.path(), "node-1");
         change(&mut config);
         let runtime = runtime();
-        let network = { let _in = runtime.enter(); Network::new(config).unwrap() };
+        let network = {
+            let _in = runtime.enter();
+            Network::new(config).unwrap()
+        };
         Self { network, runtime, folder }
     }
 
@@ -93,7 +96,10 @@ pub(crate) fn pod_key(name: &str) -> PodKey {
 pub(crate) fn serve(namespace: &Path, port: u16, name: &str) {
     let name = name.to_owned();
     let (tcp, udp) = inside(namespace, || {
-        (TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port))).unwrap(), UdpSocket::bind(("0.0.0.0", port)).unwrap())
+        (
+            TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port))).unwrap(),
+            UdpSocket::bind(("0.0.0.0", port)).unwrap(),
+        )
     });
     let said = name.clone();
     thread::spawn(move || {
@@ -137,7 +143,10 @@ pub(crate) fn ask_udp(to: SocketAddr, wait: Duration) -> std::io::Result<(String
 
 fn parse(line: &str) -> (String, IpAddr) {
     let mut words = line.split_whitespace();
-    (words.next().unwrap_or_default().to_owned(), words.next().and_then(|word| word.parse().ok()).unwrap_or(Ipv4Addr::UNSPECIFIED.into()))
+    (
+        words.next().unwrap_or_default().to_owned(),
+        words.next().and_then(|word| word.parse().ok()).unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
+    )
 }
 
 pub(crate) fn address(text: &str) -> IpAddr {

@@ -3,26 +3,60 @@
 //! [`Plan::compile`] turns a specification into a list of steps and checks all that can be checked without touching the
 //! system. [`spawn`] clones the container's first process as a child of the caller; [`Init`] follows it through its
 //! set-up to the running program without blocking. [`exec`] adds processes to a container. [`Cgroup`] limits, measures,
-//! freezes and kills. Nothing here keeps files of its own: that is the business of the `corun` command ([`state`]).
+//! freezes and kills. Files are kept for the `corun` command only ([`state`]).
 #![forbid(unsafe_code)]
 
 mod error;
-//pub mod spec;
+pub mod spec;
 pub mod capability;
 mod idmap;
 pub mod seccomp;
 pub mod device;
-//pub mod cgroup;
-//mod plan;
-//mod resolve;
-//mod child;
-//mod spawn;
-//pub mod exec;
-//pub mod hooks;
-//pub mod sealed;
+pub mod cgroup;
+mod plan;
+mod resolve;
+mod child;
+mod spawn;
+pub mod exec;
+pub mod hooks;
+//pub mod state;
+//pub mod features;
+pub mod sealed;
 
-//pub use cgroup::Cgroup;
+pub use cgroup::Cgroup;
 pub use coracle_sys::process::Exit;
 pub use error::{Error, Result, Step};
-//pub use plan::{Gate, Options, Plan};
-//pub use spawn::{Init, Stage, Stdio, spawn};
+pub use plan::{Gate, Options, Plan};
+pub use spawn::{Init, Stage, Stdio, spawn, spawn_gated};
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// Waits until a descriptor is readable; false when the limit passed.
+pub fn wait_readable(fd: BorrowedFd<'_>, limit: Option<Duration>) -> std::io::Result<bool> {
+    wait_for(fd, nix::poll::PollFlags::POLLIN, limit)
+}
+
+pub(crate) fn wait_for(
+    fd: BorrowedFd<'_>,
+    flags: nix::poll::PollFlags,
+    limit: Option<Duration>,
+) -> std::io::Result<bool> {
+    use nix::poll::{PollFd, PollTimeout, poll};
+    let end = limit.map(|limit| Instant::now() + limit);
+    loop {
+        let timeout = match end {
+            None => PollTimeout::NONE,
+            Some(end) => {
+                let left = end.saturating_duration_since(Instant::now()).as_millis() + 1;
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        match poll(&mut [PollFd::new(fd, flags)], timeout) {
+            Ok(0) if end.is_some_and(|end| Instant::now() >= end) => return Ok(false),
+            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}

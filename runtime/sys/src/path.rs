@@ -175,3 +175,42 @@ pub fn umask(mask: u32) -> u32 {
     // SAFETY: cannot fail.
     unsafe { libc::umask(mask) }
 }
+
+/// Reads the symlink behind an `O_PATH | O_NOFOLLOW` descriptor; `ENAMETOOLONG` when the buffer is too small.
+pub fn readlink(link: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize> {
+    // SAFETY: pointer and length describe the buffer; the empty path means the descriptor itself.
+    let length = check(unsafe {
+        libc::syscall(libc::SYS_readlinkat, link.as_raw_fd(), c"".as_ptr(), buffer.as_mut_ptr(), buffer.len())
+    })? as usize;
+    if length == buffer.len() { Err(crate::Errno::ENAMETOOLONG) } else { Ok(length) }
+}
+
+/// Calls `visit` with the name of every entry of a folder (but `.` and `..`), reading `N` bytes at a time.
+pub fn for_each_entry<const N: usize>(
+    folder: BorrowedFd<'_>,
+    visit: &mut dyn FnMut(&CStr) -> Result<()>,
+) -> Result<()> {
+    /// Offsets within `struct linux_dirent64`.
+    const LENGTH_AT: usize = 16;
+    const NAME_AT: usize = 19;
+    let mut buffer = [0_u8; N];
+    loop {
+        // SAFETY: pointer and length describe the buffer.
+        let filled = check(unsafe {
+            libc::syscall(libc::SYS_getdents64, folder.as_raw_fd(), buffer.as_mut_ptr(), buffer.len())
+        })? as usize;
+        if filled == 0 {
+            return Ok(());
+        }
+        let mut at = 0;
+        while at + NAME_AT < filled {
+            let length = usize::from(u16::from_ne_bytes([buffer[at + LENGTH_AT], buffer[at + LENGTH_AT + 1]]));
+            let entry = buffer.get(at..at + length).filter(|entry| entry.len() > NAME_AT).ok_or(crate::Errno::EIO)?;
+            let name = CStr::from_bytes_until_nul(&entry[NAME_AT..]).map_err(|_| crate::Errno::EIO)?;
+            if name != c"." && name != c".." {
+                visit(name)?;
+            }
+            at += length;
+        }
+    }
+}

@@ -110,6 +110,14 @@ impl StringArray {
     pub fn strings(&self) -> &[CString] {
         &self.strings
     }
+
+    /// Runs `work` with the string at `index` replaced, which costs no memory.
+    pub fn with_replaced<T>(&mut self, index: usize, string: &CStr, work: impl FnOnce(&Self) -> T) -> T {
+        let original = std::mem::replace(&mut self.pointers[index], string.as_ptr());
+        let answer = work(self);
+        self.pointers[index] = original;
+        answer
+    }
 }
 
 impl Clone for StringArray {
@@ -258,4 +266,10 @@ pub fn reset_signals() -> Result<()> {
         check(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()).into())?;
     }
     Ok(())
+}
+
+/// Closes a descriptor by number: a copy that a new process got of one that belongs to its parent.
+pub fn close(fd: RawFd) {
+    // SAFETY: used in a fresh process only, on the copy of a descriptor that no value there owns.
+    unsafe { libc::close(fd) };
 }

@@ -1,0 +1,112 @@
+//! Adding a process to a running container.
+
+use crate::cgroup::Cgroup;
+use crate::child::{self, Failure, Message, Program, Surroundings};
+use crate::error::{Result, Step, StepResult};
+use crate::hooks::StateTemplate;
+use crate::plan::{Options, Plan};
+use crate::spawn::{Init, OwnNamespaces, Stdio, Story, Streams, procfs, set_oom_score};
+use coracle_sys::process::{self, CloneRequest};
+use coracle_sys::{channel, identity, namespace, path};
+use oci_spec::runtime::{Process, Spec};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// The container that a process joins.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'container> {
+    /// Its first process.
+    pub pid: i32,
+    pub pidfd: BorrowedFd<'container>,
+    /// Its specification: which namespaces it has, its seccomp profile, its annotations.
+    pub spec: &'container Spec,
+    pub bundle: &'container std::path::Path,
+}
+
+/// Clones a process into a container and its `cgroup`; the program starts by itself. Follow it with
+/// [`Init::wait_running`] or [`Init::advance`].
+pub fn spawn(
+    target: &Target<'_>,
+    process: &Process,
+    cgroup: Option<&Cgroup>,
+    stdio: Stdio<'_>,
+    options: &Options,
+) -> Result<Init> {
+    let (plan, namespaces) = Plan::compile_process(process, target.spec, options)?;
+    let streams = Streams::new(stdio)?;
+    let (sync, theirs) = channel::pair().step(Step::Channel, "")?;
+    let procfs = procfs()?;
+    let all = namespaces.own_flags();
+    let own = if all & libc::CLONE_NEWPID as u64 != 0 {
+        OwnNamespaces::enter_pid_of(target.pidfd)?
+    } else {
+        OwnNamespaces::none()
+    };
+    let joined = all as i32 & !libc::CLONE_NEWPID;
+    let mut program = Program { arguments: plan.arguments.clone(), environment: plan.environment.clone() };
+    let parent_end = sync.as_raw_fd();
+    let cloned = process::clone3(CloneRequest { flags: 0, cgroup: cgroup.map(Cgroup::as_fd) }, || {
+        const FAILED: i32 = 1;
+        process::close(parent_end);
+        let mut work = || -> std::result::Result<(), Failure> {
+            let at = |step| move |errno| Failure::new(step, c"", errno);
+            // The container's own processes can see this one from now on; they shall not look into it.
+            identity::set_dumpable(false).map_err(at(Step::JoinNamespace))?;
+            identity::set_parent_death_signal(libc::SIGKILL).map_err(at(Step::JoinNamespace))?;
+            namespace::setsid().map_err(at(Step::NewSession))?;
+            if joined != 0 {
+                namespace::setns(target.pidfd, joined).map_err(at(Step::JoinNamespace))?;
+            }
+            if joined & libc::CLONE_NEWUSER != 0 {
+                identity::set_gid(0).map_err(at(Step::BecomeRoot))?;
+                identity::set_uid(0).map_err(at(Step::BecomeRoot))?;
+            }
+            if let Some(name) = &plan.keyring {
+                match namespace::join_session_keyring(name) {
+                    Ok(()) | Err(coracle_sys::Errno::ENOSYS | coracle_sys::Errno::EDQUOT) => {}
+                    Err(errno) => return Err(Failure::new(Step::Keyring, name, errno)),
+                }
+            }
+            let terminal = match plan.terminal {
+                None => None,
+                Some(size) => {
+                    let root = path::open(c"/", libc::O_PATH | libc::O_DIRECTORY).map_err(at(Step::OpenRoot))?;
+                    Some(child::open_terminal(root.as_fd(), size, plan.uid, theirs.as_fd())?)
+                }
+            };
+            let stdio = terminal.as_ref().map_or(streams.numbers, |terminal| [terminal.as_raw_fd(); 3]);
+            let around = Surroundings {
+                stdio,
+                has_terminal: terminal.is_some(),
+                procfs: procfs.as_fd(),
+                sync: theirs.as_fd(),
+            };
+            child::finish(&plan, &mut program, &around, || Ok(None))
+        };
+        if let Err(failure) = work() {
+            // When the parent is gone, nobody is left to be told.
+            let _ = channel::send(theirs.as_fd(), &Message::failed(&failure).encode(), None);
+        }
+        FAILED
+    })
+    .step(Step::Clone, "");
+    own.restore()?;
+    let child = cloned?;
+    drop(theirs);
+    let story = Story {
+        state: StateTemplate {
+            version: target.spec.version().clone(),
+            id: options.id.clone(),
+            bundle: target.bundle.to_path_buf(),
+            annotations: target.spec.annotations().clone().unwrap_or_default(),
+        },
+        listener: plan.seccomp.as_ref().and_then(|filter| filter.listener.clone()),
+        namespaces: all,
+        starts_itself: true,
+        ..Story::default()
+    };
+    let init = Init::new(child, sync, story);
+    if let Some(score) = &plan.oom_score_adj {
+        set_oom_score(procfs.as_fd(), init.pid(), score)?;
+    }
+    Ok(init)
+}

@@ -1,0 +1,571 @@
+//! Cloning a container's first process and following it to the running program.
+
+use crate::cgroup::Cgroup;
+use crate::child::{self, Failure, MESSAGE_BYTES, Message, Note, Prepared, Program, Word};
+use crate::error::{Error, Result, Step, StepResult};
+use crate::hooks;
+use crate::plan::{Gate, IdMap, Plan, Source, UserNamespace};
+use coracle_sys::mount::{self, Attributes, MOUNT_ATTR_IDMAP};
+use coracle_sys::process::{self, CLONE_NEWTIME, Child, CloneRequest, Exit};
+use coracle_sys::{Errno, channel, namespace, path};
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+/// The standard streams of a program.
+#[derive(Clone, Copy, Debug)]
+pub struct Stdio<'fd> {
+    pub stdin: BorrowedFd<'fd>,
+    pub stdout: BorrowedFd<'fd>,
+    pub stderr: BorrowedFd<'fd>,
+}
+
+/// How far a new process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    SettingUp,
+    /// All is set up; it waits for [`Init::send_start`].
+    Created,
+    /// The program was executed.
+    Running,
+}
+
+/// A process made by this library, a child of the caller. Dropped before it runs, it is killed and reaped.
+#[derive(Debug)]
+pub struct Init {
+    child: Child,
+    sync: OwnedFd,
+    stage: Stage,
+    started: bool,
+    finished: bool,
+    story: Story,
+    console: Option<OwnedFd>,
+    seccomp: Option<OwnedFd>,
+}
+
+/// What the parent needs of the plan while the child sets itself up.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Story {
+    pub id_maps: Option<(String, String)>,
+    pub hooks: oci_spec::runtime::Hooks,
+    pub state: hooks::StateTemplate,
+    pub listener: Option<(std::path::PathBuf, String)>,
+    pub namespaces: u64,
+    /// An exec'd process starts without waiting for a word.
+    pub starts_itself: bool,
+}
+
+/// Clones the container's first process with [`Gate::Parent`].
+pub fn spawn(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>) -> Result<Init> {
+    spawn_gated(plan, cgroup, stdio, None)
+}
+
+/// The same with the listening socket that [`Gate::Listener`] needs.
+pub fn spawn_gated(
+    plan: &Plan,
+    cgroup: Option<&Cgroup>,
+    stdio: Stdio<'_>,
+    listener: Option<OwnedFd>,
+) -> Result<Init> {
+    if (plan.options.gate == Gate::Listener) != listener.is_some() {
+        return Err(Error::config("gate", "a listener goes with the gate that needs it"));
+    }
+    let streams = Streams::new(stdio)?;
+    let (sync, theirs) = channel::pair().step(Step::Channel, "")?;
+    let procfs = procfs()?;
+    let mut prepared = Prepared {
+        sync: theirs,
+        parent_sync: sync.as_raw_fd(),
+        stdio: streams.numbers,
+        root: root_tree(plan)?,
+        sources: sources(plan, cgroup)?,
+        made: plan.mounts.iter().map(|_| None).collect(),
+        nodes: nodes(plan)?,
+        joins: joins(plan)?,
+        listener,
+        program: Program {
+            arguments: plan.process.arguments.clone(),
+            environment: plan.process.environment.clone(),
+        },
+        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks) || !plan.net_devices.is_empty(),
+        container_hooks: plan.hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty()),
+        procfs,
+    };
+    let flags = plan.namespaces.new & !(libc::CLONE_NEWCGROUP as u64) & !CLONE_NEWTIME;
+    let request = CloneRequest { flags, cgroup: cgroup.map(Cgroup::as_fd) };
+    let own = OwnNamespaces::enter(plan)?;
+    let cloned = match &plan.namespaces.user {
+        UserNamespace::Joined(file) => clone_through_usher(file, request, plan, &mut prepared),
+        _ => process::clone3(request, || child::run(plan, &mut prepared)).step(Step::Clone, ""),
+    };
+    // Also after a failure: the caller's next process must not land in this container's namespaces.
+    own.restore()?;
+    let id_maps = match &plan.namespaces.user {
+        UserNamespace::New { uid_map, gid_map } => Some((uid_map.clone(), gid_map.clone())),
+        _ => None,
+    };
+    let init = Init {
+        child: cloned?,
+        sync,
+        stage: Stage::SettingUp,
+        started: false,
+        finished: false,
+        console: None,
+        seccomp: None,
+        story: Story {
+            id_maps,
+            hooks: plan.hooks.clone(),
+            state: hooks::StateTemplate::new(plan),
+            listener: plan.process.seccomp.as_ref().and_then(|filter| filter.listener.clone()),
+            namespaces: plan.namespaces.own_flags(),
+            starts_itself: false,
+        },
+    };
+    if let Some(score) = &plan.process.oom_score_adj {
+        set_oom_score(prepared.procfs.as_fd(), init.pid(), score)?;
+    }
+    Ok(init)
+}
+
+/// The host's procfs, checked to be one, so that nothing mounted over it can swallow or fake what is written.
+pub(crate) fn procfs() -> Result<OwnedFd> {
+    const ROOT_INODE: u64 = 1;
+    let procfs = path::open(c"/proc", libc::O_PATH | libc::O_DIRECTORY).step(Step::OpenProc, "/proc")?;
+    let magic = path::filesystem_magic(procfs.as_fd()).step(Step::OpenProc, "/proc")?;
+    let inode = path::stat(procfs.as_fd()).step(Step::OpenProc, "/proc")?.st_ino;
+    if magic != path::PROC_SUPER_MAGIC || inode != ROOT_INODE {
+        return Err(Error::Step { step: Step::OpenProc, subject: "/proc (it is not procfs)".into(), errno: Errno::ENODEV });
+    }
+    Ok(procfs)
+}
+
+pub(crate) fn set_oom_score(procfs: BorrowedFd<'_>, pid: i32, score: &CStr) -> Result<()> {
+    let name = std::ffi::CString::new(format!("{pid}/oom_score_adj")).expect("digits only");
+    path::openat2(procfs, &name, libc::O_WRONLY, 0, path::RESOLVE_BENEATH | path::RESOLVE_NO_XDEV)
+        .and_then(|file| path::write(file.as_fd(), score.to_bytes()))
+        .step(Step::OomScore, score.to_string_lossy())?;
+    Ok(())
+}
+
+fn root_tree(plan: &Plan) -> Result<OwnedFd> {
+    let name = plan.root.to_string_lossy();
+    let tree = mount::clone_tree(None, &plan.root, true).step(Step::OpenRoot, &name)?;
+    let kind = path::stat(tree.as_fd()).step(Step::OpenRoot, &name)?.st_mode & libc::S_IFMT;
+    if kind != libc::S_IFDIR {
+        return Err(Error::Step { step: Step::OpenRoot, subject: name.into_owned(), errno: Errno::ENOTDIR });
+    }
+    let propagation = if plan.root_propagation.0 == libc::MS_PRIVATE { libc::MS_PRIVATE } else { libc::MS_SLAVE };
+    let quiet = Attributes { propagation, ..Attributes::default() };
+    mount::set_attributes(tree.as_fd(), &quiet, true).step(Step::RootPropagation, &name)?;
+    Ok(tree)
+}
+
+/// Copies of the bind sources with all attributes set, so that the child has only to attach them: it may lack the right
+/// to reach or change them.
+fn sources(plan: &Plan, cgroup: Option<&Cgroup>) -> Result<Vec<Option<(OwnedFd, bool)>>> {
+    let mut trees = Vec::with_capacity(plan.mounts.len());
+    for step in &plan.mounts {
+        let (tree, name) = match &step.source {
+            Source::Bind { path, recursive } => {
+                let name = path.to_string_lossy().into_owned();
+                (mount::clone_tree(None, path, *recursive).step(Step::OpenSource, &name)?, name)
+            }
+            // Without a cgroup namespace the file system would show the host's whole tree; the container sees its own.
+            Source::New { filesystem, .. }
+                if filesystem.as_c_str() == c"cgroup2" && !plan.namespaces.has_own(libc::CLONE_NEWCGROUP) =>
+            {
+                let Some(cgroup) = cgroup else {
+                    trees.push(None);
+                    continue;
+                };
+                let name = cgroup.folder().display().to_string();
+                (mount::clone_tree(Some(cgroup.as_fd()), c"", false).step(Step::OpenSource, &name)?, name)
+            }
+            Source::New { .. } => {
+                trees.push(None);
+                continue;
+            }
+        };
+        for (attributes, recursive) in [(&step.attributes, false), (&step.recursive_attributes, true)] {
+            if !attributes.is_empty() {
+                mount::set_attributes(tree.as_fd(), attributes, recursive).step(Step::MountAttributes, &name)?;
+            }
+        }
+        for (flag, recursive) in &step.propagation {
+            let change = Attributes { propagation: *flag, ..Attributes::default() };
+            mount::set_attributes(tree.as_fd(), &change, *recursive).step(Step::MountAttributes, &name)?;
+        }
+        if let Some(map) = &step.id_map {
+            map_ids(tree.as_fd(), map, &name)?;
+        }
+        let kind = path::stat(tree.as_fd()).step(Step::OpenSource, &name)?.st_mode & libc::S_IFMT;
+        trees.push(Some((tree, kind == libc::S_IFDIR)));
+    }
+    Ok(trees)
+}
+
+/// Gives a detached mount the id map of a user namespace made for that alone.
+fn map_ids(tree: BorrowedFd<'_>, map: &IdMap, name: &str) -> Result<()> {
+    let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
+    let request = CloneRequest { flags: libc::CLONE_NEWUSER as u64, cgroup: None };
+    let holder = process::clone3(request, || {
+        process::close(ours.as_raw_fd());
+        // Lives until the parent lets go of the channel.
+        let _ = channel::receive(theirs.as_fd(), &mut [0], true);
+        0
+    })
+    .step(Step::IdMapMount, name)?;
+    drop(theirs);
+    let mapped = write_id_maps(holder.pid, &map.uid_map, &map.gid_map).and_then(|()| {
+        let file = format!("/proc/{}/ns/user", holder.pid);
+        let userns = std::fs::File::open(&file).map_err(|source| Error::Read { path: file.into(), source })?;
+        let attributes = Attributes {
+            set: MOUNT_ATTR_IDMAP,
+            userns_fd: userns.as_raw_fd() as u64,
+            ..Attributes::default()
+        };
+        mount::set_attributes(tree, &attributes, map.recursive).step(Step::IdMapMount, name)
+    });
+    drop(ours);
+    process::wait(holder.pidfd.as_fd(), true).step(Step::IdMapMount, name)?;
+    mapped
+}
+
+fn write_id_maps(pid: i32, uid_map: &str, gid_map: &str) -> Result<()> {
+    for (file, map) in [("gid_map", gid_map), ("uid_map", uid_map)] {
+        let path = std::path::PathBuf::from(format!("/proc/{pid}/{file}"));
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|mut file| std::io::Write::write_all(&mut file, map.as_bytes()))
+            .map_err(|source| Error::Write { path, source })?;
+    }
+    Ok(())
+}
+
+/// In a user namespace devices cannot be made, but the host's can be bound.
+fn nodes(plan: &Plan) -> Result<Vec<Option<OwnedFd>>> {
+    plan.devices
+        .iter()
+        .map(|step| {
+            if !plan.namespaces.has_user() {
+                return Ok(None);
+            }
+            let name = step.path.to_string_lossy();
+            mount::clone_tree(None, &step.path, false).step(Step::OpenSource, name).map(Some)
+        })
+        .collect()
+}
+
+fn joins(plan: &Plan) -> Result<Vec<(OwnedFd, i32)>> {
+    let mut files = Vec::new();
+    for join in plan.namespaces.joined.iter().filter(|join| join.flag != libc::CLONE_NEWPID) {
+        files.push((open_namespace(&join.path)?, join.flag));
+    }
+    if let Some(path) = &plan.namespaces.joined_time {
+        files.insert(0, (open_namespace(path)?, CLONE_NEWTIME as i32));
+    }
+    Ok(files)
+}
+
+fn open_namespace(path: &CStr) -> Result<OwnedFd> {
+    path::open(path, libc::O_RDONLY).step(Step::OpenNamespace, path.to_string_lossy())
+}
+
+/// Namespaces that a process can only get by being cloned by somebody who has set them for its children.
+pub(crate) struct OwnNamespaces {
+    saved: Vec<(OwnedFd, i32)>,
+}
+
+impl OwnNamespaces {
+    fn enter(plan: &Plan) -> Result<Self> {
+        let mut own = Self { saved: Vec::new() };
+        if let Some(join) = plan.namespaces.joined.iter().find(|join| join.flag == libc::CLONE_NEWPID) {
+            own.save(c"/proc/self/ns/pid", libc::CLONE_NEWPID)?;
+            let name = join.path.to_string_lossy();
+            namespace::setns(open_namespace(&join.path)?.as_fd(), libc::CLONE_NEWPID).step(Step::JoinNamespace, name)?;
+        }
+        if plan.namespaces.new & CLONE_NEWTIME != 0 {
+            own.save(c"/proc/self/ns/time", CLONE_NEWTIME as i32)?;
+            namespace::unshare(CLONE_NEWTIME as i32).step(Step::Unshare, "time")?;
+            if let Some(offsets) = &plan.namespaces.time_offsets {
+                let path = std::path::PathBuf::from("/proc/self/timens_offsets");
+                if let Err(source) = std::fs::write(&path, offsets) {
+                    own.restore()?;
+                    return Err(Error::Write { path, source });
+                }
+            }
+        }
+        Ok(own)
+    }
+
+    /// For children in the PID namespace of the process behind a pidfd.
+    pub(crate) fn enter_pid_of(pidfd: BorrowedFd<'_>) -> Result<Self> {
+        let mut own = Self { saved: Vec::new() };
+        own.save(c"/proc/self/ns/pid", libc::CLONE_NEWPID)?;
+        namespace::setns(pidfd, libc::CLONE_NEWPID).step(Step::JoinNamespace, "pid")?;
+        Ok(own)
+    }
+
+    pub(crate) fn none() -> Self {
+        Self { saved: Vec::new() }
+    }
+
+    fn save(&mut self, file: &CStr, flag: i32) -> Result<()> {
+        self.saved.push((open_namespace(file)?, flag));
+        Ok(())
+    }
+
+    pub(crate) fn restore(self) -> Result<()> {
+        for (file, flag) in &self.saved {
+            namespace::setns(file.as_fd(), *flag).step(Step::JoinNamespace, "of the runtime itself")?;
+        }
+        Ok(())
+    }
+}
+
+/// A user namespace must be joined before the other namespaces are made, for it shall own them; an usher joins it and
+/// clones the container's first process as its own sibling, which makes it a child of the caller.
+fn clone_through_usher(
+    file: &CStr,
+    request: CloneRequest<'_>,
+    plan: &Plan,
+    prepared: &mut Prepared,
+) -> Result<Child> {
+    let user = open_namespace(file)?;
+    let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
+    let usher = process::clone3(CloneRequest::default(), || {
+        let made = namespace::setns(user.as_fd(), libc::CLONE_NEWUSER)
+            .map_err(|errno| Failure::new(Step::JoinUserNamespace, file, errno))
+            .and_then(|()| {
+                process::clone3_sibling(request, || child::run(plan, prepared))
+                    .map_err(|errno| Failure::new(Step::Clone, c"", errno))
+            });
+        let message = match made {
+            Ok(pid) => Message::pid(pid),
+            Err(failure) => Message::failed(&failure),
+        };
+        i32::from(channel::send(theirs.as_fd(), &message.encode(), None).is_err())
+    })
+    .step(Step::Clone, "")?;
+    let exit = process::wait(usher.pidfd.as_fd(), true).step(Step::Clone, "")?;
+    let message = receive(&ours)?.ok_or_else(|| Error::Died(format!("{exit:?}")))?;
+    match message.note {
+        Note::Pid => {
+            let pidfd = process::pidfd_open(message.number).step(Step::Clone, "")?;
+            Ok(Child { pid: message.number, pidfd })
+        }
+        _ => Err(failed(&message)),
+    }
+}
+
+fn receive(channel: &OwnedFd) -> Result<Option<Message>> {
+    let mut bytes = [0; MESSAGE_BYTES];
+    let (length, _) = channel::receive(channel.as_fd(), &mut bytes, false).step(Step::Synchronize, "")?;
+    Ok(Message::decode(&bytes[..length]))
+}
+
+fn failed(message: &Message) -> Error {
+    match Step::from_number(message.step) {
+        Some(step) => Error::Setup { step, subject: message.text(), errno: Errno::from_raw(message.number) },
+        None => Error::Died(format!("unknown step {}", message.step)),
+    }
+}
+
+/// Descriptors for the standard streams that do not overwrite each other when they are placed one after the other.
+pub(crate) struct Streams {
+    pub numbers: [RawFd; 3],
+    _copies: Vec<OwnedFd>,
+}
+
+impl Streams {
+    pub(crate) fn new(stdio: Stdio<'_>) -> Result<Self> {
+        let mut copies = Vec::new();
+        let mut numbers = [0; 3];
+        for (target, fd) in [stdio.stdin, stdio.stdout, stdio.stderr].into_iter().enumerate() {
+            numbers[target] = fd.as_raw_fd();
+            if numbers[target] <= 2 && numbers[target] != target as RawFd {
+                let copy = fd.try_clone_to_owned().map_err(|source| Error::Read { path: "a standard stream".into(), source })?;
+                numbers[target] = copy.as_raw_fd();
+                copies.push(copy);
+            }
+        }
+        Ok(Self { numbers, _copies: copies })
+    }
+}
+
+impl Init {
+    pub(crate) fn new(child: Child, sync: OwnedFd, story: Story) -> Self {
+        Self {
+            child,
+            sync,
+            stage: Stage::SettingUp,
+            started: story.starts_itself,
+            finished: false,
+            story,
+            console: None,
+            seccomp: None,
+        }
+    }
+
+    /// Its id in the caller's PID namespace.
+    pub fn pid(&self) -> i32 {
+        self.child.pid
+    }
+
+    /// Readable when it has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.child.pidfd.as_fd()
+    }
+
+    /// Readable when [`Init::advance`] has something to do. A seqpacket socket, fit for poll, epoll and io_uring.
+    pub fn sync_fd(&self) -> BorrowedFd<'_> {
+        self.sync.as_fd()
+    }
+
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// The master side of the program's terminal, once it is set up.
+    pub fn take_console(&mut self) -> Option<OwnedFd> {
+        self.console.take()
+    }
+
+    /// Takes what the process has told, without waiting, and answers it. Blocks only for the hooks of the specification.
+    pub fn advance(&mut self) -> Result<Stage> {
+        while self.stage != Stage::Running && self.step(false)? {
+            if self.stage == Stage::Created && !self.started {
+                break;
+            }
+        }
+        Ok(self.stage)
+    }
+
+    /// Waits until all is set up. The terminal, if there is one, is there then.
+    pub fn wait_created(&mut self) -> Result<()> {
+        while self.stage == Stage::SettingUp {
+            self.step(true)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the word to start, without waiting for the outcome.
+    pub fn send_start(&mut self) -> Result<()> {
+        hooks::run_start_container(&self.story, self.child.pid, self.child.pidfd.as_fd())?;
+        self.started = true;
+        channel::send(self.sync.as_fd(), &[Word::Start as u8], None).step(Step::Synchronize, "")
+    }
+
+    /// Starts the program and waits until it is executed.
+    pub fn start(&mut self) -> Result<()> {
+        self.send_start()?;
+        self.wait_running()
+    }
+
+    /// Waits until the program is executed.
+    pub fn wait_running(&mut self) -> Result<()> {
+        while self.stage != Stage::Running {
+            self.step(true)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for its end and reaps it.
+    pub fn wait(&mut self) -> Result<Exit> {
+        let exit = process::wait(self.pidfd(), true).step(Step::Synchronize, "")?;
+        self.finished = true;
+        exit.ok_or_else(|| Error::Died("without a status".into()))
+    }
+
+    /// Reaps it if it has ended.
+    pub fn try_wait(&mut self) -> Result<Option<Exit>> {
+        let exit = process::wait(self.pidfd(), false).step(Step::Synchronize, "")?;
+        self.finished |= exit.is_some();
+        Ok(exit)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) -> coracle_sys::Result<()> {
+        process::pidfd_send_signal(self.pidfd(), signal)
+    }
+
+    /// Lets it live on without this handle.
+    pub fn release(mut self) {
+        self.finished = true;
+    }
+
+    /// Handles one message; false when none was there.
+    fn step(&mut self, block: bool) -> Result<bool> {
+        let mut bytes = [0; MESSAGE_BYTES];
+        let (length, fd) = match channel::receive(self.sync.as_fd(), &mut bytes, block) {
+            Err(Errno::EAGAIN) if !block => return Ok(false),
+            // The other end is closed with messages of ours unread: the same as its end.
+            Err(Errno::ECONNRESET) => (0, None),
+            other => other.step(Step::Synchronize, "")?,
+        };
+        if length == 0 {
+            return self.closed();
+        }
+        let message = Message::decode(&bytes[..length]).ok_or_else(|| Error::Died("it sent an unknown message".into()))?;
+        match message.note {
+            Note::NeedsIdMaps => {
+                let (uid_map, gid_map) = self.story.id_maps.clone().unwrap_or_default();
+                write_id_maps(self.child.pid, &uid_map, &gid_map)?;
+                self.go()?;
+            }
+            Note::NamespacesMade => {
+                hooks::run_runtime(&self.story, self.child.pid)?;
+                self.go()?;
+            }
+            Note::MountsMade => {
+                hooks::run_create_container(&self.story, self.child.pid, self.child.pidfd.as_fd())?;
+                self.go()?;
+            }
+            Note::Created => self.stage = Stage::Created,
+            Note::Terminal => self.console = fd,
+            Note::SeccompListener => {
+                if let (Some(fd), Some((path, metadata))) = (&fd, &self.story.listener) {
+                    hooks::hand_over_listener(&self.story, self.child.pid, path, metadata, fd.as_fd())?;
+                }
+                self.seccomp = fd;
+            }
+            Note::Failed => {
+                let error = failed(&message);
+                self.wait()?;
+                return Err(error);
+            }
+            // Only an usher says this, and its words were taken before.
+            Note::Pid => return Err(Error::Died("it spoke like an usher".into())),
+        }
+        Ok(true)
+    }
+
+    fn go(&self) -> Result<()> {
+        channel::send(self.sync.as_fd(), &[Word::Go as u8], None).step(Step::Synchronize, "")
+    }
+
+    /// The channel's end: the program was executed, or the process is no more.
+    fn closed(&mut self) -> Result<bool> {
+        let exit = if self.started { None } else { Some(self.wait()?) };
+        match exit {
+            None => {
+                self.stage = Stage::Running;
+                Ok(true)
+            }
+            Some(exit) => Err(Error::Died(match exit {
+                Exit::Code(code) => format!("exit status {code}"),
+                Exit::Signal(signal) => format!("signal {signal}"),
+            })),
+        }
+    }
+}
+
+impl Drop for Init {
+    fn drop(&mut self) {
+        if !self.finished && self.stage != Stage::Running {
+            // Nothing else can be done about a failure here, and a process that is gone already is no failure.
+            let _ = process::pidfd_send_signal(self.pidfd(), libc::SIGKILL);
+            let _ = process::wait(self.pidfd(), true);
+        }
+    }
+}

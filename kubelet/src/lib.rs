@@ -10,8 +10,11 @@ pub mod cri;
 pub mod names;
 
 pub mod images;
+pub mod logs;
 pub mod network;
 pub mod pods;
+pub mod server;
+pub mod streaming;
 pub mod supervisor;
 pub mod volumes;
 

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use coracle_netns::model::{
-    Change, Endpoint, EndpointPort, EndpointSlice, NamedPort, NetworkPolicy, Node, ObjectKey, Operator, Peer,
-    Pod, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Selector, Service, ServicePort, TrafficPolicy,
+    Change, Endpoint, EndpointPort, EndpointSlice, NamedPort, NetworkPolicy, Node, ObjectKey, Operator, Peer, Pod,
+    PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Selector, Service, ServicePort, TrafficPolicy,
 };
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
@@ -50,7 +50,8 @@ fn service_spec(spec: &core::ServiceSpec, object: &core::Service) -> Service {
     let affinity = spec.session_affinity.as_deref() == Some("ClientIP");
     let timeout = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
     let ingress = object.status.as_ref().and_then(|status| status.load_balancer.as_ref()?.ingress.as_ref());
-    let virtual_ips = ingress.into_iter().flatten().filter(|ingress| ingress.ip_mode.as_deref().unwrap_or("VIP") == "VIP");
+    let virtual_ips =
+        ingress.into_iter().flatten().filter(|ingress| ingress.ip_mode.as_deref().unwrap_or("VIP") == "VIP");
     Service {
         cluster_ips: addresses(spec.cluster_ips.iter().flatten()),
         headless: spec.cluster_ip.as_deref() == Some("None"),
@@ -123,7 +124,8 @@ fn pod_spec(pod: &core::Pod) -> Pod {
     let spec = pod.spec.as_ref();
     let status = pod.status.as_ref();
     let ips = status.and_then(|status| status.pod_ips.as_ref());
-    let containers = spec.into_iter().flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()));
+    let containers =
+        spec.into_iter().flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()));
     Pod {
         uid: pod.uid().unwrap_or_default().into(),
         ips: addresses(ips.into_iter().flatten().map(|ip| &ip.ip)),
@@ -180,7 +182,10 @@ fn policy_spec(spec: &networking::NetworkPolicySpec) -> NetworkPolicy {
     }
 }
 
-fn rule_of(peers: Option<&[networking::NetworkPolicyPeer]>, ports: Option<&[networking::NetworkPolicyPort]>) -> PolicyRule {
+fn rule_of(
+    peers: Option<&[networking::NetworkPolicyPeer]>,
+    ports: Option<&[networking::NetworkPolicyPort]>,
+) -> PolicyRule {
     PolicyRule {
         peers: peers.unwrap_or_default().iter().filter_map(peer).collect(),
         ports: ports.unwrap_or_default().iter().filter_map(policy_port).collect(),
@@ -241,13 +246,18 @@ mod tests {
             },
         }))
         .expect("a Service");
-        let Change::Service(_, Some(service)) = service(&ObjectKey::new("n", "web"), Some(&object)) else { panic!("no service") };
+        let Change::Service(_, Some(service)) = service(&ObjectKey::new("n", "web"), Some(&object)) else {
+            panic!("no service")
+        };
         assert_eq!(service.cluster_ips, ["10.43.0.5".parse::<IpAddr>().expect("an address")]);
         assert_eq!(service.ports[0].node_port, Some(30080));
         assert_eq!((service.affinity_seconds, service.external_policy), (Some(10_800), TrafficPolicy::Local));
         let headless: core::Service =
-            serde_json::from_value(json!({"metadata": {}, "spec": {"clusterIP": "None", "clusterIPs": ["None"]}})).expect("a Service");
-        let Change::Service(_, Some(headless)) = super::service(&ObjectKey::new("n", "web"), Some(&headless)) else { panic!("no service") };
+            serde_json::from_value(json!({"metadata": {}, "spec": {"clusterIP": "None", "clusterIPs": ["None"]}}))
+                .expect("a Service");
+        let Change::Service(_, Some(headless)) = super::service(&ObjectKey::new("n", "web"), Some(&headless)) else {
+            panic!("no service")
+        };
         assert!(headless.headless && headless.cluster_ips.is_empty());
     }
 
@@ -261,7 +271,9 @@ mod tests {
             },
         }))
         .expect("a policy");
-        let Change::Policy(_, Some(policy)) = policy(&ObjectKey::new("n", "p"), Some(&object)) else { panic!("no policy") };
+        let Change::Policy(_, Some(policy)) = policy(&ObjectKey::new("n", "p"), Some(&object)) else {
+            panic!("no policy")
+        };
         assert_eq!(policy.egress, None);
         let rule = &policy.ingress.expect("ingress rules")[0];
         assert_eq!(rule.ports[0].port, PortMatch::Range(80, 90));

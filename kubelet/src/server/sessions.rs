@@ -1,0 +1,281 @@
+//! `/exec`, `/attach`, `/run`, `/portForward`.
+
+use std::sync::Arc;
+
+use axum::extract::{Path, RawQuery, State};
+use axum::response::{IntoResponse, Response};
+
+use super::containers::{Refused, ended, running};
+use super::router::Node;
+use crate::cri::{ExecRequest, ExecSession, NamespaceMode};
+use crate::streaming::{Exit, Job, Kind, Request, forward_spdy, forward_websocket, serve};
+
+/// Words of one command.
+const MAX_COMMAND_WORDS: usize = 4096;
+
+/// A query, decoded, in order.
+fn pairs(query: Option<&str>) -> Vec<(String, String)> {
+    let decode = |text: &str| {
+        let plain = text.replace('+', " ");
+        let mut bytes = Vec::with_capacity(plain.len());
+        let mut rest = plain.as_bytes();
+        while let Some((first, tail)) = rest.split_first() {
+            let escaped = (*first == b'%').then(|| tail.get(..2)).flatten();
+            match escaped.and_then(|digits| hex::decode(digits).ok()) {
+                Some(byte) => {
+                    bytes.extend(byte);
+                    rest = &tail[2..];
+                }
+                None => {
+                    bytes.push(*first);
+                    rest = tail;
+                }
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    query
+        .unwrap_or_default()
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(key, value)| (decode(key), decode(value)))
+        .collect()
+}
+
+/// The API server says `input`, `output`, `error`; people say `stdin`, `stdout`, `stderr`.
+fn wanted(pairs: &[(String, String)]) -> Result<Request, Refused> {
+    let yes = |names: [&str; 2]| {
+        pairs.iter().any(|(key, value)| names.contains(&key.as_str()) && matches!(value.as_str(), "1" | "true"))
+    };
+    let mut request = Request {
+        stdin: yes(["input", "stdin"]),
+        stdout: yes(["output", "stdout"]),
+        stderr: yes(["error", "stderr"]),
+        tty: yes(["tty", "tty"]),
+    };
+    // A terminal has one output.
+    if request.tty {
+        request.stderr = false;
+    }
+    if !request.stdin && !request.stdout && !request.stderr {
+        return Err(Refused::bad("you must specify at least 1 of stdin, stdout, stderr"));
+    }
+    Ok(request)
+}
+
+type Names = (String, String, String);
+type NamesWithUid = (String, String, String, String);
+
+/// `/exec/{namespace}/{pod}/{container}`
+pub(super) async fn exec(
+    State(node): State<Arc<Node>>,
+    Path((namespace, pod, container)): Path<Names>,
+    RawQuery(query): RawQuery,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    exec_in(&node, &namespace, &pod, None, &container, query, request).await
+}
+
+/// `/exec/{namespace}/{pod}/{uid}/{container}`
+pub(super) async fn exec_uid(
+    State(node): State<Arc<Node>>,
+    Path((namespace, pod, uid, container)): Path<NamesWithUid>,
+    RawQuery(query): RawQuery,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    exec_in(&node, &namespace, &pod, Some(&uid), &container, query, request).await
+}
+
+async fn exec_in(
+    node: &Node,
+    namespace: &str,
+    pod: &str,
+    uid: Option<&str>,
+    container: &str,
+    query: Option<String>,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    let pairs = pairs(query.as_deref());
+    let wanted = wanted(&pairs)?;
+    let command: Vec<String> = pairs.into_iter().filter(|(key, _)| key == "command").map(|(_, value)| value).collect();
+    if command.is_empty() || command.len() > MAX_COMMAND_WORDS {
+        return Err(Refused::bad("you must specify a command"));
+    }
+    let status = running(node, namespace, pod, uid, container).await?;
+    let runtime = node.state.runtime();
+    let start = async move {
+        let program =
+            ExecRequest { command, tty: wanted.tty, stdin: wanted.stdin, stdout: wanted.stdout, stderr: wanted.stderr };
+        let session = runtime
+            .exec(&status.id, program)
+            .await
+            .map_err(|error| format!("error executing command in container: {error}"))?;
+        let ExecSession { streams, exit, pid } = session;
+        Ok(Job { streams, exit: Exit::Code(exit), pid: Some(pid) })
+    };
+    Ok(serve(request, wanted, start).await)
+}
+
+/// `/attach/{namespace}/{pod}/{container}`
+pub(super) async fn attach(
+    State(node): State<Arc<Node>>,
+    Path((namespace, pod, container)): Path<Names>,
+    RawQuery(query): RawQuery,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    attach_to(&node, &namespace, &pod, None, &container, query, request).await
+}
+
+/// `/attach/{namespace}/{pod}/{uid}/{container}`
+pub(super) async fn attach_uid(
+    State(node): State<Arc<Node>>,
+    Path((namespace, pod, uid, container)): Path<NamesWithUid>,
+    RawQuery(query): RawQuery,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    attach_to(&node, &namespace, &pod, Some(&uid), &container, query, request).await
+}
+
+async fn attach_to(
+    node: &Node,
+    namespace: &str,
+    pod: &str,
+    uid: Option<&str>,
+    container: &str,
+    query: Option<String>,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    let mut wanted = wanted(&pairs(query.as_deref()))?;
+    let status = running(node, namespace, pod, uid, container).await?;
+    // Whether there is a terminal the container says, not the client.
+    wanted.tty = status.config.stdio.tty;
+    wanted.stderr &= !wanted.tty;
+    wanted.stdin &= status.config.stdio.stdin;
+    let runtime = node.state.runtime();
+    let start = async move {
+        let mut streams = runtime
+            .attach(&status.id, wanted.stdin)
+            .await
+            .map_err(|error| format!("error attaching to container: {error}"))?;
+        if !wanted.stdout {
+            streams.stdout = None;
+        }
+        if !wanted.stderr {
+            streams.stderr = None;
+        }
+        let (sender, told) = tokio::sync::oneshot::channel();
+        tokio::spawn(async move {
+            tokio::pin! { let end = ended(runtime, status.id); }
+            let mut sender = sender;
+            tokio::select! {
+                () = &mut end => {
+                    // The session may be gone already.
+                    let _told = sender.send(());
+                }
+                () = sender.closed() => {}
+            }
+        });
+        Ok(Job { streams, exit: Exit::Told(told), pid: None })
+    };
+    Ok(serve(request, wanted, start).await)
+}
+
+/// `/run/{namespace}/{pod}/{container}`: a command's output as the answer.
+pub(super) async fn run(
+    State(node): State<Arc<Node>>,
+    Path((namespace, pod, container)): Path<Names>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Refused> {
+    let pairs = pairs(query.as_deref());
+    let command = pairs.iter().find(|(key, _)| key == "cmd").map(|(_, value)| value.clone()).unwrap_or_default();
+    let command: Vec<String> = command.split(' ').filter(|word| !word.is_empty()).map(str::to_owned).collect();
+    if command.is_empty() {
+        return Err(Refused::bad("you must specify a command as cmd"));
+    }
+    let status = running(&node, &namespace, &pod, None, &container).await?;
+    let output = node.state.runtime().exec_sync(&status.id, &command, None).await.map_err(Refused::internal)?;
+    let mut text = output.stdout;
+    text.extend(output.stderr);
+    if output.exit_code != 0 {
+        let message = format!("command exited with {}: {}", output.exit_code, String::from_utf8_lossy(&text));
+        return Err(Refused::internal(message));
+    }
+    Ok(text.into_response())
+}
+
+/// `/portForward/{namespace}/{pod}`
+pub(super) async fn port_forward(
+    State(node): State<Arc<Node>>,
+    Path((namespace, pod)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    forward(&node, &namespace, &pod, None, query, request).await
+}
+
+/// `/portForward/{namespace}/{pod}/{uid}`
+pub(super) async fn port_forward_uid(
+    State(node): State<Arc<Node>>,
+    Path((namespace, pod, uid)): Path<Names>,
+    RawQuery(query): RawQuery,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    forward(&node, &namespace, &pod, Some(uid), query, request).await
+}
+
+async fn forward(
+    node: &Node,
+    namespace: &str,
+    pod: &str,
+    uid: Option<String>,
+    query: Option<String>,
+    request: axum::extract::Request,
+) -> Result<Response, Refused> {
+    let sandboxes = node.state.runtime().list_pod_sandboxes().await.map_err(Refused::internal)?;
+    let sandbox = sandboxes
+        .into_iter()
+        .filter(|sandbox| {
+            let key = sandbox.config.pod.as_ref();
+            key.is_some_and(|key| {
+                key.namespace == namespace && key.name == pod && uid.as_ref().is_none_or(|uid| key.uid == *uid)
+            })
+        })
+        .filter(|sandbox| sandbox.ready)
+        .max_by_key(|sandbox| sandbox.created_at);
+    let Some(sandbox) = sandbox else { return Err(Refused::not_found(format!("pod {pod:?} is not running"))) };
+    let target = match (sandbox.config.network, sandbox.network_namespace) {
+        (NamespaceMode::Node, _) => None,
+        (_, Some(path)) => Some(path),
+        (_, None) => return Err(Refused::internal(format!("pod {pod:?} has no network"))),
+    };
+    match Kind::of(request.headers()) {
+        Some(Kind::Spdy) => Ok(forward_spdy(request, target)),
+        Some(Kind::WebSocket) => {
+            let ports: Option<Vec<u16>> = pairs(query.as_deref())
+                .iter()
+                .filter(|(key, _)| matches!(key.as_str(), "port" | "ports"))
+                .flat_map(|(_, value)| value.split(','))
+                .map(|port| port.parse().ok().filter(|port| *port > 0))
+                .collect();
+            let Some(ports) = ports else { return Err(Refused::bad("a port is a number from 1 to 65535")) };
+            Ok(forward_websocket(request, target, ports).await)
+        }
+        None => Err(Refused::bad("you must specify an Upgrade header: WebSocket or SPDY/3.1")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_decoded_in_order() {
+        let pairs = pairs(Some("command=sh&command=-c&command=echo%20a%2Bb+c&output=1&tty"));
+        let words: Vec<&str> =
+            pairs.iter().filter(|(key, _)| key == "command").map(|(_, value)| value.as_str()).collect();
+        assert_eq!(words, ["sh", "-c", "echo a+b c"]);
+        assert_eq!(wanted(&pairs).map_err(|refused| refused.1), Ok(Request { stdout: true, ..Request::default() }));
+        assert!(wanted(&[]).is_err());
+    }
+}

@@ -4,6 +4,7 @@
 
 mod cluster;
 mod common;
+mod garbage;
 mod machine;
 mod network;
 mod workloads;
@@ -20,11 +21,13 @@ pub async fn run(api: Arc<ApiServer>) {
     let mut running = JoinSet::new();
     running.spawn(machine::run(cluster::accounts::Accounts::new(&api)));
     running.spawn(machine::run(cluster::root_ca::RootCa::new(&api)));
+    running.spawn(machine::run(cluster::namespaces::Namespaces::new(&api)));
     running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
     running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api)));
     running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
     running.spawn(machine::run(workloads::replica_set::ReplicaSets::new(&api)));
     running.spawn(machine::run(workloads::deployment::Deployments::new(&api)));
+    running.spawn(garbage::run(api));
     while let Some(ended) = running.join_next().await {
         if let Err(error) = ended {
             tracing::error!(%error, "a controller ended");

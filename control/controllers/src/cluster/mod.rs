@@ -1,6 +1,7 @@
 //! Controllers that keep the cluster itself in order: nodes, namespaces, accounts, garbage.
 
 pub(crate) mod accounts;
+pub(crate) mod namespaces;
 pub(crate) mod node_ipam;
 pub(crate) mod node_lifecycle;
 pub(crate) mod root_ca;

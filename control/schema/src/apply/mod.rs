@@ -56,7 +56,7 @@ pub struct Request<'a> {
     pub now: &'a str,
     /// Paths that this endpoint does not change (`[["status"]]` of a main resource with a status subresource).
     pub reset: &'a [&'a [&'a str]],
-    /// For kinds with several versions; without it owners in other versions are forgotten.
+    /// For kinds with several versions; without it what others own in other versions is judged as if it were in this one.
     pub convert: Option<Convert<'a>>,
 }
 
@@ -146,6 +146,21 @@ pub fn apply(live: &Value, config: &Value, force: bool, request: &Request<'_>) -
     Ok(Applied { value, changed })
 }
 
+/// Lays an apply configuration of a mutating admission policy over `object`, without ownership: maps and keyed lists merge.
+/// Atomic lists, maps and structs may not be part of it.
+pub fn overlay(object: &Value, config: &Value, schema: &Schema) -> Result<Value, ApplyError> {
+    let at = At::new(schema);
+    typed::check(config, at, &mut String::new()).map_err(ApplyError::Typed)?;
+    let mut found = Vec::new();
+    typed::atomics(config, at, &mut String::new(), &mut found);
+    if !found.is_empty() {
+        let text =
+            format!("invalid ApplyConfiguration: may not mutate atomic arrays, maps or structs: {}", found.join(", "));
+        return Err(ApplyError::BadRequest(text));
+    }
+    Ok(typed::merge(object, config, at))
+}
+
 type Outcome = (Value, Vec<Entry>, bool);
 
 fn try_apply(
@@ -191,21 +206,21 @@ fn prune(merged: &Value, owners: &[Entry], last: &Entry, request: &Request<'_>) 
     // Only what this manager owned may go.
     let gone = named(&merged_set).minus(&named(&typed::to_set(&pruned, at))).intersection(&named(&last.set));
     let pruned = typed::remove(&merged, &gone, at).unwrap_or_else(empty);
-    if schema.is_none() {
-        return pruned;
-    }
-    at_version(&pruned, request.api_version, request).map_or_else(|| pruned.clone(), |(value, _)| value.into_owned())
+    let back =
+        schema.is_some().then(|| request.convert.and_then(|convert| convert(&pruned, request.api_version))).flatten();
+    back.map_or(pruned, |(value, _)| value)
 }
 
 type Versioned<'a> = (std::borrow::Cow<'a, Value>, Option<Arc<Schema>>);
 
 /// The object in a version, with the schema if it is not the request's own.
 fn at_version<'a>(value: &'a Value, version: &str, request: &Request<'_>) -> Option<Versioned<'a>> {
-    if version == request.api_version && value.get("apiVersion").is_none_or(|own| own == version) {
-        return Some((std::borrow::Cow::Borrowed(value), None));
+    match request.convert {
+        Some(convert) if version != request.api_version => {
+            convert(value, version).map(|(value, schema)| (std::borrow::Cow::Owned(value), Some(schema)))
+        }
+        _ => Some((std::borrow::Cow::Borrowed(value), None)),
     }
-    let (value, schema) = request.convert.and_then(|convert| convert(value, version))?;
-    Some((std::borrow::Cow::Owned(value), Some(schema)))
 }
 
 /// Takes changed fields away from everybody but `own`; without `force` that is a conflict. Forgets removed fields.
@@ -236,7 +251,7 @@ fn transfer(
             continue;
         }
         let other_version;
-        let found = if owner.api_version == request.api_version {
+        let found = if owner.api_version == request.api_version || request.convert.is_none() {
             &found
         } else {
             // An owner in a version that is gone is forgotten.

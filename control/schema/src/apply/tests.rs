@@ -219,3 +219,37 @@ fn applying_to_an_untracked_object_starts_with_what_was() {
         "Apply failed with 1 conflict: conflict with \"before-first-apply\" using v1: .data.a"
     );
 }
+
+#[test]
+fn owners_in_other_versions_are_converted_or_kept() {
+    let v2 = "io.k8s.api.autoscaling.v2.HorizontalPodAutoscaler";
+    let mut bench = Bench::new(v2, "autoscaling/v2");
+    let config = |min: i32| json!({"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "h"}, "spec": {"minReplicas": min}});
+    bench.apply("m1", config(1), false).expect("applies");
+    bench.live["metadata"]["managedFields"][0]["apiVersion"] = "autoscaling/v1".into();
+    let gone = |_: &Value, _: &str| None;
+    let mut request = bench.request("m2", "2026-01-01T00:00:00Z");
+    assert!(apply(&bench.live, &config(2), false, &request).is_err(), "an owner in another version still owns");
+    request.convert = Some(&gone);
+    let applied =
+        apply(&bench.live, &config(2), false, &request).expect("an owner in a version that is gone is forgotten");
+    assert_eq!(applied.value["metadata"]["managedFields"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn mutating_policies_overlay_without_owners() {
+    let schema = Schema::builtin(DEPLOYMENT).expect("built in");
+    let object = deployment(json!([{"name": "a", "image": "1"}]));
+    let config = json!({"spec": {"replicas": 2, "template": {"spec": {"containers": [{"name": "b", "image": "2"}]}}}});
+    let merged = overlay(&object, &config, &schema).expect("overlays");
+    assert_eq!(merged["spec"]["replicas"], 2);
+    assert_eq!(
+        merged["spec"]["template"]["spec"]["containers"],
+        json!([{"name": "a", "image": "1"}, {"name": "b", "image": "2"}])
+    );
+    let atomic = json!({"spec": {"selector": {"matchLabels": {"a": "b"}}}});
+    assert_eq!(
+        overlay(&object, &atomic, &schema).expect_err("atomic").to_string(),
+        "invalid ApplyConfiguration: may not mutate atomic arrays, maps or structs: .spec.selector"
+    );
+}

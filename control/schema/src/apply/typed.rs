@@ -445,6 +445,30 @@ pub(super) fn with_named_parents(set: &Set, at: At<'_>) -> Set {
     out
 }
 
+/// The paths of atomic lists, maps and structs in a value.
+pub(super) fn atomics(value: &Value, at: At<'_>, path: &mut String, found: &mut Vec<String>) {
+    let base = path.len();
+    match (at.shape(value), value) {
+        (Shape::Map, Value::Object(map)) => {
+            for (name, inner) in map {
+                path.push('.');
+                path.push_str(name);
+                atomics(inner, at.child(name), path, found);
+                path.truncate(base);
+            }
+        }
+        (Shape::List(list), Value::Array(items)) if *list != ListType::Atomic => {
+            for item in items {
+                path.push_str(&element(at, list, item).map(|step| super::set::printed(&step)).unwrap_or_default());
+                atomics(item, at.item(), path, found);
+                path.truncate(base);
+            }
+        }
+        (_, Value::Object(_) | Value::Array(_)) => found.push(path.clone()),
+        _ => {}
+    }
+}
+
 /// Says what of an applied configuration does not fit the schema, in the words of a typed value's check.
 pub(super) fn check(value: &Value, at: At<'_>, path: &mut String) -> Result<(), String> {
     let Some(schema) = at.schema else {

@@ -211,7 +211,13 @@ impl<'a> Walk<'a> {
     }
 
     fn mismatch(&self, value: &Value, go: &str) -> DecodeError {
-        let noun = noun(value);
+        // A number of the wrong size or kind of number is shown.
+        let noun = match value {
+            Value::Number(number) if matches!(go, "int32" | "int64" | "uint8") => {
+                Cow::Owned(format!("number {number}"))
+            }
+            other => noun(other),
+        };
         let fields: Vec<&str> = self
             .trail
             .iter()
@@ -232,7 +238,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// How Go's decoder names a JSON value; a number that does not fit is shown.
+/// How Go's decoder names a JSON value.
 fn noun(value: &Value) -> Cow<'static, str> {
     match value {
         Value::Null => "null".into(),
@@ -390,6 +396,10 @@ mod tests {
         assert_eq!(
             error(deployment, json!({"spec": {"template": {"spec": {"containers": {"name": "a"}}}}})),
             "json: cannot unmarshal object into Go struct field PodSpec.spec.template.spec.containers of type []v1.Container"
+        );
+        assert_eq!(
+            error(deployment, json!({"spec": {"replicas": 1.5}})),
+            "json: cannot unmarshal number 1.5 into Go struct field DeploymentSpec.spec.replicas of type int32"
         );
         assert_eq!(error(deployment, json!([])), "json: cannot unmarshal array into Go value of type v1.Deployment");
         assert_eq!(

@@ -292,6 +292,25 @@ mod tests {
         }
     }
 
+    /// The types that a busy server asks for, all of them at worst, are a small part of its memory.
+    #[test]
+    fn all_types_take_little_memory() {
+        fn size(schema: &Schema) -> usize {
+            let mut bytes =
+                size_of::<Schema>() + schema.wire.len() * size_of::<Wire>() + schema.fields.len() * size_of::<u16>();
+            for field in &schema.fields {
+                bytes += size_of::<Field>();
+                if let SchemaRef::Inline(inner) = &field.schema {
+                    // Shared nodes are counted by each who shares them, so this is an upper bound.
+                    bytes += size(inner);
+                }
+            }
+            bytes
+        }
+        let total: usize = definitions().filter_map(by_name).map(|schema| size(&schema)).sum();
+        assert!(total < 4 << 20, "{total} bytes");
+    }
+
     #[test]
     fn a_container_is_described_whole() {
         let pod = Schema::builtin("io.k8s.api.core.v1.Pod").expect("pod");

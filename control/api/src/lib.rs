@@ -34,6 +34,7 @@ mod proxy;
 pub mod node;
 mod net;
 mod tls_client;
+mod outbound;
 mod in_process;
 pub mod informer;
 

@@ -101,6 +101,10 @@ pub struct ApiServer {
     pub(crate) documents: crate::discovery::Documents,
     pub(crate) frames: handlers::Frames,
     pub(crate) limits: handlers::Limits,
+    /// Definitions are taken in one after the other.
+    pub(crate) crd_turn: tokio::sync::Mutex<()>,
+    /// Definitions whose objects are being deleted.
+    pub(crate) crd_cleanups: parking_lot::Mutex<std::collections::HashSet<String>>,
     me: Weak<ApiServer>,
     pub(crate) shutdown: CancellationToken,
 }
@@ -121,6 +125,8 @@ impl ApiServer {
             documents: crate::discovery::Documents::default(),
             frames: handlers::Frames::default(),
             limits: handlers::Limits::default(),
+            crd_turn: tokio::sync::Mutex::default(),
+            crd_cleanups: parking_lot::Mutex::default(),
             me: me.clone(),
             config,
             store,
@@ -174,6 +180,11 @@ impl ApiServer {
     pub fn kubelet_client_identity(&self) -> Result<Identity, StartError> {
         let groups = vec![crate::user::SYSTEM_MASTERS.into()];
         Ok(self.pki.identity("kubelet-client", "kube-apiserver-kubelet-client", &Purpose::Client(groups))?)
+    }
+
+    /// The client identity that aggregated APIs and webhooks see.
+    pub(crate) fn proxy_identity(&self) -> Result<Identity, PkiError> {
+        self.pki.identity("front-proxy-client", "system:auth-proxy", &Purpose::Client(Vec::new()))
     }
 
     /// A client of this process, without a socket: the same path, the same admission and authorisation.

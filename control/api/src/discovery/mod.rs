@@ -23,7 +23,7 @@ const CACHED: usize = 128;
 
 /// Documents that were made for a generation of the table of kinds.
 #[derive(Default)]
-pub struct Documents(Mutex<(u64, Vec<(String, Document)>)>);
+pub(crate) struct Documents(Mutex<(u64, Vec<(String, Document)>)>);
 
 /// Bytes with their ETag.
 #[derive(Clone)]

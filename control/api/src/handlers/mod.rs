@@ -94,6 +94,10 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
     let mut call = Call::new(api, user, kind, resource, query, media, &parts.headers)?;
     call.place = place;
     let mut response = dispatch(&mut call, body).await?;
+    // Whoever made a definition finds its resource served.
+    if crate::crd::is_definition(&call.kind) && !matches!(call.route.verb, Verb::Get | Verb::List | Verb::Watch) && !call.dry_run {
+        crate::crd::reload(&call.api).await?;
+    }
     warnings(&call, &mut response);
     Ok(response)
 }

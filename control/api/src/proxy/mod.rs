@@ -19,6 +19,7 @@ use crate::status::Status;
 use crate::user::UserInfo;
 
 pub(crate) use forward::{Way, forward};
+pub(crate) use target::endpoint;
 
 /// Whether a subresource is passed on.
 pub(crate) fn is_streaming(kind: &Kind, subresource: &str) -> bool {

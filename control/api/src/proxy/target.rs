@@ -94,7 +94,7 @@ pub(super) async fn proxy(
     } else {
         let (address, port) = match kind.resource.as_str() {
             "pods" => pod(api, kind, route, &wanted).await?,
-            _ => service(api, kind, route, &wanted).await?,
+            _ => endpoint(api, &route.namespace, wanted.name, wanted.port).await?,
         };
         dial(api, &address, port, wanted.scheme).await?
     };
@@ -141,19 +141,20 @@ async fn pod(api: &Arc<ApiServer>, kind: &Kind, route: &ResourceRoute, wanted: &
     Ok((ip.to_owned(), u16::try_from(port).map_err(|_| Status::bad_request(format!("invalid port {port}")))?))
 }
 
-/// One ready endpoint of a service, at random.
-async fn service(api: &Arc<ApiServer>, kind: &Kind, route: &ResourceRoute, wanted: &Name<'_>) -> Result<(String, u16), Status> {
-    let service = api.get(kind, &route.namespace, wanted.name).await?.ok_or_else(|| Status::not_found(kind, wanted.name))?;
+/// One ready endpoint of a service, at random; `wanted` is a port's name or number, empty for the only one.
+pub(crate) async fn endpoint(api: &Arc<ApiServer>, namespace: &str, of: &str, wanted: &str) -> Result<(String, u16), Status> {
+    let kind = api.kind("", "v1", "services").ok_or_else(Status::no_such_resource)?;
+    let service = api.get(&kind, namespace, of).await?.ok_or_else(|| Status::not_found(&kind, of))?;
     let ports = service.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
-    let chosen = match wanted.port {
+    let chosen = match wanted {
         "" if ports.len() == 1 => ports.first(),
         "" => ports.iter().find(|port| object::text(port, "/name").is_empty()),
         text => ports.iter().find(|port| object::text(port, "/name") == text || port["port"].as_u64().is_some_and(|n| n.to_string() == text)),
     };
     let unavailable = || {
-        Status::unavailable(format!("no endpoints available for service {:?}", route.name))
+        Status::unavailable(format!("no endpoints available for service {of:?}"))
     };
-    let chosen = chosen.ok_or_else(|| Status::unavailable(format!("no service port {:?} found for service {:?}", wanted.port, wanted.name)))?;
+    let chosen = chosen.ok_or_else(|| Status::unavailable(format!("no service port {wanted:?} found for service {of:?}")))?;
     let name = object::text(chosen, "/name");
     if object::text(&service, "/spec/type") == "ExternalName" {
         let port = chosen["port"].as_u64().and_then(|p| u16::try_from(p).ok()).ok_or_else(unavailable)?;
@@ -161,9 +162,9 @@ async fn service(api: &Arc<ApiServer>, kind: &Kind, route: &ResourceRoute, wante
     }
     let slices = api.kind("discovery.k8s.io", "v1", "endpointslices").ok_or_else(unavailable)?;
     let mut found = Vec::new();
-    for slice in api.list(&slices, &route.namespace).await? {
+    for slice in api.list(&slices, namespace).await? {
         let owner = slice.pointer("/metadata/labels").and_then(|l| l.get("kubernetes.io/service-name")).and_then(Value::as_str);
-        if owner != Some(wanted.name) {
+        if owner != Some(of) {
             continue;
         }
         let port = slice["ports"].as_array().into_iter().flatten().find(|port| object::text(port, "/name") == name);

@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 
 use crate::http::Format;
 use crate::kinds::{Kind, Scope};
-use crate::registry::Rows;
 use crate::status::Status;
 
 /// Bytes of a body that an error message shows.
@@ -129,48 +128,4 @@ pub(crate) fn watch_event(change: &str, object: &Value, format: Format) -> Resul
 /// The schema of a built-in definition; anything goes for one that nobody knows.
 pub(crate) fn builtin_schema(name: &str) -> std::sync::Arc<Schema> {
     Schema::builtin(name).unwrap_or_else(|| std::sync::Arc::new(Schema::of(coracle_schema::Kind::Any)))
-}
-
-/// The OpenAPI v2 document of all rows.
-pub(crate) fn openapi_v2(rows: &Rows) -> Value {
-    let served: Vec<_> = rows.all.iter().filter(|kind| kind.served).map(|kind| resource(kind)).collect();
-    openapi::v2(&served, crate::KUBERNETES_VERSION)
-}
-
-/// The OpenAPI v3 document of a group version.
-pub(crate) fn openapi_v3(rows: &Rows, group: &str, version: &str) -> Value {
-    let wanted = |kind: &&std::sync::Arc<Kind>| kind.served && kind.group == group && kind.version == version;
-    let served: Vec<_> = rows.all.iter().filter(wanted).map(|kind| resource(kind)).collect();
-    openapi::v3(&served, crate::KUBERNETES_VERSION)
-}
-
-/// A row as the OpenAPI documents describe it.
-fn resource(kind: &Kind) -> openapi::Resource<'_> {
-    let schema = |crd: &'_ std::sync::Arc<Value>| -> Option<usize> {
-        crd.pointer("/spec/versions")?.as_array()?.iter().position(|version| version["name"] == kind.version.as_str())
-    };
-    let source = match &kind.crd {
-        None => openapi::Source::Builtin,
-        Some(crd) => openapi::Source::Custom(
-            schema(crd).and_then(|at| crd.pointer(&format!("/spec/versions/{at}/schema/openAPIV3Schema"))),
-        ),
-    };
-    let subresources = kind.subresources.iter().map(|one| openapi::Subresource {
-        name: &one.name,
-        group: &one.group,
-        version: &one.version,
-        kind: &one.kind,
-        verbs: one.verbs.iter().map(String::as_str).collect(),
-    });
-    openapi::Resource {
-        group: &kind.group,
-        version: &kind.version,
-        plural: &kind.resource,
-        kind: &kind.kind,
-        list_kind: &kind.list_kind,
-        namespaced: kind.scope == Scope::Namespaced,
-        verbs: kind.verbs.iter().map(String::as_str).collect(),
-        subresources: subresources.collect(),
-        source,
-    }
 }

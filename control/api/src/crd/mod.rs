@@ -196,3 +196,8 @@ pub(crate) fn validate(kind: &Kind, new: &Value, old: Option<&Value>) -> Vec<Fie
     }
     coracle_schema::validate::validate(new, old, kind.schema())
 }
+
+/// `openAPIV3Schema` of a custom resource's version.
+pub(crate) fn open_api_schema(kind: &Kind) -> Option<&Value> {
+    version(kind)?.pointer("/schema/openAPIV3Schema")
+}

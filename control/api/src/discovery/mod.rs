@@ -119,7 +119,7 @@ pub(crate) async fn answer(
             .ok_or_else(Status::no_such_resource),
         ["apis", group, version] => resources(api, &rows, group, version).await,
         ["openapi", "v2"] => openapi::v2(api, &rows, generation, headers),
-        ["openapi", "v3"] => openapi::v3_index(api, &rows, generation, headers),
+        ["openapi", "v3"] => Ok(openapi::v3_index(&rows)),
         ["openapi", "v3", rest @ ..] => openapi::v3(api, &rows, generation, &rest.join("/"), headers, query).await,
         [] | [""] => json(json!({"paths": paths(&rows)})),
         _ => Err(Status::no_such_resource()),

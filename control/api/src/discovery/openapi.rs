@@ -3,38 +3,36 @@
 use std::sync::Arc;
 
 use http::header::HeaderMap;
-use serde_json::{Value, json};
+use coracle_schema::openapi::{Resource, Source, Subresource};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
 
 use super::groups;
 use crate::http::{Query, Response, json_response};
+use crate::kinds::Kind;
 use crate::registry::Rows;
 use crate::server::ApiServer;
 use crate::status::Status;
 
 /// `/openapi/v2`.
 pub(super) fn v2(api: &Arc<ApiServer>, rows: &Rows, generation: u64, headers: &HeaderMap) -> Result<Response, Status> {
-    let accept = headers.get(http::header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let _ = accept;
     let document = api.documents.get(generation, "openapi v2", || {
-        serde_json::to_vec(&crate::wire::openapi_v2(rows)).map_err(Status::internal)
+        serde_json::to_vec(&coracle_schema::openapi::v2(&resources(rows, |_| true), crate::KUBERNETES_VERSION)).map_err(Status::internal)
     })?;
     Ok(document.answer(headers, "application/json"))
 }
 
 /// `/openapi/v3`: where the documents of the groups are.
-pub(super) fn v3_index(api: &Arc<ApiServer>, rows: &Rows, generation: u64, headers: &HeaderMap) -> Result<Response, Status> {
-    let _ = headers;
+pub(super) fn v3_index(rows: &Rows) -> Response {
     let mut paths = serde_json::Map::new();
     for (group, versions) in groups::versions(rows) {
         for version in versions {
             let name = if group.is_empty() { format!("api/{version}") } else { format!("apis/{group}/{version}") };
-            // The hash stands for the content: a server that is started again with the same table gives the same.
-            let hash = format!("{generation:016X}");
+            let hash = content_hash(rows, &group, &version);
             paths.insert(name.clone(), json!({"serverRelativeURL": format!("/openapi/v3/{name}?hash={hash}")}));
         }
     }
-    let _ = api;
-    Ok(json_response(200, &Value::Object([("paths".to_owned(), Value::Object(paths))].into_iter().collect())))
+    json_response(200, &json!({"paths": paths}))
 }
 
 /// `/openapi/v3/apis/<group>/<version>`.
@@ -56,7 +54,55 @@ pub(super) async fn v3(
         return Err(Status::no_such_resource());
     }
     let document = api.documents.get(generation, name, || {
-        serde_json::to_vec(&crate::wire::openapi_v3(rows, group, version)).map_err(Status::internal)
+        serde_json::to_vec(&{
+            let of = |kind: &Kind| kind.group == group && kind.version == version;
+            coracle_schema::openapi::v3(&resources(rows, of), crate::KUBERNETES_VERSION)
+        }).map_err(Status::internal)
     })?;
     Ok(document.answer(headers, "application/json"))
+}
+
+/// The rows as the schema engine describes them.
+fn resources(rows: &Rows, wanted: impl Fn(&Kind) -> bool) -> Vec<Resource<'_>> {
+    rows.all
+        .iter()
+        .filter(|kind| kind.served && wanted(kind))
+        .map(|kind| Resource {
+            group: &kind.group,
+            version: &kind.version,
+            plural: &kind.resource,
+            kind: &kind.kind,
+            list_kind: &kind.list_kind,
+            namespaced: kind.namespaced(),
+            verbs: kind.verbs.iter().map(String::as_str).collect(),
+            subresources: kind
+                .subresources
+                .iter()
+                .map(|sub| Subresource {
+                    name: &sub.name,
+                    group: &sub.group,
+                    version: &sub.version,
+                    kind: &sub.kind,
+                    verbs: sub.verbs.iter().map(String::as_str).collect(),
+                })
+                .collect(),
+            source: match &kind.crd {
+                None => Source::Builtin,
+                Some(_) => Source::Custom(crate::crd::open_api_schema(kind)),
+            },
+        })
+        .collect()
+}
+
+/// Stands for the content of a document: the same table gives the same after a restart.
+fn content_hash(rows: &Rows, group: &str, version: &str) -> String {
+    let mut hash = Sha256::new();
+    hash.update(crate::git_version());
+    for kind in rows.all.iter().filter(|kind| kind.served && kind.group == group && kind.version == version) {
+        hash.update(&kind.resource);
+        if let Some(schema) = crate::crd::open_api_schema(kind) {
+            hash.update(schema.to_string());
+        }
+    }
+    super::hex(&hash.finalize())
 }

@@ -4,6 +4,7 @@
 //! [`Network::update`] with what the API says ([`model::Change`]); all rules, names and routes follow from these two.
 #![forbid(unsafe_code)]
 
+mod check;
 mod config;
 mod error;
 pub mod model;
@@ -18,6 +19,7 @@ mod policy;
 mod rules;
 mod services;
 
+pub use check::{Finding, check};
 pub use config::{Config, Family, Overlay};
 pub use dns::Metrics as DnsMetrics;
 pub use error::Error;

@@ -19,12 +19,12 @@ fn pods_reach_each_other_and_the_host_and_leave_nothing() {
         assert_eq!(inside(&a.netns, || ask(socket("10.42.0.1:9090"), PATIENCE)).unwrap(), ("host".into(), a.ips[0]));
         // The same pod again is the same network.
         assert_eq!(node.pod("a"), a);
-        node.network.teardown_pod("uid-a");
-        node.network.settle();
+        node.network().teardown_pod("uid-a");
+        node.network().settle();
         assert!(!a.netns.exists());
         assert!(ask(socket("10.42.0.2:8080"), IMPATIENCE).is_err());
         assert_eq!(node.pod("c").ips[0], address("10.42.0.4"), "an address just freed is not given at once");
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
         assert_eq!(sh("ip -o link | grep -v ' lo:' || true"), "");
         assert_eq!(sh("ip route"), "");
         assert_eq!(sh("nft list ruleset"), "");
@@ -55,9 +55,8 @@ fn a_daemon_after_a_crash_takes_its_pods_over() {
             .replace("\"made\":true", "\"made\":false");
         std::fs::write(node.folder.path().join("pods/uid-half.json"), half).unwrap();
         std::fs::write(node.folder.path().join("netns/uid-stray"), "").unwrap();
-        let config = node.network.config().clone();
-        node.network = coracle_netns::Network::new(config).unwrap();
-        let pods = node.network.pods();
+        node.restart();
+        let pods = node.network().pods();
         assert_eq!(pods.len(), 1);
         assert_eq!(pods[0].1, a);
         assert!(
@@ -67,10 +66,10 @@ fn a_daemon_after_a_crash_takes_its_pods_over() {
         assert_eq!(node.pod_with("a", net.clone()), a);
         node.update(Vec::new());
         assert_eq!(ask(socket("127.0.0.1:8081"), PATIENCE).unwrap().0, "a");
-        let refused = node.runtime.block_on(node.network.setup_pod(pod_key("b"), net)).unwrap_err();
+        let refused = node.runtime.block_on(node.network().setup_pod(pod_key("b"), net)).unwrap_err();
         assert_eq!(refused.to_string(), "host port 8081/Tcp is taken by pod uid-a");
         assert_eq!(node.pod("b").ips[0], address("10.42.0.3"));
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }
 
@@ -110,10 +109,10 @@ fn host_ports_lead_to_the_pod_from_everywhere() {
             ask(socket("127.0.0.2:83"), IMPATIENCE)
         });
         assert!(smuggled.is_err());
-        node.network.teardown_pod("uid-all");
-        node.network.settle();
+        node.network().teardown_pod("uid-all");
+        node.network().settle();
         assert!(ask(socket("127.0.0.1:81"), IMPATIENCE).is_err());
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }
 
@@ -131,7 +130,7 @@ fn both_families_at_once() {
             assert_eq!(inside(&a.netns, || ask((*to, 8080).into(), PATIENCE)).unwrap(), ("b".into(), *from));
         }
         assert_eq!(a.ips[1], address("fd00:42::2"));
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
         assert_eq!(sh("nft list ruleset"), "");
         assert_eq!(sh("ip -6 route"), "");
     });
@@ -151,7 +150,7 @@ fn bandwidth_is_limited_as_asked() {
         assert!(host.contains("qdisc tbf") && host.contains("rate 80Mbit"), "{host}");
         let inner = inside(&pod.netns, || sh("tc qdisc show dev eth0"));
         assert!(inner.contains("qdisc tbf") && inner.contains("rate 80Gbit"), "{inner}");
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }
 
@@ -162,7 +161,7 @@ fn pods_made_and_removed_at_the_same_time_do_not_meet() {
         let names: Vec<String> = (0..24).map(|n| format!("p{n}")).collect();
         let networks = node.runtime.block_on(async {
             let all = names.iter().map(|name| {
-                let (network, key) = (node.network.clone(), pod_key(name));
+                let (network, key) = (node.network().clone(), pod_key(name));
                 tokio::spawn(async move {
                     let made = network.setup_pod(key.clone(), PodNet::default()).await.unwrap();
                     network.teardown_pod(&key.uid);
@@ -177,9 +176,9 @@ fn pods_made_and_removed_at_the_same_time_do_not_meet() {
             networks
         });
         let addresses: std::collections::HashSet<_> =
-            node.network.pods().into_iter().map(|(_, network)| network.ips[0]).collect();
+            node.network().pods().into_iter().map(|(_, network)| network.ips[0]).collect();
         assert_eq!((addresses.len(), networks.len()), (24, 24));
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
         assert_eq!(sh("ip -o link | grep -v ' lo:' || true"), "");
     });
 }

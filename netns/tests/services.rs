@@ -59,7 +59,7 @@ fn a_cluster_address_balances_follows_and_refuses() {
         assert_eq!(ask(to, PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "gone");
         let listing = sh("nft list table ip coracle");
         assert!(!listing.contains("balance-"), "{listing}");
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }
 
@@ -78,7 +78,7 @@ fn affinity_keeps_a_client_until_its_endpoint_goes() {
         let second = ask(to, PATIENCE).unwrap().0;
         assert_ne!(second, first);
         assert_eq!(tally(to, 20), HashMap::from([(second, 20)]));
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }
 
@@ -138,7 +138,7 @@ fn the_world_comes_in_by_node_ports_and_external_addresses() {
             inside(&pods[0].netns, || ask(socket("198.51.100.2:7070"), PATIENCE)).unwrap(),
             ("world".into(), address("198.51.100.1"))
         );
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }
 
@@ -155,7 +155,7 @@ fn internal_policy_local_stays_on_the_node() {
         assert_eq!(tally(to, 10), HashMap::from([("c".to_owned(), 10)]));
         node.update(vec![slice("web", vec![remote])]);
         assert_eq!(ask(to, IMPATIENCE).unwrap_err().kind(), ErrorKind::TimedOut);
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }
 
@@ -166,8 +166,7 @@ fn services_go_on_while_the_daemon_starts_again_and_heal_when_emptied() {
         let to = socket("10.43.0.80:80");
         let all = || vec![Change::Service(key("web"), Some(service("10.43.0.80"))), slice("web", endpoints(&pods))];
         node.update(all());
-        let config = node.network.config().clone();
-        node.network = coracle_netns::Network::new(config).unwrap();
+        node.restart();
         assert_eq!(tally(to, 30).len(), 3, "before the new daemon knows anything");
         let d = node.pod("d");
         serve(&d.netns, 8080, "d");
@@ -180,6 +179,6 @@ fn services_go_on_while_the_daemon_starts_again_and_heal_when_emptied() {
             slice("other", endpoints(&pods[..1])),
         ]);
         assert_eq!(tally(to, 30).len(), 3, "somebody emptied the tables");
-        node.network.destroy().unwrap();
+        node.network().destroy().unwrap();
     });
 }

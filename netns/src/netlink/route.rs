@@ -59,7 +59,7 @@ const RT_SCOPE_UNIVERSE: u8 = 0;
 const RT_SCOPE_LINK: u8 = 253;
 const RTNH_F_ONLINK: u32 = 4;
 /// Our mark on routes (`rtm_protocol`), not taken in iproute2's list.
-pub(crate) const ROUTE_PROTOCOL: u8 = 0xc0;
+pub(crate) const ROUTE_PROTOCOL: u8 = 67;
 
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;

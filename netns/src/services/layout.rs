@@ -142,11 +142,7 @@ pub(crate) fn table(config: &Config, family: Family) -> Table {
     chain(CLUSTER, None, cluster(config, family));
     chain(FROM_OUTSIDE, None, from_outside(config, family));
     chain("untracked-in", base("filter", Hook::Prerouting, -300), raw_prerouting(config, family));
-    chain(
-        "untracked-out",
-        base("filter", Hook::Output, -300),
-        vec![then(end_key(family, R(0), Header::Source, 0), untracked())],
-    );
+    chain("untracked-out", base("filter", Hook::Output, -300), untracked(family));
     chain("prerouting", base("nat", Hook::Prerouting, -100), prerouting(config, family));
     chain("output", base("nat", Hook::Output, -100), output(config, family));
     chain("input", base("filter", Hook::Input, 0), policy(family, false));
@@ -174,8 +170,10 @@ fn pod_link(config: &Config, key: MetaKey) -> Rule {
     ]
 }
 
-fn untracked() -> [Expr; 2] {
-    [Expr::InSet { set: UNTRACKED, key: R(0), invert: false }, Expr::NoTrack]
+/// Questions to the node's own DNS and its answers, be they of pods or of the host.
+fn untracked(family: Family) -> Vec<Rule> {
+    let end = [Expr::InSet { set: UNTRACKED, key: R(0), invert: false }, Expr::NoTrack];
+    vec![then(front_key(family, R(0)), end.clone()), then(end_key(family, R(0), Header::Source, 0), end)]
 }
 
 fn loopback() -> IpNet {
@@ -199,7 +197,7 @@ fn raw_prerouting(config: &Config, family: Family) -> Vec<Rule> {
             ],
         ),
     };
-    vec![first, then(front_key(family, R(0)), untracked())]
+    [vec![first], untracked(family)].concat()
 }
 
 fn prerouting(config: &Config, family: Family) -> Vec<Rule> {

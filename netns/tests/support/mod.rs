@@ -57,7 +57,7 @@ pub(crate) fn runtime() -> tokio::runtime::Runtime {
 }
 
 pub(crate) struct Node {
-    pub(crate) network: Arc<Network>,
+    network: Option<Arc<Network>>,
     pub(crate) runtime: tokio::runtime::Runtime,
     pub(crate) folder: tempfile::TempDir,
 }
@@ -68,11 +68,19 @@ impl Node {
         let mut config = Config::new(folder.path(), "node-1");
         change(&mut config);
         let runtime = runtime();
-        let network = {
-            let _in = runtime.enter();
-            Network::new(config).unwrap()
-        };
+        let network = Some(Network::new(config).unwrap());
         Self { network, runtime, folder }
+    }
+
+    pub(crate) fn network(&self) -> &Arc<Network> {
+        self.network.as_ref().unwrap()
+    }
+
+    /// Another daemon after this one has gone.
+    pub(crate) fn restart(&mut self) {
+        let config = self.network().config().clone();
+        self.network = None;
+        self.network = Some(Network::new(config).unwrap());
     }
 
     pub(crate) fn pod(&self, name: &str) -> PodNetwork {
@@ -80,11 +88,11 @@ impl Node {
     }
 
     pub(crate) fn pod_with(&self, name: &str, net: PodNet) -> PodNetwork {
-        self.runtime.block_on(self.network.setup_pod(pod_key(name), net)).unwrap()
+        self.runtime.block_on(self.network().setup_pod(pod_key(name), net)).unwrap()
     }
 
     pub(crate) fn update(&self, changes: Vec<Change>) {
-        self.runtime.block_on(self.network.update(changes)).unwrap();
+        self.runtime.block_on(self.network().update(changes)).unwrap();
     }
 }
 

@@ -25,12 +25,12 @@ pub fn default(value: &mut Value, schema: &Schema) {
                     default(inner, child);
                 }
             }
-            if let Some(values) = schema.values.as_ref().map(SchemaRef::get) {
-                if let Some(preset) = &values.default {
-                    for (name, inner) in map.iter_mut() {
-                        if inner.is_null() && !values.nullable && schema.field(name).is_none() {
-                            *inner = preset.clone();
-                        }
+            if let Some(values) = schema.values.as_ref().map(SchemaRef::get)
+                && let Some(preset) = &values.default
+            {
+                for (name, inner) in map.iter_mut() {
+                    if inner.is_null() && !values.nullable && schema.field(name).is_none() {
+                        *inner = preset.clone();
                     }
                 }
             }

@@ -11,7 +11,7 @@ use regex::Regex;
 use serde_json::{Map, Value};
 
 use crate::cel;
-use crate::error::{ErrorKind, FieldError, Path};
+use crate::error::{FieldError, Path};
 use crate::gofmt;
 use crate::schema::{Kind, ListType, Schema, SchemaRef};
 
@@ -110,7 +110,7 @@ fn node(value: &Value, old: Option<&Value>, schema: &Schema, place: &mut Place, 
         Value::Object(map) => object(map, old, schema, checks, place, errors),
         _ => {}
     }
-    combinations(value, schema, checks, place, errors);
+    combinations(value, checks, place, errors);
 }
 
 fn fits(value: &Value, schema: &Schema) -> bool {
@@ -317,7 +317,7 @@ fn object(
 }
 
 /// `allOf`, `anyOf`, `oneOf`, `not`.
-fn combinations(value: &Value, _schema: &Schema, checks: &Checks, place: &Place, errors: &mut Vec<FieldError>) {
+fn combinations(value: &Value, checks: &Checks, place: &Place, errors: &mut Vec<FieldError>) {
     let judge = |schema: &Schema| {
         let mut found = Vec::new();
         node(value, None, schema, &mut Place { path: place.path.clone(), root: place.root }, &mut found);
@@ -398,11 +398,6 @@ fn rules(
         }
         _ => {}
     }
-}
-
-/// Whether an error is one that a cause of the wrong type makes.
-pub fn is_type_error(error: &FieldError) -> bool {
-    error.kind == ErrorKind::TypeInvalid
 }
 
 #[cfg(test)]

@@ -142,11 +142,11 @@ pub(super) fn cap(entries: &mut Vec<Entry>) {
             set: Set::default(),
             ..entry.clone()
         };
-        if !entries.iter().any(|other| other.same(&bucket)) {
-            if let Some(other) = entries.iter_mut().find(|other| other.same(&first)) {
-                other.manager = ANCIENT.into();
-                other.subresource = String::new();
-            }
+        if !entries.iter().any(|other| other.same(&bucket))
+            && let Some(other) = entries.iter_mut().find(|other| other.same(&first))
+        {
+            other.manager = ANCIENT.into();
+            other.subresource = String::new();
         }
         if let Some(target) = entries.iter_mut().find(|other| other.same(&bucket)) {
             target.set = std::mem::take(&mut target.set).union(&entry.set);

@@ -110,8 +110,7 @@ impl Set {
     /// Every path of the set, as the server prints it: `.spec.containers[name="a"].image`.
     pub(super) fn paths(&self) -> Vec<String> {
         fn walk(set: &Set, prefix: &str, paths: &mut Vec<String>) {
-            for (step, node) in set.0.iter().filter(|(_, node)| node.member) {
-                let _ = node;
+            for (step, _) in set.0.iter().filter(|(_, node)| node.member) {
                 paths.push(format!("{prefix}{}", printed(step)));
             }
             for (step, node) in &set.0 {

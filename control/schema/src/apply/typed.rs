@@ -312,10 +312,10 @@ fn merge_node(old: Option<&Value>, new: Option<&Value>, at: At<'_>) -> Option<Va
                 }
             }
             for (name, new) in new_map.into_iter().flatten() {
-                if !old_map.is_some_and(|map| map.contains_key(name)) {
-                    if let Some(value) = merge_node(None, Some(new), at.child(name)) {
-                        out.insert(name.clone(), value);
-                    }
+                if !old_map.is_some_and(|map| map.contains_key(name))
+                    && let Some(value) = merge_node(None, Some(new), at.child(name))
+                {
+                    out.insert(name.clone(), value);
                 }
             }
             (!out.is_empty()).then_some(Value::Object(out))

@@ -99,7 +99,7 @@ impl<'a> Evaluation<'_, 'a> {
             Expr::Literal(literal) => Ok(literal_value(literal)),
             Expr::Ident(name) => self.ident(name, locals),
             Expr::Select(select) => {
-                if let Some(value) = self.qualified(expr, locals) {
+                if let Some(value) = Self::qualified(expr) {
                     return value;
                 }
                 let operand = self.eval(&select.operand, locals)?;
@@ -163,12 +163,11 @@ impl<'a> Evaluation<'_, 'a> {
     }
 
     /// Type names with dots (`google.protobuf.Timestamp`).
-    fn qualified(&self, expr: &'a IdedExpr, locals: Locals<'_, 'a>) -> Option<Outcome<'a>> {
+    fn qualified(expr: &'a IdedExpr) -> Option<Outcome<'a>> {
         let Expr::Select(select) = &expr.expr else { return None };
         if select.test || !matches!(select.field.as_str(), "Timestamp" | "Duration") {
             return None;
         }
-        let _ = locals;
         let Expr::Select(inner) = &select.operand.expr else { return None };
         match &inner.operand.expr {
             Expr::Ident(root) if root == "google" && inner.field == "protobuf" => {
@@ -334,10 +333,10 @@ impl<'a> Evaluation<'_, 'a> {
                     second,
                     locals,
                     |frame, out: &mut Vec<(Val<'a>, Val<'a>)>, key, _| {
-                        if let Some(filter) = filter {
-                            if !matches!(self.eval(filter, Some(frame))?, Val::Bool(true)) {
-                                return Ok(true);
-                            }
+                        if let Some(filter) = filter
+                            && !matches!(self.eval(filter, Some(frame))?, Val::Bool(true))
+                        {
+                            return Ok(true);
                         }
                         let value = self.eval(body, Some(frame))?;
                         if word == "transformMapEntry" {
@@ -518,10 +517,10 @@ pub(super) fn unescape(name: &str) -> Option<String> {
         "while",
         "self",
     ];
-    if let Some(word) = name.strip_prefix("__").and_then(|rest| rest.strip_suffix("__")) {
-        if RESERVED.contains(&word) {
-            return Some(word.to_owned());
-        }
+    if let Some(word) = name.strip_prefix("__").and_then(|rest| rest.strip_suffix("__"))
+        && RESERVED.contains(&word)
+    {
+        return Some(word.to_owned());
     }
     let plain = name
         .replace("__underscores__", "\u{0}")

@@ -157,10 +157,10 @@ impl Resource<'_> {
     }
 
     fn named(&self, kind: &str) -> String {
-        if matches!(self.source, Source::Builtin) {
-            if let Some(name) = crate::definition_for(self.group, self.version, kind) {
-                return name.to_owned();
-            }
+        if matches!(self.source, Source::Builtin)
+            && let Some(name) = crate::definition_for(self.group, self.version, kind)
+        {
+            return name.to_owned();
         }
         let mut parts: Vec<&str> = self.group.split('.').rev().filter(|part| !part.is_empty()).collect();
         parts.extend([self.version, kind]);

@@ -342,11 +342,11 @@ fn check_items(old: &[Value], new: &[Value]) -> Result<(), PatchError> {
         if item.is_array() {
             return failed("lists of lists are not supported");
         }
-        if let Some(first) = seen {
-            if std::mem::discriminant(first) != std::mem::discriminant(item) {
-                let lists = format!("[{} {}]", show_list(old), show_list(new));
-                return failed(format!("list element types are not identical: {lists}"));
-            }
+        if let Some(first) = seen
+            && std::mem::discriminant(first) != std::mem::discriminant(item)
+        {
+            let lists = format!("[{} {}]", show_list(old), show_list(new));
+            return failed(format!("list element types are not identical: {lists}"));
         }
         seen = Some(item);
     }

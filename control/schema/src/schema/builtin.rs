@@ -193,10 +193,10 @@ fn type_ref(ty: &'static str, topology: &'static str) -> SchemaRef {
     if let Some(at) = position(&long_name(ty)) {
         return SchemaRef::Builtin(u16::try_from(at).expect("the table has fewer than 65,536 types"));
     }
-    if topology.is_empty() {
-        if let Some(shared) = INLINE.lock().get(ty) {
-            return SchemaRef::Inline(shared.clone());
-        }
+    if topology.is_empty()
+        && let Some(shared) = INLINE.lock().get(ty)
+    {
+        return SchemaRef::Inline(shared.clone());
     }
     let schema = Arc::new(inline_type(ty, topology));
     if topology.is_empty() {

@@ -7,7 +7,6 @@ use base64::engine::general_purpose::STANDARD;
 
 use super::{Outcome, fail};
 use crate::cel::value::Val;
-use crate::decode::scalar;
 use crate::gofmt;
 
 pub(super) fn call<'a>(name: &str, args: &[Val<'a>]) -> Option<Outcome<'a>> {
@@ -125,7 +124,7 @@ fn to_text<'a>(value: &Val<'a>) -> Option<Outcome<'a>> {
             let mut text = String::new();
             gofmt::float_into(&mut text, *nanos as f64 / 1e9);
             text.push('s');
-            Val::text(if nanos % 1_000_000_000 == 0 { scalar_seconds(*nanos) } else { text })
+            Val::text(text)
         }
         Val::Ip(ip) => Val::text(ip.to_string()),
         Val::Cidr(ip, bits) => Val::text(format!("{ip}/{bits}")),
@@ -133,9 +132,4 @@ fn to_text<'a>(value: &Val<'a>) -> Option<Outcome<'a>> {
         Val::Type(name) => Val::text(name.to_string()),
         _ => return None,
     }))
-}
-
-fn scalar_seconds(nanos: i64) -> String {
-    debug_assert!(scalar::duration("1s").is_ok());
-    format!("{}s", nanos / 1_000_000_000)
 }

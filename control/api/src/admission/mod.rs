@@ -1,13 +1,17 @@
 //! Admission: the chain of plugins that every write passes.
 
 pub mod plugin;
-mod lifecycle;
-mod limits;
-mod service_account;
-mod guards;
-mod pods;
-mod storage;
-mod pod_security;
+pub mod lifecycle;
+pub mod limits;
+pub mod service_account;
+pub mod guards;
+pub mod pods;
+pub mod storage;
+pub mod pod_security;
+pub mod matching;
+pub mod call;
+pub mod webhook;
+pub mod policy;
 pub mod quota;
 
 use std::sync::Arc;
@@ -41,7 +45,7 @@ pub trait Admission: Send + Sync + 'static {
 }
 
 /// All plugins in the order of a real server; quota comes last, so that only what nobody refuses is charged.
-static PLUGINS: [&Plugin; 18] = [
+static PLUGINS: [&Plugin; 22] = [
     &lifecycle::PLUGIN,
     &limits::PLUGIN,
     &service_account::PLUGIN,
@@ -59,6 +63,10 @@ static PLUGINS: [&Plugin; 18] = [
     &guards::ESCALATION,
     &storage::INGRESS_CLASS,
     &storage::STORAGE_CLASS,
+    &policy::MUTATING,
+    &webhook::MUTATING,
+    &policy::VALIDATING,
+    &webhook::VALIDATING,
     &quota::PLUGIN,
 ];
 

@@ -303,6 +303,9 @@ fn expression(at: &At<'_>, e: &mut Errs) {
     if at.str().trim().is_empty() {
         return e.required(at, "");
     }
+    if let Err(why) = crate::admission::matching::program(at.str()) {
+        e.invalid(at, format!("compilation failed: {why}"));
+    }
 }
 
 fn rule(r: &At<'_>, e: &mut Errs) {

@@ -16,9 +16,18 @@ use crate::{Event, OpenError};
 /// The revision of an empty store, as etcd has it: the first write gets 2.
 const FIRST_REVISION: u64 = 1;
 
-/// A folder that no other process uses. The lock goes with the file.
+/// A folder that no other process uses.
 #[derive(Debug)]
-pub(super) struct FolderLock(#[expect(dead_code, reason = "held for its lock")] File);
+pub(super) struct FolderLock(File);
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // Closing the file is not enough: a process forked a moment ago still holds it open until it executes its program.
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "cannot unlock the folder of the store");
+        }
+    }
+}
 
 /// Makes `folder` if need be and locks it.
 pub(super) fn lock(folder: &Path) -> Result<FolderLock, OpenError> {

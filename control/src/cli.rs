@@ -60,6 +60,15 @@ pub(crate) struct ServerOptions {
     /// Where the state is kept: the embedded store in the data folder if not given, else etcd (https://host:2379,…)
     #[arg(long, value_name = "URLS")]
     pub(crate) datastore_endpoint: Option<String>,
+    /// Certificate authority of etcd (PEM)
+    #[arg(long, value_name = "FILE", requires = "datastore_endpoint")]
+    pub(crate) datastore_cafile: Option<PathBuf>,
+    /// Certificate that etcd asks for (PEM)
+    #[arg(long, value_name = "FILE", requires = "datastore_endpoint")]
+    pub(crate) datastore_certfile: Option<PathBuf>,
+    /// Key of that certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "datastore_endpoint")]
+    pub(crate) datastore_keyfile: Option<PathBuf>,
     /// Address the API listens on
     #[arg(long, default_value = "0.0.0.0")]
     pub(crate) bind_address: IpAddr,
@@ -78,6 +87,12 @@ pub(crate) struct ServerOptions {
     /// Run the control plane alone, no node
     #[arg(long)]
     pub(crate) disable_agent: bool,
+    /// Run no controllers: objects stay as they are written
+    #[arg(long)]
+    pub(crate) disable_controller_manager: bool,
+    /// Run no scheduler: pods get a node from somebody else
+    #[arg(long)]
+    pub(crate) disable_scheduler: bool,
     /// Admission plugins that do not run, such as `ServiceAccount`
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     pub(crate) disable_admission_plugins: Vec<String>,

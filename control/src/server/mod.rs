@@ -1,6 +1,7 @@
 //! `coracle server`: the control plane and, unless told otherwise, this host's node, assembled in one process.
 
 mod host;
+mod leader;
 mod nodes;
 mod store;
 
@@ -87,14 +88,14 @@ async fn start(options: &ServerOptions, parts: &mut Parts, shutdown: &Cancellati
     nodes.attach(&api)?;
     let serving = api.clone();
     spawn(parts, shutdown, "API server", async move { serving.serve_tls(listener).await.context("serve the API") });
-    let controlled = api.clone();
-    spawn(parts, shutdown, "controllers", async move {
-        coracle_controllers::run(controlled).await;
-        Ok(())
-    });
-    let scheduled = api.clone();
-    spawn(parts, shutdown, "scheduler", async move {
-        coracle_scheduler::run(scheduled).await;
+    let (controllers, scheduler) = (!options.disable_controller_manager, !options.disable_scheduler);
+    let leading = api.clone();
+    let shared = options.datastore_endpoint.is_some();
+    let identity = format!("{node_name}_{}", std::process::id());
+    spawn(parts, shutdown, "controllers and scheduler", async move {
+        let work = || loops(&leading, controllers, scheduler);
+        // Who has a store of its own has no rival.
+        if shared { leader::lead(&leading, identity, work).await } else { work().await }
         Ok(())
     });
     let local = if bound.ip().is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { bound.ip() };
@@ -111,6 +112,23 @@ async fn start(options: &ServerOptions, parts: &mut Parts, shutdown: &Cancellati
     }
     host::notify_ready();
     Ok(())
+}
+
+/// The loops of which a cluster has one each.
+async fn loops(api: &Arc<ApiServer>, controllers: bool, scheduler: bool) {
+    let mut running = JoinSet::new();
+    if controllers {
+        running.spawn(coracle_controllers::run(api.clone()));
+    }
+    if scheduler {
+        running.spawn(coracle_scheduler::run(api.clone()));
+    }
+    if running.is_empty() {
+        std::future::pending::<()>().await;
+    }
+    if let Some(Err(error)) = running.join_next().await {
+        tracing::error!(%error, "a loop of the control plane ended");
+    }
 }
 
 async fn listen(options: &ServerOptions) -> anyhow::Result<TcpListener> {

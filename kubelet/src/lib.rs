@@ -12,6 +12,7 @@ pub mod names;
 pub mod images;
 pub mod logs;
 pub mod network;
+pub mod node;
 pub mod pods;
 pub mod server;
 pub mod streaming;

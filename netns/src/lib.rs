@@ -11,6 +11,7 @@ pub mod model;
 mod netlink;
 mod network;
 
+mod conntrack;
 mod dns;
 mod hosts;
 mod nft;

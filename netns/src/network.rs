@@ -22,6 +22,9 @@ use crate::rules::Rules;
 use crate::services::proxy::ProxyChange;
 use crate::{Config, HostPort};
 
+/// Pods whose networks are removed together.
+const REMOVED_AT_ONCE: usize = 256;
+
 /// The network of this node: one a daemon.
 pub struct Network {
     inner: Arc<Inner>,
@@ -226,7 +229,7 @@ impl Inner {
             if whole {
                 kept.push(record);
             } else {
-                pods::remove(&self.config, &self.host, uid, &self.pin(uid))?;
+                pods::remove(&self.config, &self.host, std::iter::once((uid.as_str(), self.pin(uid).as_path())))?;
                 self.records.remove(uid)?;
             }
         }
@@ -275,7 +278,7 @@ impl Inner {
         };
         let result = self.make_pod(&mut record, pod);
         if result.is_err() {
-            self.remove_pod(&record);
+            self.remove_all(std::slice::from_ref(&record));
         } else if let Some(held) = self.pods.lock().all.get_mut(&uid) {
             held.making = false;
         }
@@ -285,61 +288,67 @@ impl Inner {
 
     fn make_pod(&self, record: &mut Record, pod: Option<Pod>) -> Result<(), Error> {
         self.records.save(record)?;
-        {
+        let known = pod.map(|pod| {
+            let key = crate::model::ObjectKey::new(&record.key.namespace, &record.key.name);
+            let node = Some(self.config.node_name.as_str().into());
+            PolicyChange::Pod(
+                key,
+                Some(Pod { uid: record.key.uid.as_str().into(), ips: record.ips.clone(), node, ..pod }),
+            )
+        });
+        pods::make(&self.config, &self.host, record, &self.pin(&record.key.uid), || {
             let mut rules = self.rules.lock();
             rules.set_pod(&record.ips, &record.net.host_ports, true);
-            if let Some(pod) = pod {
-                let key = crate::model::ObjectKey::new(&record.key.namespace, &record.key.name);
-                let pod = Pod {
-                    uid: record.key.uid.as_str().into(),
-                    ips: record.ips.clone(),
-                    node: Some(self.config.node_name.as_str().into()),
-                    ..pod
-                };
-                rules.update_policy(vec![PolicyChange::Pod(key, Some(pod))]);
-            }
-            rules.commit()?;
-        }
-        pods::make(&self.config, &self.host, record, &self.pin(&record.key.uid))?;
+            rules.update_policy(known.into_iter().collect());
+            Ok(rules.commit()?)
+        })?;
         record.made = true;
         self.records.save(record)
     }
 
-    /// Removes pods as they are told, until nobody can tell any more.
+    /// Removes pods as they are told, as many together as have come, until nobody can tell any more.
     fn remove_pods(&self, receiver: &Receiver<String>) {
-        for uid in receiver {
-            let record = {
+        while let Ok(first) = receiver.recv() {
+            let uids = std::iter::once(first).chain(receiver.try_iter().take(REMOVED_AT_ONCE - 1));
+            let mut records = Vec::new();
+            for uid in uids {
                 let mut pods = self.pods.lock();
                 while pods.all.get(&uid).is_some_and(|held| held.making) {
                     self.gone.wait(&mut pods);
                 }
-                pods.all.get(&uid).map(|held| held.record.clone())
-            };
-            if let Some(record) = record {
-                self.remove_pod(&record);
-                self.gone.notify_all();
+                records.extend(pods.all.get(&uid).map(|held| held.record.clone()));
             }
+            self.remove_all(&records);
         }
     }
 
-    /// Removes all of a pod. What fails is reported and left on record, for the next daemon to finish; the address stays taken.
-    fn remove_pod(&self, record: &Record) {
-        let uid = &record.key.uid;
-        let result = pods::remove(&self.config, &self.host, uid, &self.pin(uid)).and_then(|()| {
-            let mut rules = self.rules.lock();
-            rules.set_pod(&record.ips, &record.net.host_ports, false);
-            rules.update_policy(vec![PolicyChange::Gone(uid.clone())]);
-            rules.commit()?;
-            self.records.remove(uid)
-        });
+    /// Removes all of some pods. What fails is reported and left on record, for the next daemon to finish; the addresses stay taken.
+    fn remove_all(&self, records: &[Record]) {
+        let pins: Vec<(&str, PathBuf)> =
+            records.iter().map(|record| (record.key.uid.as_str(), self.pin(&record.key.uid))).collect();
+        let result = pods::remove(&self.config, &self.host, pins.iter().map(|(uid, pin)| (*uid, pin.as_path())))
+            .and_then(|()| {
+                let mut rules = self.rules.lock();
+                for record in records {
+                    rules.set_pod(&record.ips, &record.net.host_ports, false);
+                }
+                rules.update_policy(records.iter().map(|record| PolicyChange::Gone(record.key.uid.clone())).collect());
+                rules.commit()?;
+                records.iter().try_for_each(|record| self.records.remove(&record.key.uid))
+            });
         let mut pods = self.pods.lock();
-        pods.all.remove(uid);
-        match result {
-            Ok(()) => pods.release(record),
-            Err(error) => {
-                tracing::error!(uid, %error, "cannot remove a pod's network; its address stays taken until the daemon starts again")
+        for record in records {
+            pods.all.remove(&record.key.uid);
+            if result.is_ok() {
+                pods.release(record);
             }
         }
+        if let Err(error) = result {
+            let uids: Vec<&str> = records.iter().map(|record| record.key.uid.as_str()).collect();
+            tracing::error!(?uids, %error, "cannot remove pods' networks; their addresses stay taken until the daemon starts again");
+        }
+        drop(pods);
+        self.gone.notify_all();
     }
 
     fn update(&self, changes: Vec<Change>) -> Result<(), Error> {

@@ -1,8 +1,9 @@
 //! The tables of this node and the way they reach the kernel.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
+use crate::conntrack::{self, Stale};
 use crate::model::{ObjectKey, Protocol};
 use crate::netlink::{NetlinkError, Socket};
 use crate::nft::{Table, Value, delete_table, purge, table_exists};
@@ -24,6 +25,8 @@ pub(crate) struct Rules {
     tables: BTreeMap<Family, Table>,
     proxy: Proxy,
     policy: PolicyState,
+    /// Addresses of pods that went since the last commit.
+    gone: HashSet<IpAddr>,
     /// What the kernel has may differ in any way: replace it whole.
     replace: bool,
     /// The tables are those of the daemon before us: until the cluster's state is known only elements of pods are changed in them, so that Services go
@@ -48,6 +51,7 @@ impl Rules {
             tables,
             proxy: Proxy::new(&config.node_name, own),
             policy: PolicyState::new(config),
+            gone: HashSet::new(),
             replace: !found,
             adopted: found,
         };
@@ -102,6 +106,9 @@ impl Rules {
 
     /// Adds or removes what a local pod needs.
     pub(crate) fn set_pod(&mut self, ips: &[IpAddr], host_ports: &[HostPort], present: bool) {
+        if !present {
+            self.gone.extend(ips);
+        }
         for address in ips {
             let Some(table) = self.tables.get_mut(&Family::of(*address)) else { continue };
             let element = Key::default().address(*address).address(*address).element();
@@ -128,6 +135,13 @@ impl Rules {
                     gone.family == family && gone.map == map && key.ends_with(&gone.front) && value == &*gone.endpoint
                 })
             })?;
+        }
+        let stale = Stale { pods: std::mem::take(&mut self.gone), fronts: self.proxy.take_moved() };
+        // Nothing was there before the first state: connections are those of an earlier daemon, which knew the same Services.
+        if !stale.is_empty() && !self.adopted {
+            for family in self.tables.keys() {
+                conntrack::forget(&mut self.socket, *family, &stale)?;
+            }
         }
         Ok(())
     }

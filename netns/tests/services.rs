@@ -6,7 +6,8 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 
-use coracle_netns::model::{Change, Endpoint, Service, ServicePort, TrafficPolicy};
+use coracle_netns::Protocol;
+use coracle_netns::model::{Change, Endpoint, EndpointPort, EndpointSlice, Service, ServicePort, TrafficPolicy};
 use support::*;
 
 /// A node with pods a, b, c that serve their names at 8080.
@@ -179,6 +180,40 @@ fn services_go_on_while_the_daemon_starts_again_and_heal_when_emptied() {
             slice("other", endpoints(&pods[..1])),
         ]);
         assert_eq!(tally(to, 30).len(), 3, "somebody emptied the tables");
+        node.network().destroy().unwrap();
+    });
+}
+
+#[test]
+fn a_udp_sender_that_never_pauses_follows_the_endpoints() {
+    on_own_host(|| {
+        let (node, pods) = three();
+        let udp = |node_port| Service {
+            ports: vec![ServicePort { port: 80, protocol: Protocol::Udp, node_port, ..ServicePort::default() }],
+            ..service("10.43.0.80")
+        };
+        let to = |pods: &[coracle_netns::PodNetwork]| {
+            let ports = vec![EndpointPort { name: String::new(), protocol: Protocol::Udp, port: 8080 }];
+            Change::Slice(key("dns-1"), Some(EndpointSlice { service: key("dns"), ports, endpoints: endpoints(pods) }))
+        };
+        node.update(vec![Change::Service(key("dns"), Some(udp(Some(30053)))), to(&pods[..1])]);
+        let senders = ["10.43.0.80:80", "127.0.0.1:30053"].map(|front| {
+            let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.connect(front).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket
+        });
+        let said = || {
+            senders.each_ref().map(|sender| {
+                sender.send(b"?").unwrap();
+                let mut buffer = [0; 64];
+                let len = sender.recv(&mut buffer).unwrap();
+                char::from(buffer[..len][0])
+            })
+        };
+        assert_eq!(said(), ['a', 'a']);
+        node.update(vec![to(&pods[1..2])]);
+        assert_eq!(said(), ['b', 'b']);
         node.network().destroy().unwrap();
     });
 }

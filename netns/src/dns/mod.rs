@@ -14,7 +14,6 @@ mod zone;
 
 pub use metrics::Metrics;
 pub(crate) use server::Server;
-pub(crate) use zone::Zone;
 
 #[cfg(test)]
 mod tests;

@@ -7,8 +7,9 @@ use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 use proptest::prelude::*;
 
+use super::Metrics;
 use super::response::{Step, encode, step};
-use super::{Metrics, Zone};
+use super::zone::Zone;
 use crate::Config;
 use crate::model::{Endpoint, EndpointPort, EndpointSlice, ObjectKey, Protocol, Service, ServicePort};
 use crate::services::proxy::Entry;

@@ -81,6 +81,11 @@ impl Attributes<'_> {
         self
     }
 
+    /// An attribute that holds attributes that are written already.
+    pub(crate) fn nest_bytes(&mut self, kind: u16, value: &[u8]) -> &mut Self {
+        self.bytes(kind | NESTED, value)
+    }
+
     /// A string with its final NUL.
     pub(crate) fn text(&mut self, kind: u16, value: &str) -> &mut Self {
         let mut bytes = Vec::with_capacity(value.len() + 1);

@@ -31,6 +31,7 @@ const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_AF_SPEC: u16 = 26;
+const IFLA_GROUP: u16 = 27;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
@@ -193,6 +194,23 @@ pub(crate) fn set_inet4(batch: &mut Batch, index: u32, settings: &[(Inet4Setting
 pub(crate) fn delete_link(batch: &mut Batch, name: &str) {
     batch.push("delete a link", RTM_DELLINK, REQUEST | ACK, &link_header(0, false), |a| {
         a.text(IFLA_IFNAME, name);
+    });
+}
+
+/// The group of links about to be deleted ("cora").
+const DOOMED_GROUP: u32 = 0x636f_7261;
+
+/// Puts a link into the group that [`delete_doomed`] deletes.
+pub(crate) fn set_doomed(batch: &mut Batch, name: &str) {
+    batch.push("give a link up", RTM_NEWLINK, REQUEST | ACK, &link_header(0, false), |a| {
+        a.text(IFLA_IFNAME, name).u32(IFLA_GROUP, DOOMED_GROUP);
+    });
+}
+
+/// Deletes all links given up, at once.
+pub(crate) fn delete_doomed(batch: &mut Batch) {
+    batch.push("delete links", RTM_DELLINK, REQUEST | ACK, &link_header(0, false), |a| {
+        a.u32(IFLA_GROUP, DOOMED_GROUP);
     });
 }
 

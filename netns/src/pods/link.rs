@@ -18,7 +18,7 @@ use super::namespace::{enter_new, unpin};
 use super::record::Record;
 use crate::error::Error;
 use crate::netlink::route::{self, Inet4Setting, Route, VethEnd};
-use crate::netlink::{Batch, Socket};
+use crate::netlink::{Batch, NetlinkError, Socket};
 use crate::{Config, Family};
 
 /// The pod's interface; the kernel gives it index 2 after loopback, and we ask for that.
@@ -36,8 +36,15 @@ pub(crate) struct Host {
     pub(crate) mtu: u32,
 }
 
-/// Makes namespace, links, addresses and routes of the pod on record. What a killed daemon left of an earlier attempt must be removed before.
-pub(crate) fn make(config: &Config, host: &Host, record: &Record, pin: &Path) -> Result<(), Error> {
+/// Makes namespace, links, addresses and routes of the pod on record; the host's end comes up only after `before_up`, which runs meanwhile, went well.
+/// What a killed daemon left of an earlier attempt must be removed before.
+pub(crate) fn make(
+    config: &Config,
+    host: &Host,
+    record: &Record,
+    pin: &Path,
+    before_up: impl FnOnce() -> Result<(), Error>,
+) -> Result<(), Error> {
     let uid = &record.key.uid;
     let name = host_link(&config.link_prefix, uid);
     let (host_mac, pod_mac) = (mac(1, uid), mac(2, uid));
@@ -71,7 +78,9 @@ pub(crate) fn make(config: &Config, host: &Host, record: &Record, pin: &Path) ->
             enter_new(pin)?;
             Socket::route()?.execute(&inside).map_err(Error::from)
         });
-        worker.map_err(|source| Error::Thread { source })?.join().expect("the thread does not panic")
+        let worker = worker.map_err(|source| Error::Thread { source })?;
+        let ready = before_up();
+        worker.join().expect("the thread does not panic").and(ready)
     })?;
 
     let mut socket = host.socket.lock();
@@ -116,15 +125,30 @@ fn limit(batch: &mut Batch, link: u32, bits: Option<u64>) {
     }
 }
 
-/// Removes a pod's link and namespace; what is not there is no error.
-pub(crate) fn remove(config: &Config, host: &Host, uid: &str, pin: &Path) -> Result<(), Error> {
-    let mut batch = Batch::default();
-    route::delete_link(&mut batch, &host_link(&config.link_prefix, uid));
-    match host.socket.lock().execute(&batch) {
-        Err(error) if error.is(Errno::ENODEV) => {}
-        result => result?,
+/// Removes the links and namespaces of pods; what is not there is no error. The links go together, as the kernel waits for a grace period each time
+/// it is told to delete.
+pub(crate) fn remove<'a>(
+    config: &Config,
+    host: &Host,
+    pods: impl Iterator<Item = (&'a str, &'a Path)> + Clone,
+) -> Result<(), Error> {
+    {
+        let mut socket = host.socket.lock();
+        let mut batch = Batch::default();
+        pods.clone().for_each(|(uid, _)| route::set_doomed(&mut batch, &host_link(&config.link_prefix, uid)));
+        absent_is_fine(socket.execute(&batch))?;
+        let mut batch = Batch::default();
+        route::delete_doomed(&mut batch);
+        absent_is_fine(socket.execute(&batch))?;
     }
-    unpin(pin)
+    pods.map(|(_, pin)| pin).try_for_each(unpin)
+}
+
+fn absent_is_fine(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    match result {
+        Err(error) if error.is(Errno::ENODEV) => Ok(()),
+        result => result,
+    }
 }
 
 /// The host's ends of pods' links, by name.
@@ -140,7 +164,10 @@ pub(crate) fn host_links(config: &Config, host: &Host) -> Result<HashSet<String>
 
 /// Removes links that belong to no pod.
 pub(crate) fn remove_links<'a>(host: &Host, names: impl Iterator<Item = &'a String>) -> Result<(), Error> {
+    let mut socket = host.socket.lock();
     let mut batch = Batch::default();
-    names.for_each(|name| route::delete_link(&mut batch, name));
-    Ok(host.socket.lock().execute(&batch)?)
+    names.for_each(|name| route::set_doomed(&mut batch, name));
+    // Those that a killed daemon had given up are among them.
+    route::delete_doomed(&mut batch);
+    Ok(absent_is_fine(socket.execute(&batch))?)
 }

@@ -1,6 +1,6 @@
 //! Keeps the tables in step with Services and EndpointSlices: each change touches the elements that differ and nothing else.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use super::balance::{REFUSE, Shape};
 use super::compile::{Action, FrontKey, Here, Place, fronts};
 use super::keys::{ALLOWED, ENDPOINTS, Key, front_element, map_of};
 use crate::Family;
-use crate::model::{EndpointSlice, ObjectKey, Service};
+use crate::model::{EndpointSlice, ObjectKey, Protocol, Service};
 use crate::nft::{Chain, Table, Value, Verdict};
 
 /// A Service with its slices; either may be known first.
@@ -34,6 +34,8 @@ pub(crate) struct Proxy {
     installed: HashMap<FrontKey, Action>,
     shapes: HashMap<(Family, Shape), (usize, Arc<str>)>,
     forgotten: Vec<Forgotten>,
+    /// Fronts of UDP whose endpoints changed since they were taken last.
+    moved: BTreeSet<SocketAddr>,
 }
 
 /// An endpoint that clients must not be kept to any more: elements of `map` whose key ends with the front and whose value is the endpoint.
@@ -65,6 +67,7 @@ impl Proxy {
             installed: HashMap::new(),
             shapes: HashMap::new(),
             forgotten: Vec::new(),
+            moved: BTreeSet::new(),
         }
     }
 
@@ -76,6 +79,22 @@ impl Proxy {
     /// The endpoints that were let go since this was asked last.
     pub(crate) fn take_forgotten(&mut self) -> Vec<Forgotten> {
         std::mem::take(&mut self.forgotten)
+    }
+
+    /// The fronts of UDP whose endpoints changed since this was asked last, with the endpoints that they have now.
+    pub(crate) fn take_moved(&mut self) -> HashMap<SocketAddr, HashSet<SocketAddr>> {
+        const PLACES: [Place; 4] = [Place::Services, Place::External, Place::NodePorts, Place::NodePortsExternal];
+        let moved = std::mem::take(&mut self.moved);
+        let endpoints = |front: &SocketAddr| {
+            let keys = PLACES.map(|place| FrontKey {
+                place,
+                address: front.ip(),
+                protocol: Protocol::Udp,
+                port: front.port(),
+            });
+            keys.iter().flat_map(|key| backends_of(self.installed.get(key))).copied().collect()
+        };
+        moved.iter().map(|front| (*front, endpoints(front))).collect()
     }
 
     /// Whether something answers at a front by rule.
@@ -208,6 +227,9 @@ impl Proxy {
             }));
         }
         replace_sources(table, &key, sources_of(old.as_ref()), sources_of(action.as_ref()));
+        if key.protocol == Protocol::Udp {
+            self.moved.insert(SocketAddr::new(key.address, key.port));
+        }
         match action {
             Some(action) => self.installed.insert(key, action),
             None => self.installed.remove(&key),

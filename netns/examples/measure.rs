@@ -1,0 +1,102 @@
+//! Figures of the network on this host, in a network namespace of its own: run as root, best with `--release`.
+//!
+//! `cargo run --release -p coracle-netns --example measure`
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+
+use coracle_netns::model::{Change, Endpoint, EndpointPort, EndpointSlice, ObjectKey, Service, ServicePort};
+use coracle_netns::{Config, Network, PodKey, PodNet, Protocol};
+
+const PODS: usize = 200;
+const SERVICES: u32 = 10_000;
+const ENDPOINTS: u32 = 5;
+const CHANGES: u32 = 400;
+
+fn main() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET | nix::sched::CloneFlags::CLONE_NEWNS)
+        .expect("run as root");
+    nix::mount::mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .expect("run as root");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let network = Network::new(Config::new(folder.path(), "node")).expect("the network starts");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let mut make = Vec::new();
+    for n in 0..PODS {
+        let key = PodKey { uid: format!("uid-{n}"), namespace: "default".into(), name: format!("p{n}") };
+        let start = Instant::now();
+        runtime.block_on(network.setup_pod(key, PodNet::default())).expect("a pod");
+        make.push(start.elapsed());
+    }
+    report("pod network made, one after the other", make);
+    let start = Instant::now();
+    (0..PODS).for_each(|n| network.teardown_pod(&format!("uid-{n}")));
+    let asked = start.elapsed();
+    network.settle();
+    println!("{PODS} pods removed: asked for in {asked:?}, gone after {:?}", start.elapsed());
+
+    let before = resident_kib();
+    let all: Vec<Change> = (0..SERVICES).flat_map(|n| [service(n), slice(n, 0)]).collect();
+    let start = Instant::now();
+    runtime.block_on(network.update(all)).expect("the rules");
+    println!(
+        "{SERVICES} services x {ENDPOINTS} endpoints, first sync: {:?}; memory grew by {} KiB",
+        start.elapsed(),
+        resident_kib() - before
+    );
+    let mut change = Vec::new();
+    for n in 0..CHANGES {
+        let start = Instant::now();
+        runtime.block_on(network.update(vec![slice(n * 7 % SERVICES, 1 + n / SERVICES)])).expect("the rules");
+        change.push(start.elapsed());
+    }
+    report("one endpoint of 50,000 changed, rule live", change);
+    let start = Instant::now();
+    let gone = (0..SERVICES).map(|n| Change::Service(key(n), None)).collect();
+    runtime.block_on(network.update(gone)).expect("the rules");
+    println!("{SERVICES} services vanish: {:?}", start.elapsed());
+    network.destroy().expect("all is removed");
+}
+
+fn key(n: u32) -> ObjectKey {
+    ObjectKey::new("default", &format!("service-{n}"))
+}
+
+fn service(n: u32) -> Change {
+    let address = IpAddr::V4(Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 43, 0, 11)) + n));
+    let ports = vec![ServicePort { port: 80, ..ServicePort::default() }];
+    Change::Service(key(n), Some(Service { cluster_ips: vec![address], ports, ..Service::default() }))
+}
+
+fn slice(n: u32, generation: u32) -> Change {
+    let address =
+        |e: u32| IpAddr::V4(Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 42, 0, 2)) + (n * ENDPOINTS + e) % 60_000));
+    let mut endpoints: Vec<Endpoint> = (0..ENDPOINTS).map(|e| Endpoint::ready(address(e), Some("node"))).collect();
+    if generation > 0 {
+        endpoints[2] = Endpoint::ready(
+            IpAddr::V4(Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 44, 0, 0)) + n + generation)),
+            Some("node"),
+        );
+    }
+    let ports = vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: 8080 }];
+    Change::Slice(key(n), Some(EndpointSlice { service: key(n), ports, endpoints }))
+}
+
+fn report(what: &str, mut all: Vec<Duration>) {
+    all.sort();
+    let at = |percent: usize| all[(all.len() - 1) * percent / 100];
+    println!("{what}: p50 {:?}, p90 {:?}, p99 {:?}", at(50), at(90), at(99));
+}
+
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or_default()
+}

@@ -95,7 +95,7 @@ pub(super) fn unmount(target: &Path) -> Result<(), VolumeError> {
 
 /// The mount points at or below `folder`, deepest first.
 pub(super) fn below(folder: &Path) -> Result<Vec<PathBuf>, VolumeError> {
-    let table = Path::new("/proc/self/mountinfo");
+    let table = Path::new("/proc/thread-self/mountinfo");
     let text = fs::read(table).step("read", table)?;
     let mut points: Vec<PathBuf> = text
         .split(|byte| *byte == b'\n')

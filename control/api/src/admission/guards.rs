@@ -4,6 +4,7 @@
 use serde_json::Value;
 
 use crate::admission::plugin::{Plugin, forbid, look};
+use crate::authz::node::node_of;
 use crate::authz::rbac::{self, Rule};
 use crate::authz::{Attributes, Decision};
 use crate::context::{Context, Operation};
@@ -12,7 +13,6 @@ use crate::status::Status;
 
 const CERTS: &str = "certificates.k8s.io";
 const RBAC: &str = "rbac.authorization.k8s.io";
-const NODE_PREFIX: &str = "system:node:";
 /// Signers of the cluster itself, which only `system:masters` may be approved for without a grant.
 const CLIENT_SIGNER: &str = "kubernetes.io/kube-apiserver-client";
 
@@ -34,11 +34,6 @@ fn may(ctx: &Context, verb: &str, group: &str, resource: &str, subresource: &str
 
 fn writes(ctx: &Context) -> bool {
     matches!(ctx.operation, Operation::Create | Operation::Update)
-}
-
-/// The node that a user is, if it is one.
-pub fn node_of(user: &crate::user::UserInfo) -> Option<&str> {
-    if user.is_in("system:nodes") { user.name.strip_prefix(NODE_PREFIX) } else { None }
 }
 
 pub static NODES: Plugin = Plugin {

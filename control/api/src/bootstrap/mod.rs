@@ -69,6 +69,12 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
     refresh_endpoints(api).await
 }
 
+/// A cluster role of the table, by name.
+pub fn role(name: &str) -> Option<Value> {
+    let objects: Map<String, Value> = serde_json::from_str(OBJECTS).ok()?;
+    objects.get("clusterroles")?.as_array()?.iter().find(|r| crate::object::name(r) == name).cloned()
+}
+
 /// The first address of the service range, which is the API server's.
 pub fn service_ip(cidr: &str) -> Option<IpAddr> {
     let first = cidr.split(',').next()?;

@@ -17,6 +17,7 @@ pub use managers::MAX_UPDATE_MANAGERS;
 pub use set::Set;
 use typed::At;
 
+use crate::decode::typed as typed_values;
 use crate::schema::Schema;
 
 /// Paths that nobody owns.
@@ -122,7 +123,7 @@ pub fn apply(live: &Value, config: &Value, force: bool, request: &Request<'_>) -
     let live = without_managed_fields(live);
     if owners.is_empty() {
         let before = Request { manager: BEFORE_FIRST_APPLY, ..*request };
-        own_update(&Value::Object(Map::new()), &live, &mut owners, &before);
+        own_update(&unborn(request.schema), &live, &mut owners, &before);
     }
     let (mut value, mut owners, changed) = match try_apply(&live, config, owners.clone(), force, request) {
         Err(ApplyError::Conflicts(conflicts))
@@ -299,8 +300,7 @@ pub fn track_update(live: Option<&Value>, new: &mut Value, request: &Request<'_>
             .filter(|entries| !entries.is_empty())
             .unwrap_or_else(|| live_fields.and_then(|fields| managers::read(fields).ok()).unwrap_or_default());
     }
-    let empty = Value::Object(Map::new());
-    let live_value = live.map_or(std::borrow::Cow::Borrowed(&empty), without_managed_fields);
+    let live_value = live.map_or_else(|| std::borrow::Cow::Owned(unborn(request.schema)), without_managed_fields);
     // An object that nobody has been tracked on stays so.
     if owners.is_empty() && live_value.pointer("/metadata/uid").is_some() {
         return;
@@ -326,6 +326,16 @@ pub fn track_update(live: Option<&Value>, new: &mut Value, request: &Request<'_>
         }
     }
     set_managed_fields(new, owners);
+}
+
+/// What an object is before it is created: of a built-in kind all that the type always writes, so that nobody comes to own
+/// `spec` by creating an object that has one.
+fn unborn(schema: &Schema) -> Value {
+    let mut empty = Value::Object(Map::new());
+    if !schema.name.is_empty() {
+        typed_values::fill(&mut empty, schema);
+    }
+    empty
 }
 
 /// Gives what changed between `live` and `new` to the request's manager.

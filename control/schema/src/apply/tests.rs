@@ -197,7 +197,7 @@ fn status_and_main_resource_keep_out_of_each_other() {
         convert: None,
     };
     track_update(None, &mut live, &request("", &[&["status"]]));
-    assert_eq!(live["metadata"]["managedFields"][0]["fieldsV1"], json!({"f:spec": {".": {}, "f:replicas": {}}}));
+    assert_eq!(live["metadata"]["managedFields"][0]["fieldsV1"], json!({"f:spec": {"f:replicas": {}}}));
     live["metadata"]["uid"] = "u".into();
     let mut new = live.clone();
     new["status"]["replicas"] = 2.into();
@@ -251,5 +251,43 @@ fn mutating_policies_overlay_without_owners() {
     assert_eq!(
         overlay(&object, &atomic, &schema).expect_err("atomic").to_string(),
         "invalid ApplyConfiguration: may not mutate atomic arrays, maps or structs: .spec.selector"
+    );
+}
+
+/// What a server records for `kubectl create deployment`.
+#[test]
+fn creating_does_not_own_structs_that_are_always_there() {
+    let schema = Schema::builtin(DEPLOYMENT).expect("built in");
+    let mut new = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d", "labels": {"app": "d"}},
+        "spec": {
+            "replicas": 1, "selector": {"matchLabels": {"app": "d"}},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": "25%"}},
+            "template": {"metadata": {"labels": {"app": "d"}}, "spec": {"containers": [{"name": "n", "image": "i", "resources": {}}]}}
+        }, "status": {}
+    });
+    let request = Request {
+        schema: &schema,
+        api_version: "apps/v1",
+        subresource: "",
+        manager: "m",
+        now: "2026-01-01T00:00:00Z",
+        reset: &[&["status"]],
+        convert: None,
+    };
+    track_update(None, &mut new, &request);
+    assert_eq!(
+        new["metadata"]["managedFields"][0]["fieldsV1"],
+        json!({
+            "f:metadata": {"f:labels": {".": {}, "f:app": {}}},
+            "f:spec": {
+                "f:replicas": {}, "f:selector": {},
+                "f:strategy": {"f:rollingUpdate": {".": {}, "f:maxSurge": {}}, "f:type": {}},
+                "f:template": {
+                    "f:metadata": {"f:labels": {".": {}, "f:app": {}}},
+                    "f:spec": {"f:containers": {"k:{\"name\":\"n\"}": {".": {}, "f:image": {}, "f:name": {}, "f:resources": {}}}}
+                }
+            }
+        })
     );
 }

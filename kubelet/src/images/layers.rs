@@ -23,6 +23,8 @@ use super::unpack::{Unpacked, Unpacker};
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// Read buffer of a layer file.
 const READ_BUFFER_BYTES: usize = 256 << 10;
+/// The padding of a last entry and two blocks that mark the end.
+const MISSING_END_BYTES: u64 = 511 + 1024;
 /// Attempts to find a free number when another process takes them at the same time.
 const MAX_NUMBER_ATTEMPTS: usize = 64;
 
@@ -177,7 +179,10 @@ fn unpack(
     let content = decompress(guard.compressed(content)).map_err(damaged)?;
     let hasher = if diff_id.algorithm() == "sha512" { diff_id.hasher() } else { Hasher::sha256() };
     let mut stream = Digesting::new(guard.unpacked(content), hasher);
-    let unpacked = Unpacker::new(name, merged).run(&mut stream, &guard)?;
+    // Some writers (umoci's insert) leave out the last entry's padding and the end marker; other readers do not mind. Content
+    // that was cut off is found out by its digest.
+    let mut padded = stream.by_ref().chain(io::repeat(0).take(MISSING_END_BYTES));
+    let unpacked = Unpacker::new(name, merged).run(&mut padded, &guard)?;
     // Padding behind the end marker belongs to the digest.
     io::copy(&mut stream, &mut io::sink()).map_err(|source| match guard.verdict() {
         Some(reason) => ImageError::Bomb { layer: name.to_owned(), reason: reason.to_owned() },

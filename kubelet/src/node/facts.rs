@@ -45,7 +45,9 @@ fn line(path: &str) -> String {
 
 /// A field of `/proc/meminfo` in bytes.
 fn meminfo(text: &str, field: &str) -> u64 {
-    let kibibytes = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let kibibytes = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     kibibytes.unwrap_or_default() * 1024
 }
 
@@ -67,7 +69,9 @@ impl Facts {
             kernel: name.release().to_string_lossy().into_owned(),
             os_image: pretty.trim_matches('"').to_owned(),
             architecture: architecture(),
-            system_uuid: Some(line("/sys/class/dmi/id/product_uuid")).filter(|id| !id.is_empty()).unwrap_or_else(|| machine_id.clone()),
+            system_uuid: Some(line("/sys/class/dmi/id/product_uuid"))
+                .filter(|id| !id.is_empty())
+                .unwrap_or_else(|| machine_id.clone()),
             machine_id,
             boot_id: line("/proc/sys/kernel/random/boot_id"),
             swap_bytes: meminfo(&memory, "SwapTotal"),

@@ -35,7 +35,12 @@ pub(super) async fn keep(config: &Config, client: &Client) {
     }
 }
 
-async fn renew(config: &Config, client: &Client, leases: &Api<Lease>, known: Option<Lease>) -> Result<Lease, kube::Error> {
+async fn renew(
+    config: &Config,
+    client: &Client,
+    leases: &Api<Lease>,
+    known: Option<Lease>,
+) -> Result<Lease, kube::Error> {
     let name = &config.node_name;
     let known = match known {
         Some(known) => Some(known),
@@ -60,7 +65,8 @@ async fn renew(config: &Config, client: &Client, leases: &Api<Lease>, known: Opt
                 uid: node.metadata.uid.unwrap_or_default(),
                 ..OwnerReference::default()
             };
-            let metadata = ObjectMeta { name: Some(name.clone()), owner_references: Some(vec![owner]), ..ObjectMeta::default() };
+            let metadata =
+                ObjectMeta { name: Some(name.clone()), owner_references: Some(vec![owner]), ..ObjectMeta::default() };
             leases.create(&PostParams::default(), &Lease { metadata, spec: Some(spec) }).await
         }
     }

@@ -33,7 +33,9 @@ pub enum NodeError {
         source: kube::Error,
     },
     /// The watch for the node's pod range ended.
-    #[error("the node {0} was given no pod range: is the node IPAM controller running, and is --cluster-cidr large enough?")]
+    #[error(
+        "the node {0} was given no pod range: is the node IPAM controller running, and is --cluster-cidr large enough?"
+    )]
     NoRange(String),
 }
 
@@ -98,7 +100,8 @@ impl NodeAgent {
         loop {
             match nodes.try_next().await {
                 Ok(Some(node)) => {
-                    if let Some(ranges) = node.spec.and_then(|spec| spec.pod_cidrs).filter(|ranges| !ranges.is_empty()) {
+                    if let Some(ranges) = node.spec.and_then(|spec| spec.pod_cidrs).filter(|ranges| !ranges.is_empty())
+                    {
                         return Ok(ranges);
                     }
                 }

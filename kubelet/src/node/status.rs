@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus, NodeSystemInfo, Taint,
+    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
+    NodeSystemInfo, Taint,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -31,7 +32,10 @@ pub(super) fn first(config: &Config, facts: &Facts) -> Node {
         metadata: ObjectMeta {
             name: Some(config.node_name.clone()),
             labels: Some(facts.labels(config)),
-            annotations: Some(BTreeMap::from([("volumes.kubernetes.io/controller-managed-attach-detach".to_owned(), "true".to_owned())])),
+            annotations: Some(BTreeMap::from([(
+                "volumes.kubernetes.io/controller-managed-attach-detach".to_owned(),
+                "true".to_owned(),
+            )])),
             ..ObjectMeta::default()
         },
         spec: Some(NodeSpec { taints: (!taints.is_empty()).then_some(taints), ..NodeSpec::default() }),
@@ -60,7 +64,9 @@ pub(super) fn of(config: &Config, facts: &Facts, health: &dyn Health) -> NodeSta
     let in_use = health.volumes_in_use();
     NodeStatus {
         conditions: Some(conditions),
-        images: Some(images.map(|(names, size)| ContainerImage { names: Some(names), size_bytes: Some(size) }).collect()),
+        images: Some(
+            images.map(|(names, size)| ContainerImage { names: Some(names), size_bytes: Some(size) }).collect(),
+        ),
         volumes_in_use: (!in_use.is_empty()).then_some(in_use),
         ..facts_only(config, facts)
     }
@@ -92,7 +98,9 @@ fn facts_only(config: &Config, facts: &Facts) -> NodeStatus {
         addresses: Some(addresses),
         capacity: Some(capacity),
         allocatable: Some(allocatable),
-        daemon_endpoints: Some(NodeDaemonEndpoints { kubelet_endpoint: Some(DaemonEndpoint { port: config.port.into() }) }),
+        daemon_endpoints: Some(NodeDaemonEndpoints {
+            kubelet_endpoint: Some(DaemonEndpoint { port: config.port.into() }),
+        }),
         node_info: Some(NodeSystemInfo {
             architecture: facts.architecture.into(),
             boot_id: facts.boot_id.clone(),
@@ -138,8 +146,13 @@ pub(super) fn merged(before: NodeStatus, mut wanted: NodeStatus) -> NodeStatus {
     let now = Timestamp::now();
     let now = Time(Timestamp::from_second(now.as_second()).unwrap_or(now));
     for condition in wanted.conditions.iter_mut().flatten() {
-        let same = before.conditions.iter().flatten().find(|held| held.type_ == condition.type_ && held.status == condition.status);
-        condition.last_transition_time = same.and_then(|held| held.last_transition_time.clone()).or_else(|| Some(now.clone()));
+        let same = before
+            .conditions
+            .iter()
+            .flatten()
+            .find(|held| held.type_ == condition.type_ && held.status == condition.status);
+        condition.last_transition_time =
+            same.and_then(|held| held.last_transition_time.clone()).or_else(|| Some(now.clone()));
         condition.last_heartbeat_time = Some(now.clone());
     }
     wanted
@@ -151,16 +164,25 @@ mod tests {
 
     #[test]
     fn sizes_are_written_in_the_largest_unit() {
-        assert_eq!(["0", "2Mi", "1Gi", "1500"], [binary(0), binary(2 << 20), binary(1 << 30), binary(1500)].each_ref().map(String::as_str));
+        assert_eq!(
+            ["0", "2Mi", "1Gi", "1500"],
+            [binary(0), binary(2 << 20), binary(1 << 30), binary(1500)].each_ref().map(String::as_str)
+        );
     }
 
     #[test]
     fn transition_times_move_only_with_the_status() {
         let since = Time(Timestamp::from_second(1).expect("a time"));
-        let held = NodeCondition { last_transition_time: Some(since.clone()), ..condition("Ready", "True", "KubeletReady", "") };
+        let held = NodeCondition {
+            last_transition_time: Some(since.clone()),
+            ..condition("Ready", "True", "KubeletReady", "")
+        };
         let before = NodeStatus { conditions: Some(vec![held]), ..NodeStatus::default() };
-        let now = |status| NodeStatus { conditions: Some(vec![condition("Ready", status, "", "")]), ..NodeStatus::default() };
-        let transition = |status| merged(before.clone(), now(status)).conditions.expect("conditions")[0].last_transition_time.clone();
+        let now =
+            |status| NodeStatus { conditions: Some(vec![condition("Ready", status, "", "")]), ..NodeStatus::default() };
+        let transition = |status| {
+            merged(before.clone(), now(status)).conditions.expect("conditions")[0].last_transition_time.clone()
+        };
         assert_eq!(transition("True"), Some(since.clone()));
         assert_ne!(transition("False"), Some(since));
     }
@@ -168,7 +190,12 @@ mod tests {
     #[test]
     fn reservations_and_huge_pages_are_not_allocatable() {
         let config = Config { reserved_cpu_millis: 250, reserved_memory_bytes: 1 << 20, ..Config::new("n") };
-        let facts = Facts { cpu_millis: 2000, memory_bytes: 10 << 20, huge_pages: vec![(2 << 20, 4 << 20)], ..Facts::default() };
+        let facts = Facts {
+            cpu_millis: 2000,
+            memory_bytes: 10 << 20,
+            huge_pages: vec![(2 << 20, 4 << 20)],
+            ..Facts::default()
+        };
         let status = facts_only(&config, &facts);
         let allocatable = status.allocatable.expect("allocatable");
         assert_eq!((allocatable["cpu"].0.as_str(), allocatable["memory"].0.as_str()), ("1750m", "5120Ki"));

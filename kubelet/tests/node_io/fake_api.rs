@@ -14,7 +14,7 @@ use tokio_stream::wrappers::BroadcastStream;
 
 /// A fake API server.
 #[derive(Clone)]
-pub struct FakeApi(Arc<Inner>);
+pub(crate) struct FakeApi(Arc<Inner>);
 
 struct Inner {
     /// By `<resource>/<namespace>/<name>`.
@@ -24,7 +24,7 @@ struct Inner {
 }
 
 impl FakeApi {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Arc::new(Inner {
             objects: Mutex::default(),
             events: broadcast::channel(1000).0,
@@ -32,7 +32,7 @@ impl FakeApi {
         }))
     }
 
-    pub fn client(&self) -> kube::Client {
+    pub(crate) fn client(&self) -> kube::Client {
         let api = self.clone();
         let service = tower::service_fn(move |request: Request<ClientBody>| {
             let api = api.clone();
@@ -42,7 +42,7 @@ impl FakeApi {
     }
 
     /// Creates or replaces an object.
-    pub fn put(&self, resource: &str, namespace: &str, name: &str, mut object: Value) {
+    pub(crate) fn put(&self, resource: &str, namespace: &str, name: &str, mut object: Value) {
         let key = format!("{resource}/{namespace}/{name}");
         let mut objects = self.0.objects.lock().expect("lock");
         objects.0 += 1;
@@ -53,7 +53,7 @@ impl FakeApi {
         let _heard = self.0.events.send((key, json!({ "type": kind, "object": object })));
     }
 
-    pub fn tokens_issued(&self) -> u64 {
+    pub(crate) fn tokens_issued(&self) -> u64 {
         *self.0.tokens.lock().expect("lock")
     }
 

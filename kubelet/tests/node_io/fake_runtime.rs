@@ -13,13 +13,13 @@ use coracle_kubelet::{ContainerId, PodKey};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::broadcast;
 
-pub struct FakeRuntime {
-    pub containers: Mutex<Vec<ContainerStatus>>,
-    pub events: broadcast::Sender<ContainerEvent>,
-    pub sandbox: Mutex<Option<SandboxStatus>>,
+pub(crate) struct FakeRuntime {
+    pub(crate) containers: Mutex<Vec<ContainerStatus>>,
+    pub(crate) events: broadcast::Sender<ContainerEvent>,
+    pub(crate) sandbox: Mutex<Option<SandboxStatus>>,
 }
 
-pub struct FakeNode(pub Arc<FakeRuntime>);
+pub(crate) struct FakeNode(pub(crate) Arc<FakeRuntime>);
 
 impl NodeState for FakeNode {
     fn pods(&self) -> Vec<Arc<Pod>> {
@@ -36,13 +36,13 @@ impl NodeState for FakeNode {
     }
 }
 
-pub fn key() -> PodKey {
+pub(crate) fn key() -> PodKey {
     PodKey { uid: "u".into(), namespace: "ns".into(), name: "web".into() }
 }
 
 impl FakeRuntime {
     /// With one running container `c`, and before it one that has ended.
-    pub fn new(log: &std::path::Path) -> Arc<Self> {
+    pub(crate) fn new(log: &std::path::Path) -> Arc<Self> {
         let container = |attempt: u32, state| ContainerStatus {
             id: ContainerId::derive("u", "c", attempt),
             sandbox: ContainerId::derive("u", "", 0),
@@ -76,7 +76,7 @@ impl FakeRuntime {
     }
 
     /// Ends the running container.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         let mut containers = self.containers.lock().expect("lock");
         containers[1].state = ContainerState::Exited;
         let exit = ExitStatus { code: 0, signal: None, oom_killed: false, finished_at: 1 };

@@ -8,7 +8,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 /// Runs a test in a mount namespace of its own. Threads that the runtime starts inherit it, and it goes with them.
-pub fn in_private_mounts<F, Fut>(test: F)
+pub(crate) fn in_private_mounts<F, Fut>(test: F)
 where
     F: FnOnce() -> Fut + Send + 'static,
     Fut: Future<Output = ()>,
@@ -26,7 +26,7 @@ where
 }
 
 /// Runs a program to a good end.
-pub fn run(program: &Path, arguments: &[&str]) -> String {
+pub(crate) fn run(program: &Path, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().expect("program starts");
     assert!(
         output.status.success(),

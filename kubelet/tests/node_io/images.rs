@@ -14,12 +14,12 @@ use sha2::{Digest, Sha256};
 
 use crate::host::{in_private_mounts, run};
 
-pub fn sha256(bytes: &[u8]) -> String {
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
 /// One entry of a hand-made layer.
-pub enum Entry<'a> {
+pub(crate) enum Entry<'a> {
     Folder(&'a str, u32),
     File(&'a str, u32, &'a [u8]),
     Link(&'a str, &'a str),
@@ -30,7 +30,7 @@ pub enum Entry<'a> {
 }
 
 /// A tar whose names are written as they are, also the bad ones.
-pub fn tar_of(entries: &[Entry<'_>]) -> Vec<u8> {
+pub(crate) fn tar_of(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     let mut add = |name: &str,
                    kind: tar::EntryType,
@@ -89,7 +89,7 @@ pub fn tar_of(entries: &[Entry<'_>]) -> Vec<u8> {
 }
 
 /// Writes a docker-archive of these layers.
-pub fn docker_archive(path: &Path, name: &str, layers: &[Vec<u8>], diff_ids: Option<Vec<String>>) {
+pub(crate) fn docker_archive(path: &Path, name: &str, layers: &[Vec<u8>], diff_ids: Option<Vec<String>>) {
     let diff_ids = diff_ids.unwrap_or_else(|| layers.iter().map(|layer| sha256(layer)).collect());
     let config = json!({
         "architecture": "amd64", "os": "linux",

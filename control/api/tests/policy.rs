@@ -1,0 +1,295 @@
+//! Admission, authorisation and allocation on a real server, in process, on a store of its own.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use coracle_api::node::{NodeConnector, NodeStream};
+use coracle_api::status::Status;
+use coracle_api::user::UserInfo;
+use coracle_api::{ApiServer, Config};
+use coracle_store::{Embedded, EmbeddedOptions};
+use coracle_testkit::assert_eventually_async;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+struct NoNodes;
+
+#[async_trait::async_trait]
+impl NodeConnector for NoNodes {
+    async fn connect(&self, node: &str) -> Result<Box<dyn NodeStream>, Status> {
+        Err(Status::unavailable(format!("there is no node {node} here")))
+    }
+}
+
+struct Server {
+    api: Arc<ApiServer>,
+    stop: CancellationToken,
+    _data: tempfile::TempDir,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Server {
+    async fn start() -> Self {
+        let data = tempfile::tempdir().expect("a folder");
+        let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
+        let stop = CancellationToken::new();
+        let config = Config {
+            tls_dir: data.path().join("tls"),
+            tls_sans: Vec::new(),
+            service_cidr: "10.43.0.0/24".into(),
+            cluster_cidr: "10.42.0.0/16".into(),
+            node_ports: (30000, 30010),
+            cluster_domain: "cluster.local".into(),
+            dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
+            advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
+            nodes: Arc::new(NoNodes),
+            static_tokens: Vec::new(),
+            oidc: Vec::new(),
+            disabled_admission: Vec::new(),
+        };
+        let api = ApiServer::new(config, store, stop.clone()).await.expect("a server");
+        let server = Self { api, stop, _data: data };
+        server.ok("POST", "/api/v1/namespaces", json!({"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": "n"}})).await;
+        server.ok("POST", "/api/v1/namespaces/n/serviceaccounts", json!({"kind": "ServiceAccount", "apiVersion": "v1", "metadata": {"name": "default"}})).await;
+        server
+    }
+
+    async fn call(&self, user: UserInfo, method: &str, path: &str, body: Value) -> Result<Value, kube::core::Status> {
+        let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
+        let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(&body).expect("JSON") };
+        let request = http::Request::builder().method(method).uri(path).header("content-type", kind).body(body).expect("a request");
+        match self.api.client(user).request::<Value>(request).await {
+            Ok(v) => Ok(v),
+            Err(kube::Error::Api(status)) => Err(*status),
+            Err(other) => panic!("{method} {path}: {other}"),
+        }
+    }
+
+    async fn admin(&self, method: &str, path: &str, body: Value) -> Result<Value, kube::core::Status> {
+        self.call(UserInfo::new("admin", &["system:masters"]), method, path, body).await
+    }
+
+    async fn ok(&self, method: &str, path: &str, body: Value) -> Value {
+        self.admin(method, path, body).await.unwrap_or_else(|s| panic!("{method} {path}: {}", s.message))
+    }
+
+    async fn refused(&self, method: &str, path: &str, body: Value) -> kube::core::Status {
+        match self.admin(method, path, body).await {
+            Ok(v) => panic!("{method} {path} was taken: {v}"),
+            Err(s) => s,
+        }
+    }
+}
+
+const PODS: &str = "/api/v1/namespaces/n/pods";
+
+fn pod(name: &str, spec: Value) -> Value {
+    let mut spec = spec;
+    if spec.get("containers").is_none() {
+        spec["containers"] = json!([{"name": "c", "image": "x:1"}]);
+    }
+    json!({"kind": "Pod", "apiVersion": "v1", "metadata": {"name": name}, "spec": spec})
+}
+
+fn object(version: &str, kind: &str, name: &str, rest: Value) -> Value {
+    let mut o = json!({"apiVersion": version, "kind": kind, "metadata": {"name": name}});
+    o.as_object_mut().expect("an object").extend(rest.as_object().cloned().unwrap_or_default());
+    o
+}
+
+#[tokio::test]
+async fn a_fresh_cluster_has_its_objects() {
+    let s = Server::start().await;
+    for ns in ["default", "kube-system", "kube-public", "kube-node-lease"] {
+        assert_eq!(s.ok("GET", &format!("/api/v1/namespaces/{ns}"), Value::Null).await["status"]["phase"], "Active");
+    }
+    let service = s.ok("GET", "/api/v1/namespaces/default/services/kubernetes", Value::Null).await;
+    assert_eq!(service["spec"]["clusterIP"], "10.43.0.1");
+    let slice = s.ok("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes", Value::Null).await;
+    assert_eq!(slice["endpoints"][0]["addresses"], json!(["192.0.2.1"]));
+    let roles = s.ok("GET", "/apis/rbac.authorization.k8s.io/v1/clusterroles", Value::Null).await;
+    assert_eq!(roles["items"].as_array().map(Vec::len), Some(71));
+    assert_eq!(
+        s.refused("DELETE", "/api/v1/namespaces/default", Value::Null).await.message,
+        "namespaces \"default\" is forbidden: this namespace may not be deleted"
+    );
+    assert_eq!(s.refused("POST", "/api/v1/namespaces/none/pods", pod("p", json!({}))).await.message, "namespaces \"none\" not found");
+}
+
+#[tokio::test]
+async fn pods_get_token_priority_and_class() {
+    let s = Server::start().await;
+    let p = s.ok("POST", PODS, pod("p", json!({}))).await;
+    let volume = &p["spec"]["volumes"][0];
+    assert!(volume["name"].as_str().is_some_and(|n| n.starts_with("kube-api-access-") && n.len() == 21), "{volume}");
+    assert_eq!(p["spec"]["containers"][0]["volumeMounts"][0]["name"], volume["name"]);
+    assert_eq!((&p["spec"]["priority"], &p["status"]["qosClass"]), (&json!(0), &json!("BestEffort")));
+    let p = s.ok("POST", PODS, pod("q", json!({"automountServiceAccountToken": false, "priorityClassName": "system-cluster-critical"}))).await;
+    assert_eq!((p["spec"].get("volumes"), &p["spec"]["priority"]), (None, &json!(2_000_000_000)));
+    for (spec, message) in [
+        (json!({"serviceAccountName": "x"}), "pods \"bad\" is forbidden: error looking up service account n/x: serviceaccount \"x\" not found"),
+        (json!({"priorityClassName": "x"}), "pods \"bad\" is forbidden: no PriorityClass with name x was found"),
+        (json!({"runtimeClassName": "x"}), "pods \"bad\" is forbidden: pod rejected: RuntimeClass \"x\" not found"),
+    ] {
+        assert_eq!(s.refused("POST", PODS, pod("bad", spec)).await.message, message);
+    }
+    // Images may change, names of containers may not.
+    let path = format!("{PODS}/p");
+    let mut changed = s.ok("GET", &path, Value::Null).await;
+    changed["spec"]["containers"][0]["image"] = "y:2".into();
+    let now = s.ok("PUT", &path, changed.clone()).await;
+    assert_eq!(now["metadata"]["generation"], 2);
+    let mut bad = now.clone();
+    bad["spec"]["nodeSelector"] = json!({"a": "b"});
+    assert!(s.refused("PUT", &path, bad).await.message.starts_with("Pod \"p\" is invalid: spec: Forbidden: pod updates may not change fields other than"));
+}
+
+#[tokio::test]
+async fn services_get_addresses_and_ports_of_their_own() {
+    let s = Server::start().await;
+    let path = "/api/v1/namespaces/n/services";
+    let service = |name: &str, spec: Value| object("v1", "Service", name, json!({"spec": spec}));
+    let ports = json!([{"port": 80}]);
+    let mut seen = std::collections::BTreeSet::new();
+    let made = futures::future::join_all(
+        (0..8).map(|i| s.ok("POST", path, service(&format!("s{i}"), json!({"type": "NodePort", "ports": ports})))),
+    )
+    .await;
+    let mut nodes = std::collections::BTreeSet::new();
+    for m in &made {
+        seen.insert(m["spec"]["clusterIP"].as_str().expect("an address").to_owned());
+        nodes.insert(m["spec"]["ports"][0]["nodePort"].as_i64().expect("a port"));
+    }
+    assert_eq!((seen.len(), nodes.len()), (8, 8));
+    let ip = made[0]["spec"]["clusterIP"].as_str().expect("an address").to_owned();
+    let published = s.ok("GET", &format!("/apis/networking.k8s.io/v1/ipaddresses/{ip}"), Value::Null).await;
+    assert_eq!(published["spec"]["parentRef"]["name"], "s0");
+    let taken = s.refused("POST", path, service("t", json!({"clusterIP": ip, "ports": ports}))).await;
+    assert_eq!(
+        taken.message,
+        format!("Service \"t\" is invalid: spec.clusterIPs: Invalid value: [\"{ip}\"]: failed to allocate IP {ip}: provided IP is already allocated")
+    );
+    // Kept over an update that leaves it out, immutable otherwise, free again after deletion.
+    let mut changed = made[0].clone();
+    changed["spec"]["ports"] = json!([{"port": 81}]);
+    for f in ["clusterIP", "clusterIPs"] {
+        changed["spec"].as_object_mut().expect("spec").remove(f);
+    }
+    assert_eq!(s.ok("PUT", &format!("{path}/s0"), changed.clone()).await["spec"]["clusterIP"], ip.as_str());
+    changed["metadata"].as_object_mut().expect("metadata").remove("resourceVersion");
+    changed["spec"]["clusterIP"] = "10.43.0.200".into();
+    let refused = s.refused("PUT", &format!("{path}/s0"), changed).await;
+    assert!(refused.message.contains("spec.clusterIPs[0]: Invalid value: [\"10.43.0.200\"]: may not change once set"), "{}", refused.message);
+    s.ok("DELETE", &format!("{path}/s0"), Value::Null).await;
+    s.refused("GET", &format!("/apis/networking.k8s.io/v1/ipaddresses/{ip}"), Value::Null).await;
+    s.ok("POST", path, service("t", json!({"clusterIP": ip, "ports": ports}))).await;
+    // To a name and back.
+    let mut external = s.ok("GET", &format!("{path}/s1"), Value::Null).await;
+    external["spec"]["type"] = "ExternalName".into();
+    external["spec"]["externalName"] = "example.com".into();
+    let external = s.ok("PUT", &format!("{path}/s1"), external).await;
+    assert!(external["spec"].get("clusterIP").is_none() && external["spec"]["ports"][0].get("nodePort").is_none(), "{external}");
+}
+
+#[tokio::test]
+async fn rbac_decides_and_nobody_grants_more_than_they_hold() {
+    let s = Server::start().await;
+    let bob = || UserInfo::new("bob", &[]);
+    let refused = s.call(bob(), "GET", PODS, Value::Null).await.expect_err("nobody knows bob");
+    assert_eq!(refused.message, "pods is forbidden: User \"bob\" cannot list resource \"pods\" in API group \"\" in the namespace \"n\"");
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let v = "rbac.authorization.k8s.io/v1";
+    s.ok("POST", &format!("{rbac}/namespaces/n/roles"), object(v, "Role", "r", json!({"rules": [
+        {"verbs": ["get", "list"], "apiGroups": [""], "resources": ["pods"]},
+        {"verbs": ["create"], "apiGroups": ["rbac.authorization.k8s.io"], "resources": ["roles", "rolebindings"]}]}))).await;
+    s.ok("POST", &format!("{rbac}/namespaces/n/rolebindings"), object(v, "RoleBinding", "rb", json!({
+        "roleRef": {"kind": "Role", "name": "r"}, "subjects": [{"kind": "User", "name": "bob"}]}))).await;
+    assert_eventually_async!(10, s.call(bob(), "GET", PODS, Value::Null).await.is_ok(), "bob may list pods");
+    let role = |verb: &str| object(v, "Role", "mine", json!({"rules": [{"verbs": [verb], "apiGroups": [""], "resources": ["pods"]}]}));
+    let refused = s.call(bob(), "POST", &format!("{rbac}/namespaces/n/roles"), role("delete")).await.expect_err("more than held");
+    assert_eq!(
+        refused.message,
+        "roles.rbac.authorization.k8s.io \"mine\" is forbidden: user \"bob\" (groups=[\"system:authenticated\"]) is attempting to grant RBAC permissions not currently held:\n{APIGroups:[\"\"], Resources:[\"pods\"], Verbs:[\"delete\"]}"
+    );
+    s.call(bob(), "POST", &format!("{rbac}/namespaces/n/roles"), role("get")).await.expect("what is held may be granted");
+    let review = s.ok("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", object("authorization.k8s.io/v1", "SubjectAccessReview", "", json!({
+        "spec": {"user": "bob", "resourceAttributes": {"verb": "list", "resource": "pods", "namespace": "n"}}}))).await;
+    assert_eq!(review["status"]["allowed"], true, "{review}");
+}
+
+#[tokio::test]
+async fn quota_is_never_overrun() {
+    let s = Server::start().await;
+    let path = "/api/v1/namespaces/n/resourcequotas";
+    s.ok("POST", path, object("v1", "ResourceQuota", "q", json!({"spec": {"hard": {"configmaps": "5"}}}))).await;
+    let maps = "/api/v1/namespaces/n/configmaps";
+    let map = |i: usize| object("v1", "ConfigMap", &format!("m{i}"), json!({}));
+    assert_eq!(
+        s.refused("POST", maps, map(0)).await.message,
+        "configmaps \"m0\" is forbidden: status unknown for quota: q, resources: configmaps"
+    );
+    s.ok("PATCH", &format!("{path}/q/status"), json!({"status": {"hard": {"configmaps": "5"}, "used": {"configmaps": "0"}}})).await;
+    let all = futures::future::join_all((0..20).map(|i| s.admin("POST", maps, map(i)))).await;
+    assert_eq!(all.iter().filter(|r| r.is_ok()).count(), 5);
+    let refused = all.into_iter().find_map(Result::err).expect("fifteen were refused");
+    assert!(refused.message.ends_with("is forbidden: exceeded quota: q, requested: configmaps=1, used: configmaps=5, limited: configmaps=5"), "{}", refused.message);
+}
+
+#[tokio::test]
+async fn policies_in_cel_deny_and_mutate() {
+    let s = Server::start().await;
+    let group = "/apis/admissionregistration.k8s.io/v1";
+    let v = "admissionregistration.k8s.io/v1";
+    let rules = json!({"resourceRules": [{"operations": ["CREATE"], "apiGroups": ["apps"], "apiVersions": ["v1"], "resources": ["deployments"]}]});
+    s.ok("POST", &format!("{group}/validatingadmissionpolicies"), object(v, "ValidatingAdmissionPolicy", "few", json!({"spec": {
+        "matchConstraints": rules, "variables": [{"name": "n", "expression": "object.spec.replicas"}],
+        "validations": [{"expression": "variables.n <= 3", "messageExpression": "'too many: ' + string(variables.n)"}]}}))).await;
+    s.ok("POST", &format!("{group}/validatingadmissionpolicybindings"), object(v, "ValidatingAdmissionPolicyBinding", "few", json!({"spec": {
+        "policyName": "few", "validationActions": ["Deny"]}}))).await;
+    s.ok("POST", &format!("{group}/mutatingadmissionpolicies"), object(v, "MutatingAdmissionPolicy", "mark", json!({"spec": {
+        "matchConstraints": rules, "reinvocationPolicy": "Never", "failurePolicy": "Fail", "mutations": [
+            {"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": "Object{metadata: Object.metadata{labels: {'marked': 'yes'}}}"}},
+            {"patchType": "JSONPatch", "jsonPatch": {"expression": "[JSONPatch{op: 'add', path: '/spec/paused', value: true}]"}}]}}))).await;
+    s.ok("POST", &format!("{group}/mutatingadmissionpolicybindings"), object(v, "MutatingAdmissionPolicyBinding", "mark", json!({"spec": {"policyName": "mark"}}))).await;
+    let deployment = |name: &str, n: i64| object("apps/v1", "Deployment", name, json!({"spec": {"replicas": n, "selector": {"matchLabels": {"a": "b"}},
+        "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}}}));
+    let path = "/apis/apps/v1/namespaces/n/deployments";
+    let refused = s.refused("POST", path, deployment("big", 4)).await;
+    assert_eq!(
+        (refused.code, refused.reason.as_str(), refused.message.as_str()),
+        (422, "Invalid", "deployments.apps \"big\" is forbidden: ValidatingAdmissionPolicy 'few' with binding 'few' denied request: too many: 4")
+    );
+    let made = s.ok("POST", path, deployment("small", 2)).await;
+    assert_eq!((&made["metadata"]["labels"]["marked"], &made["spec"]["paused"]), (&json!("yes"), &json!(true)));
+    assert_eq!(made["spec"]["strategy"]["type"], "RollingUpdate");
+}
+
+#[tokio::test]
+async fn limits_fill_in_and_bound() {
+    let s = Server::start().await;
+    s.ok("POST", "/api/v1/namespaces/n/limitranges", object("v1", "LimitRange", "l", json!({"spec": {"limits": [
+        {"type": "Container", "default": {"cpu": "200m"}, "max": {"cpu": "500m"}, "min": {"cpu": "50m"}}]}}))).await;
+    let p = s.ok("POST", PODS, pod("p", json!({}))).await;
+    assert_eq!(p["spec"]["containers"][0]["resources"], json!({"limits": {"cpu": "200m"}, "requests": {"cpu": "200m"}}));
+    let big = pod("big", json!({"containers": [{"name": "c", "image": "x", "resources": {"limits": {"cpu": "1"}}}]}));
+    assert_eq!(
+        s.refused("POST", PODS, big).await.message,
+        "pods \"big\" is forbidden: maximum cpu usage per Container is 500m, but limit is 1"
+    );
+}
+
+#[tokio::test]
+async fn pod_security_enforces_what_the_namespace_asks() {
+    let s = Server::start().await;
+    s.ok("PATCH", "/api/v1/namespaces/n", json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "baseline"}}})).await;
+    s.ok("POST", PODS, pod("fine", json!({}))).await;
+    assert_eq!(
+        s.refused("POST", PODS, pod("host", json!({"hostNetwork": true}))).await.message,
+        "pods \"host\" is forbidden: violates PodSecurity \"baseline:latest\": host namespaces (hostNetwork=true)"
+    );
+}

@@ -13,6 +13,7 @@ pub mod images;
 pub mod logs;
 pub mod network;
 pub mod node;
+pub mod probes;
 pub mod pods;
 pub mod server;
 pub mod streaming;

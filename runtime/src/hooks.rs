@@ -53,7 +53,6 @@ impl StateTemplate {
     }
 }
 
-#[expect(deprecated, reason = "the specification still demands that prestart hooks run")]
 fn prestart(hooks: &Hooks) -> &[Hook] {
     hooks.prestart().as_deref().unwrap_or_default()
 }

@@ -31,11 +31,3 @@ pub(crate) fn text(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
     }
     Ok(text)
 }
-
-/// The id on the host of an id in the container.
-pub(crate) fn to_host(mappings: &[LinuxIdMapping], id: u32) -> Option<u32> {
-    mappings.iter().find_map(|mapping| {
-        let offset = id.checked_sub(mapping.container_id())?;
-        (offset < mapping.size()).then(|| mapping.host_id() + offset)
-    })
-}

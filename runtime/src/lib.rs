@@ -19,8 +19,8 @@ mod child;
 mod spawn;
 pub mod exec;
 pub mod hooks;
-//pub mod state;
-//pub mod features;
+pub mod state;
+pub mod features;
 pub mod sealed;
 
 pub use cgroup::Cgroup;
@@ -28,6 +28,11 @@ pub use coracle_sys::process::Exit;
 pub use error::{Error, Result, Step};
 pub use plan::{Gate, Options, Plan};
 pub use spawn::{Init, Stage, Stdio, spawn, spawn_gated};
+
+/// Reads the failure that a container waiting behind [`Gate::Listener`] answers with.
+pub fn decode_failure(message: &[u8]) -> Error {
+    child::Message::decode(message).map_or_else(|| Error::Died("it sent an unknown message".into()), |m| spawn::failed(&m))
+}
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};

@@ -364,7 +364,7 @@ fn receive(channel: &OwnedFd) -> Result<Option<Message>> {
     Ok(Message::decode(&bytes[..length]))
 }
 
-fn failed(message: &Message) -> Error {
+pub(crate) fn failed(message: &Message) -> Error {
     match Step::from_number(message.step) {
         Some(step) => Error::Setup { step, subject: message.text(), errno: Errno::from_raw(message.number) },
         None => Error::Died(format!("unknown step {}", message.step)),

@@ -8,7 +8,7 @@ mod process;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::idmap;
-pub(crate) use mounts::{IdMap, MountStep, Source};
+pub(crate) use mounts::{IdMap, MountStep, Source, option_names as mount_option_names};
 pub(crate) use namespaces::{Namespaces, UserNamespace};
 use oci_spec::runtime::{Hooks, LinuxResources, Process, Spec};
 pub(crate) use process::{HOME_BYTES, ProcessPlan};
@@ -185,6 +185,11 @@ impl Plan {
     /// Where the specification wants the cgroup.
     pub fn cgroups_path(&self) -> Option<&Path> {
         self.cgroups_path.as_deref()
+    }
+
+    /// `CLONE_NEW*` of the namespaces that are not the caller's.
+    pub fn namespace_flags(&self) -> u64 {
+        self.namespaces.own_flags()
     }
 
     /// The specification's hooks.
@@ -373,7 +378,6 @@ fn net_devices(linux: &oci_spec::runtime::Linux, namespaces: &Namespaces) -> Res
 }
 
 fn check_hooks(hooks: &Hooks) -> Result<()> {
-    #[expect(deprecated, reason = "the specification still demands that prestart hooks run")]
     let all = [
         hooks.prestart(),
         hooks.create_runtime(),

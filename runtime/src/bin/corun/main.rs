@@ -1,1 +1,121 @@
-fn main() {}
+//! `corun`: the OCI runtime on the command line, in the words of runc.
+#![forbid(unsafe_code)]
+
+mod args;
+mod console;
+mod create;
+mod exec;
+mod inspect;
+mod manage;
+mod update;
+
+use anyhow::{Result, anyhow, bail};
+use args::{Flags, Invocation};
+use coracle_runtime::state::{self, Folder, State};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const DEFAULT_ROOT: &str = "/run/corun";
+/// What a failed command ends with, and what a failed `exec` does.
+const FAILED: i32 = 1;
+const EXEC_FAILED: i32 = 255;
+
+/// What every command needs to know.
+pub(crate) struct Context {
+    pub root: PathBuf,
+    pub flags: Flags,
+    pub words: Vec<String>,
+}
+
+impl Context {
+    /// The container that the command is about.
+    pub(crate) fn folder(&self) -> Result<Folder> {
+        let id = self.words.first().ok_or_else(|| anyhow!("the id of a container is missing"))?;
+        Ok(Folder::of(&self.root, id)?)
+    }
+
+    pub(crate) fn container(&self) -> Result<(Folder, State)> {
+        let folder = self.folder()?;
+        let state = folder.load()?;
+        Ok((folder, state))
+    }
+}
+
+fn main() {
+    let line: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    let invocation = match args::parse(line) {
+        Ok(invocation) => invocation,
+        Err(error) => {
+            eprintln!("corun: {error:#}");
+            std::process::exit(FAILED);
+        }
+    };
+    let (log, format) = (
+        invocation.global.value("log").map(PathBuf::from),
+        invocation.global.value("log-format").unwrap_or("text").to_string(),
+    );
+    let failed = if invocation.command.is_some_and(|command| command.name == "exec") { EXEC_FAILED } else { FAILED };
+    let status = run(invocation).unwrap_or_else(|error| {
+        report(&format!("{error:#}"), log.as_deref(), &format);
+        failed
+    });
+    std::process::exit(status);
+}
+
+/// Tells the user, and the log file that an engine reads.
+pub(crate) fn report(message: &str, log: Option<&Path>, format: &str) {
+    eprintln!("corun: {message}");
+    let Some(log) = log else { return };
+    let time = state::now();
+    let line = if format == "json" {
+        serde_json::json!({"level": "error", "msg": message, "time": time}).to_string()
+    } else {
+        format!("time={time:?} level=error msg={message:?}")
+    };
+    let written = std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(log)
+        .and_then(|mut file| writeln!(file, "{line}"));
+    if let Err(error) = written {
+        eprintln!("corun: cannot write the log {}: {error}", log.display());
+    }
+}
+
+fn run(invocation: Invocation) -> Result<i32> {
+    let Invocation { global, command, flags, words } = invocation;
+    let Some(command) = command else {
+        if global.has("version") {
+            println!("corun version {}\nspec: 1.3.0", env!("CARGO_PKG_VERSION"));
+        } else {
+            print!("{}", args::help());
+        }
+        return Ok(0);
+    };
+    if global.has("systemd-cgroup") {
+        bail!("--systemd-cgroup: this runtime manages cgroups itself and does not speak to systemd; leave the flag out");
+    }
+    let root = PathBuf::from(global.value("root").unwrap_or(DEFAULT_ROOT));
+    let context = Context { root, flags, words };
+    match command.name {
+        "create" => create::create(&context),
+        "run" => create::run(&context),
+        "start" => manage::start(&context),
+        "state" => inspect::state(&context),
+        "kill" => manage::kill(&context),
+        "delete" => manage::delete(&context),
+        "exec" => exec::exec(&context),
+        "list" => inspect::list(&context),
+        "ps" => inspect::ps(&context),
+        "pause" => manage::freeze(&context, true),
+        "resume" => manage::freeze(&context, false),
+        "update" => update::update(&context),
+        "events" => inspect::events(&context),
+        "spec" => create::spec(&context),
+        "features" => {
+            println!("{:#}", coracle_runtime::features::document());
+            Ok(0)
+        }
+        other => bail!("{other} is not supported: this runtime does not freeze containers to disk"),
+    }
+}

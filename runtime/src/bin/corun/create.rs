@@ -1,0 +1,259 @@
+//! `create`, `run`, `spec`.
+
+use crate::{Context, console};
+use anyhow::{Context as _, Result, bail};
+use coracle_runtime::state::{self, Folder, State};
+use coracle_runtime::{Cgroup, Gate, Init, Options, Plan, Stdio, hooks, sealed, spawn_gated, spec};
+use oci_spec::runtime::Spec;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+/// What a failed start takes down again. Disarmed when the container is there to stay.
+struct Undo<'folder> {
+    folder: &'folder Folder,
+    cgroup: Option<Cgroup>,
+    armed: bool,
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        if let Some(cgroup) = &self.cgroup {
+            let removed = cgroup.kill().and_then(|()| cgroup.remove());
+            if let Err(error) = removed {
+                eprintln!("corun: {error}");
+            }
+        }
+        if let Err(error) = self.folder.remove() {
+            eprintln!("corun: {error}");
+        }
+    }
+}
+
+struct Made<'folder> {
+    init: Init,
+    undo: Undo<'folder>,
+    state: State,
+    plan: Plan,
+}
+
+fn make<'folder>(context: &Context, folder: &'folder Folder, gate: Gate) -> Result<Made<'folder>> {
+    let bundle = match context.flags.value("bundle") {
+        Some(path) => Path::new(path).canonicalize().with_context(|| format!("no bundle {path:?}"))?,
+        None => std::env::current_dir().context("the working directory is gone")?,
+    };
+    let config = bundle.join("config.json");
+    let bytes = spec::read_bounded(&config)?;
+    let mut specification: Spec = spec::parse(&config, &bytes)?;
+    let inherited = pass_activation(&mut specification)?;
+    let options = Options {
+        id: folder.id.clone(),
+        no_pivot: context.flags.has("no-pivot"),
+        no_new_keyring: context.flags.has("no-new-keyring"),
+        preserve_fds: context.flags.number("preserve-fds")?.unwrap_or(0) + inherited,
+        gate,
+    };
+    let plan = Plan::compile(&specification, &bundle, &options)?;
+    folder.create(&bytes)?;
+    let mut undo = Undo { folder, cgroup: None, armed: true };
+    let name = cgroup_name(&plan, &folder.id)?;
+    let cgroup = undo.cgroup.insert(Cgroup::create(&name)?);
+    if !cgroup.processes()?.is_empty() {
+        let name = cgroup.name().display().to_string();
+        undo.cgroup = None;
+        bail!("cgroup {name} has processes already: choose another linux.cgroupsPath");
+    }
+    cgroup.apply(plan.resources())?;
+    let listener = match gate {
+        Gate::Parent => None,
+        Gate::Listener => Some(listen(folder)?),
+    };
+    let standard = coracle_sys::process::borrow_standard;
+    let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };
+    let mut init = spawn_gated(&plan, Some(cgroup), stdio, listener)?;
+    // Written while the new process sets itself up.
+    let state = State {
+        oci_version: specification.version().clone(),
+        id: folder.id.clone(),
+        pid: init.pid(),
+        pid_start: state::process_start(init.pid()).map_or(0, |(start, _)| start),
+        rootfs: bundle.join(specification.root().as_ref().map_or(Path::new(""), |root| root.path())),
+        bundle,
+        created: state::now(),
+        owner: "root".into(),
+        cgroup: cgroup.name().to_path_buf(),
+        annotations: specification.annotations().clone().unwrap_or_default(),
+    };
+    folder.save(&state)?;
+    init.wait_created()?;
+    Ok(Made { init, undo, state, plan })
+}
+
+/// Sockets of activation (`LISTEN_FDS`) go to the program.
+fn pass_activation(specification: &mut Spec) -> Result<u32> {
+    let Some(count) = std::env::var("LISTEN_FDS").ok() else { return Ok(0) };
+    let count: u32 = count.parse().context("LISTEN_FDS is not a number")?;
+    if let Some(process) = specification.process_mut() {
+        let mut environment = process.env().clone().unwrap_or_default();
+        environment.push(format!("LISTEN_FDS={count}"));
+        environment.push("LISTEN_PID=1".into());
+        process.set_env(Some(environment));
+    }
+    Ok(count)
+}
+
+fn cgroup_name(plan: &Plan, id: &str) -> Result<PathBuf> {
+    match plan.cgroups_path().filter(|path| !path.as_os_str().is_empty()) {
+        None => Ok(Path::new("/").join(id)),
+        Some(path) if !path.has_root() && path.to_string_lossy().matches(':').count() == 2 => {
+            bail!("linux.cgroupsPath {} is meant for systemd, which this runtime does not use for cgroups", path.display())
+        }
+        Some(path) => Ok(Path::new("/").join(path)),
+    }
+}
+
+fn listen(folder: &Folder) -> Result<OwnedFd> {
+    use std::os::fd::AsRawFd;
+    // An address of a socket has little room; the folder's descriptor makes any path short.
+    let place = std::fs::File::open(&folder.path).with_context(|| format!("cannot open {}", folder.path.display()))?;
+    let name = folder.start_socket();
+    let short = format!("/proc/self/fd/{}/start.sock", place.as_raw_fd());
+    let listener = socket(&short).with_context(|| format!("cannot listen on {}", name.display()))?;
+    Ok(listener)
+}
+
+fn socket(path: &str) -> Result<OwnedFd> {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::new(1)?)?;
+    Ok(fd)
+}
+
+fn write_pid_file(context: &Context, pid: i32) -> Result<()> {
+    let Some(path) = context.flags.value("pid-file") else { return Ok(()) };
+    let path = Path::new(path);
+    let new = path.with_file_name(format!(".{}", path.file_name().unwrap_or_default().to_string_lossy()));
+    std::fs::write(&new, pid.to_string())
+        .and_then(|()| std::fs::rename(&new, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Gives the terminal away; what remains is for this process to attend to.
+fn terminal(context: &Context, made: &mut Made<'_>, may_attend: bool) -> Result<Option<OwnedFd>> {
+    let socket = context.flags.value("console-socket");
+    if let Some(socket) = context.flags.value("pidfd-socket") {
+        console::hand_over_pidfd(Path::new(socket), &made.init)?;
+    }
+    match (made.init.take_console(), socket) {
+        (Some(master), Some(socket)) => console::hand_over(Path::new(socket), &master).map(|()| None),
+        (Some(master), None) if may_attend => Ok(Some(master)),
+        (Some(_), None) => bail!("a detached container with a terminal needs --console-socket"),
+        (None, Some(_)) => bail!("--console-socket goes with process.terminal only"),
+        (None, None) => Ok(None),
+    }
+}
+
+pub(crate) fn create(context: &Context) -> Result<i32> {
+    sealed::ensure()?;
+    let folder = context.folder()?;
+    let mut made = make(context, &folder, Gate::Listener)?;
+    terminal(context, &mut made, false)?;
+    write_pid_file(context, made.state.pid)?;
+    made.undo.armed = false;
+    made.init.release();
+    Ok(0)
+}
+
+pub(crate) fn run(context: &Context) -> Result<i32> {
+    sealed::ensure()?;
+    let folder = context.folder()?;
+    let detach = context.flags.has("detach");
+    let signals = if detach { None } else { Some(console::take_signals()?) };
+    if !context.flags.has("no-subreaper") && !detach {
+        coracle_sys::identity::set_child_subreaper().context("cannot become a subreaper")?;
+    }
+    let mut made = make(context, &folder, Gate::Parent)?;
+    let master = terminal(context, &mut made, !detach)?;
+    write_pid_file(context, made.state.pid)?;
+    made.init.start()?;
+    hooks::poststart(made.plan.hooks(), &made.state.template(), made.state.pid)?;
+    let Some(signals) = signals else {
+        made.undo.armed = false;
+        made.init.release();
+        return Ok(0);
+    };
+    let exit = console::attend(&mut made.init, &signals, master)?;
+    if context.flags.has("keep") {
+        made.undo.armed = false;
+        return Ok(exit.code());
+    }
+    made.undo.armed = false;
+    if let Some(cgroup) = &made.undo.cgroup {
+        // Processes outlive the first one where the container has no PID namespace of its own.
+        if !cgroup.processes()?.is_empty() {
+            cgroup.kill()?;
+        }
+        cgroup.remove()?;
+    }
+    folder.remove()?;
+    for error in hooks::poststop(made.plan.hooks(), &made.state.template()) {
+        eprintln!("corun: {error}");
+    }
+    Ok(exit.code())
+}
+
+/// A specification to begin with: a shell on a terminal, everything else as strict as it gets.
+pub(crate) fn spec(context: &Context) -> Result<i32> {
+    const CAPABILITIES: [&str; 3] = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
+    let folder = Path::new(context.flags.value("bundle").unwrap_or("."));
+    let path = folder.join("config.json");
+    if path.exists() {
+        bail!("{} exists: remove it first", path.display());
+    }
+    let mut document = serde_json::to_value(spec::default_container())?;
+    document["process"] = serde_json::json!({
+        "terminal": true,
+        "user": {"uid": 0, "gid": 0},
+        "args": ["sh"],
+        "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm"],
+        "cwd": "/",
+        "capabilities": {"bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+        "noNewPrivileges": true,
+    });
+    document["root"]["readonly"] = true.into();
+    document["hostname"] = "corun".into();
+    if context.flags.has("rootless") {
+        rootless(&mut document);
+    }
+    std::fs::write(&path, format!("{document:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(0)
+}
+
+/// For a user without privileges: a user namespace with the user as its root, the host's network and sysfs.
+fn rootless(document: &mut serde_json::Value) {
+    let map = |id: u32| serde_json::json!([{"containerID": 0, "hostID": id, "size": 1}]);
+    let linux = &mut document["linux"];
+    linux["uidMappings"] = map(nix::unistd::geteuid().as_raw());
+    linux["gidMappings"] = map(nix::unistd::getegid().as_raw());
+    if let Some(namespaces) = linux["namespaces"].as_array_mut() {
+        namespaces.retain(|namespace| namespace["type"] != "network");
+        namespaces.push(serde_json::json!({"type": "user"}));
+    }
+    if let Some(linux) = linux.as_object_mut() {
+        linux.remove("resources");
+    }
+    if let Some(mounts) = document["mounts"].as_array_mut() {
+        for mount in mounts {
+            if mount["destination"] == "/sys" {
+                *mount = serde_json::json!({"destination": "/sys", "type": "none", "source": "/sys",
+                    "options": ["rbind", "nosuid", "noexec", "nodev", "ro"]});
+            } else if let Some(options) = mount["options"].as_array_mut() {
+                options.retain(|option| option != "gid=5");
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! `state`, `list`, `ps`, `events`.
+
+use crate::Context;
+use anyhow::{Context as _, Result, bail};
+use coracle_runtime::state::{Folder, State, Status};
+use coracle_runtime::{Cgroup, cgroup};
+use serde_json::{Value, json};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+fn describe(folder: &Folder, state: &State) -> Value {
+    let status = state.status(folder);
+    let mut document = json!({
+        "ociVersion": state.oci_version,
+        "id": state.id,
+        "pid": if status == Status::Stopped { 0 } else { state.pid },
+        "status": status.to_string(),
+        "bundle": state.bundle,
+        "rootfs": state.rootfs,
+        "created": state.created,
+        "owner": state.owner,
+    });
+    if !state.annotations.is_empty() {
+        document["annotations"] = json!(state.annotations);
+    }
+    document
+}
+
+pub(crate) fn state(context: &Context) -> Result<i32> {
+    let (folder, state) = context.container()?;
+    println!("{:#}", describe(&folder, &state));
+    Ok(0)
+}
+
+pub(crate) fn list(context: &Context) -> Result<i32> {
+    let mut rows = Vec::new();
+    for folder in Folder::list(&context.root)? {
+        match folder.load() {
+            Ok(state) => rows.push(describe(&folder, &state)),
+            // In the making, or just deleted.
+            Err(coracle_runtime::Error::NoContainer(_)) => {}
+            Err(error) => eprintln!("corun: {error}"),
+        }
+    }
+    if context.flags.has("quiet") {
+        for row in &rows {
+            println!("{}", row["id"].as_str().unwrap_or_default());
+        }
+        return Ok(0);
+    }
+    match context.flags.value("format").unwrap_or("table") {
+        "json" => println!("{}", Value::Array(rows)),
+        "table" => {
+            println!("{:<24} {:<10} {:<10} {:<40} {:<32} OWNER", "ID", "PID", "STATUS", "BUNDLE", "CREATED");
+            for row in &rows {
+                let text = |key: &str| row[key].as_str().unwrap_or_default().to_string();
+                println!(
+                    "{:<24} {:<10} {:<10} {:<40} {:<32} {}",
+                    text("id"), row["pid"], text("status"), text("bundle"), text("created"), text("owner")
+                );
+            }
+        }
+        other => bail!("--format: {other:?} is not table or json"),
+    }
+    Ok(0)
+}
+
+pub(crate) fn ps(context: &Context) -> Result<i32> {
+    let mut words = context.words.clone();
+    let mut format = context.flags.value("format").unwrap_or("table").to_string();
+    if let Some(at) = words.iter().position(|word| ["-f", "--format", "-format"].contains(&word.as_str())) {
+        // Behind the id, as people type it.
+        if let Some(value) = words.get(at + 1).filter(|value| ["json", "table"].contains(&value.as_str())) {
+            format = value.clone();
+            words.drain(at..at + 2);
+        }
+    }
+    let (_, state) = context.container()?;
+    let pids = Cgroup::open(&state.cgroup)?.processes()?;
+    if format == "json" {
+        println!("{}", json!(pids));
+        return Ok(0);
+    }
+    let options = if words.len() > 1 { words[1..].to_vec() } else { vec!["-ef".to_string()] };
+    let output = std::process::Command::new("ps").args(&options).output().context("cannot run ps")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut lines = text.lines();
+    let header = lines.next().unwrap_or_default();
+    let column = header
+        .split_whitespace()
+        .position(|title| title == "PID")
+        .context("ps shows no PID column with these options")?;
+    println!("{header}");
+    for line in lines {
+        let pid = line.split_whitespace().nth(column).and_then(|text| text.parse::<i32>().ok());
+        if pid.is_some_and(|pid| pids.contains(&pid)) {
+            println!("{line}");
+        }
+    }
+    Ok(0)
+}
+
+fn usage(stats: &cgroup::Stats) -> Value {
+    const NANOSECONDS: u64 = 1_000;
+    let cpu = |key: &str| stats.cpu.get(key).copied().unwrap_or(0);
+    let entry = |usage: Option<u64>, max: Option<u64>, limit: Option<u64>| {
+        json!({"usage": usage.unwrap_or(0), "max": max.unwrap_or(0), "limit": limit.unwrap_or(u64::MAX),
+               "failcnt": stats.memory_events.get("max").copied().unwrap_or(0)})
+    };
+    let pressure = |pressure: &Option<cgroup::Pressure>| {
+        pressure.map(|pressure| {
+            let part = |averages: [f64; 3], total: u64| {
+                json!({"avg10": averages[0], "avg60": averages[1], "avg300": averages[2], "total": total})
+            };
+            json!({"some": part(pressure.some, pressure.some_total_us), "full": part(pressure.full, pressure.full_total_us)})
+        })
+    };
+    let mut io = Vec::new();
+    for (device, keys) in &stats.io {
+        let (major, minor) = device.split_once(':').unwrap_or((device, "0"));
+        for (key, op) in [("rbytes", "Read"), ("wbytes", "Write")] {
+            if let Some(value) = keys.get(key) {
+                io.push(json!({"major": major.parse::<u64>().unwrap_or(0), "minor": minor.parse::<u64>().unwrap_or(0),
+                               "op": op, "value": value}));
+            }
+        }
+    }
+    json!({
+        "cpu": {
+            "usage": {
+                "total": cpu("usage_usec") * NANOSECONDS,
+                "kernel": cpu("system_usec") * NANOSECONDS,
+                "user": cpu("user_usec") * NANOSECONDS,
+            },
+            "throttling": {
+                "periods": cpu("nr_periods"),
+                "throttledPeriods": cpu("nr_throttled"),
+                "throttledTime": cpu("throttled_usec") * NANOSECONDS,
+            },
+            "psi": pressure(&stats.cpu_pressure),
+        },
+        "memory": {
+            "cache": stats.memory.get("file").copied().unwrap_or(0),
+            "usage": entry(stats.memory_current, stats.memory_peak, stats.memory_max),
+            "swap": entry(stats.swap_current, None, stats.swap_max),
+            "raw": stats.memory,
+            "psi": pressure(&stats.memory_pressure),
+        },
+        "pids": {"current": stats.pids_current.unwrap_or(0), "limit": stats.pids_max.unwrap_or(0)},
+        "blkio": {"ioServiceBytesRecursive": io, "psi": pressure(&stats.io_pressure)},
+        "hugetlb": stats.hugetlb.iter().map(|(size, (now, failed))| {
+            (size.clone(), json!({"usage": now, "failcnt": failed}))
+        }).collect::<serde_json::Map<_, _>>(),
+    })
+}
+
+pub(crate) fn events(context: &Context) -> Result<i32> {
+    let (folder, state) = context.container()?;
+    if state.status(&folder) == Status::Stopped {
+        bail!("container {:?} is not running", state.id);
+    }
+    let group = Cgroup::open(&state.cgroup)?;
+    let show = |kind: &str, data: Value| {
+        let mut event = json!({"type": kind, "id": state.id});
+        if !data.is_null() {
+            event["data"] = data;
+        }
+        println!("{event}");
+    };
+    if context.flags.has("stats") {
+        show("stats", usage(&group.stats()));
+        return Ok(0);
+    }
+    let interval = duration(context.flags.value("interval").unwrap_or("5s"))?;
+    let mut kills = group.oom_kills();
+    while let Some(pidfd) = state.pidfd() {
+        if coracle_runtime::wait_readable(pidfd.as_fd(), Some(interval))? {
+            break;
+        }
+        let now = group.oom_kills();
+        if now > kills {
+            show("oom", Value::Null);
+        }
+        kills = now;
+        show("stats", usage(&group.stats()));
+    }
+    Ok(0)
+}
+
+/// A duration as Go writes it: `5s`, `100ms`, `1m`.
+fn duration(text: &str) -> Result<Duration> {
+    let split = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor_ms = match unit {
+        "ms" => 1,
+        "s" | "" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => bail!("--interval: {text:?} is not a duration like 5s"),
+    };
+    let number: u64 = number.parse().with_context(|| format!("--interval: {text:?} is not a duration like 5s"))?;
+    if number == 0 {
+        bail!("--interval must be more than nothing");
+    }
+    Ok(Duration::from_millis(number.saturating_mul(factor_ms)))
+}

@@ -1,0 +1,156 @@
+//! `start`, `kill`, `delete`, `pause`, `resume`.
+
+use crate::Context;
+use anyhow::{Context as _, Result, anyhow, bail};
+use coracle_runtime::state::{Folder, State, Status};
+use coracle_runtime::{Cgroup, Error, Options, Plan, hooks};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use std::os::fd::{AsFd, AsRawFd};
+
+/// The word that a waiting container understands, and the longest answer it gives.
+const START: [u8; 1] = [0x53];
+const ANSWER_BYTES: usize = 256;
+/// How long a killed container may take to end.
+const END_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+fn need(state: &State, folder: &Folder, wanted: Status, what: &'static str) -> Result<()> {
+    let status = state.status(folder);
+    if status == wanted {
+        return Ok(());
+    }
+    Err(Error::Status { id: state.id.clone(), status: status.to_string(), need: what }.into())
+}
+
+pub(crate) fn start(context: &Context) -> Result<i32> {
+    let (folder, state) = context.container()?;
+    need(&state, &folder, Status::Created, "only a created container can be started")?;
+    let pidfd = state.pidfd().ok_or_else(|| anyhow!("the container has just ended"))?;
+    let specification = folder.load_spec()?;
+    let options = Options { id: state.id.clone(), ..Options::default() };
+    let plan = Plan::compile(&specification, &state.bundle, &options)?;
+    hooks::start_container(plan.hooks(), &state.template(), state.pid, pidfd.as_fd(), plan.namespace_flags())?;
+    let place = std::fs::File::open(&folder.path)?;
+    let address = UnixAddr::new(format!("/proc/self/fd/{}/start.sock", place.as_raw_fd()).as_str())?;
+    let stream = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(stream.as_raw_fd(), &address).context("the container does not wait to be started")?;
+    coracle_sys::channel::send(stream.as_fd(), &START, None).context("the container does not wait to be started")?;
+    let mut answer = [0; ANSWER_BYTES];
+    // The end of the channel is the beginning of the program; a message says why there is none.
+    let answered = coracle_sys::channel::receive(stream.as_fd(), &mut answer, true);
+    std::fs::remove_file(folder.start_socket()).context("cannot remove the start socket")?;
+    match answered {
+        Ok((0, _)) | Err(coracle_sys::Errno::ECONNRESET) => {}
+        Ok((length, _)) => return Err(coracle_runtime::decode_failure(&answer[..length]).into()),
+        Err(errno) => return Err(errno).context("the container does not answer"),
+    }
+    hooks::poststart(plan.hooks(), &state.template(), state.pid)?;
+    Ok(0)
+}
+
+/// A signal by number or name, with or without `SIG`.
+fn signal_number(text: &str) -> Result<i32> {
+    if let Ok(number) = text.parse::<i32>() {
+        return Ok(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
+    let signal: nix::sys::signal::Signal = name.parse().map_err(|_| anyhow!("unknown signal {text:?}"))?;
+    Ok(signal as i32)
+}
+
+pub(crate) fn kill(context: &Context) -> Result<i32> {
+    let mut context = Context { root: context.root.clone(), flags: Default::default(), words: context.words.clone() };
+    // `--all` is accepted wherever it stands; a container without a PID namespace is always killed whole.
+    let all = context.words.iter().any(|word| word == "--all" || word == "-a") || context.flags.has("all");
+    context.words.retain(|word| word != "--all" && word != "-a" && word != "--");
+    let (folder, state) = context.container()?;
+    let signal = signal_number(context.words.get(1).map_or("TERM", String::as_str))?;
+    let status = state.status(&folder);
+    if status == Status::Stopped && !all {
+        bail!("container {:?} is not running", state.id);
+    }
+    let own_pids = folder.load_spec()?.linux().as_ref().is_some_and(|linux| {
+        linux.namespaces().iter().flatten().any(|namespace| {
+            namespace.typ() == oci_spec::runtime::LinuxNamespaceType::Pid && namespace.path().is_none()
+        })
+    });
+    if all || (!own_pids && signal == libc::SIGKILL) {
+        let Ok(cgroup) = Cgroup::open(&state.cgroup) else { return Ok(0) };
+        if signal == libc::SIGKILL {
+            cgroup.kill()?;
+        } else {
+            for pid in cgroup.processes()? {
+                // One that has ended meanwhile needs no signal.
+                if let Ok(pidfd) = coracle_sys::process::pidfd_open(pid) {
+                    let _ = coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), signal);
+                }
+            }
+        }
+        return Ok(0);
+    }
+    let pidfd = state.pidfd().ok_or_else(|| anyhow!("container {:?} is not running", state.id))?;
+    coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), signal)
+        .with_context(|| format!("cannot send signal {signal} to container {:?}", state.id))?;
+    if signal == libc::SIGKILL && status == Status::Paused {
+        // Frozen processes die only once they run.
+        Cgroup::open(&state.cgroup)?.kill()?;
+    }
+    Ok(0)
+}
+
+pub(crate) fn delete(context: &Context) -> Result<i32> {
+    let force = context.flags.has("force");
+    let (folder, state) = match context.container() {
+        Ok(found) => found,
+        Err(error) => {
+            let folder = context.folder()?;
+            if !force {
+                return Err(error);
+            }
+            // What a broken creation left.
+            folder.remove()?;
+            return Ok(0);
+        }
+    };
+    let status = state.status(&folder);
+    if !force && !matches!(status, Status::Stopped | Status::Created) {
+        bail!("container {:?} is {status}: stop it first, or use --force", state.id);
+    }
+    let cgroup = Cgroup::open(&state.cgroup).ok();
+    if let Some(pidfd) = state.pidfd() {
+        let _ = coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+        if let Some(cgroup) = &cgroup {
+            cgroup.kill()?;
+        }
+        if !coracle_runtime::wait_readable(pidfd.as_fd(), Some(END_LIMIT))? {
+            bail!("container {:?} does not end", state.id);
+        }
+    }
+    if let Some(cgroup) = &cgroup {
+        if !cgroup.processes()?.is_empty() {
+            cgroup.kill()?;
+        }
+        cgroup.remove()?;
+    }
+    let hooks = folder.load_spec().ok().and_then(|spec| spec.hooks().clone());
+    folder.remove()?;
+    for error in hooks.iter().flat_map(|hooks| hooks::poststop(hooks, &state.template())) {
+        eprintln!("corun: {error}");
+    }
+    Ok(0)
+}
+
+pub(crate) fn freeze(context: &Context, frozen: bool) -> Result<i32> {
+    let (folder, state) = context.container()?;
+    let status = state.status(&folder);
+    let fits = match status {
+        Status::Running | Status::Created => frozen,
+        Status::Paused => !frozen,
+        _ => false,
+    };
+    if !fits {
+        bail!("container {:?} is {status}: it cannot be {}", state.id, if frozen { "paused" } else { "resumed" });
+    }
+    Cgroup::open(&state.cgroup)?.freeze(frozen)?;
+    Ok(0)
+}

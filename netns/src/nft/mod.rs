@@ -8,6 +8,9 @@ mod expression;
 mod set;
 mod table;
 
+#[cfg(test)]
+pub(crate) mod walk;
+
 pub(crate) use encode::{delete_table, purge, table_exists};
 pub(crate) use expression::{
     BaseChain, CmpOp, CtKey, Expr, FibResult, Hook, MetaKey, NatKind, PayloadBase, R, Reg, Reject, Rule, Verdict,

@@ -6,3 +6,6 @@ pub(crate) mod compile;
 pub(crate) mod keys;
 pub(crate) mod layout;
 pub(crate) mod proxy;
+
+#[cfg(test)]
+mod tests;

@@ -372,10 +372,11 @@ impl Inner {
         }
         {
             let mut rules = self.rules.lock();
+            rules.known();
             let touched = rules.update_services(services);
             self.dns.update(|zone| touched.iter().for_each(|key| zone.set(key, rules.service(key))));
             rules.update_policy(policies);
-            rules.commit_known()?;
+            rules.commit()?;
         }
         if !nodes.is_empty() {
             self.hosts.lock().update(&self.config, nodes, &mut self.host.socket.lock())?;

@@ -87,10 +87,12 @@ impl Rules {
         }
     }
 
-    /// Commits a state that is known as a whole: what an earlier daemon left is replaced.
-    pub(crate) fn commit_known(&mut self) -> Result<(), NetlinkError> {
-        self.replace |= std::mem::replace(&mut self.adopted, false);
-        self.commit()
+    /// The state of the cluster is known as a whole from now on: the next commit replaces what an earlier daemon left.
+    pub(crate) fn known(&mut self) {
+        if std::mem::replace(&mut self.adopted, false) {
+            self.replace = true;
+            self.tables.values_mut().for_each(Table::replace);
+        }
     }
 
     /// Our DNS answers without connection tracking, unless a Service with endpoints stands at its address.
@@ -160,6 +162,7 @@ impl Rules {
         }
         self.replace = true;
         for table in self.tables.values_mut() {
+            table.replace();
             table.replacement().commit(&mut self.socket)?;
             table.committed();
         }

@@ -36,6 +36,8 @@ pub(crate) struct Table {
     old_chains: BTreeMap<Name, Option<Chain>>,
     old_sets: BTreeMap<Name, bool>,
     old_elements: BTreeMap<Name, HashMap<Element, Option<Value>>>,
+    /// What the kernel has does not matter: the table is going to be replaced.
+    replaced: bool,
 }
 
 impl Table {
@@ -49,6 +51,7 @@ impl Table {
             old_chains: BTreeMap::new(),
             old_sets: BTreeMap::new(),
             old_elements: BTreeMap::new(),
+            replaced: true,
         }
     }
 
@@ -92,6 +95,9 @@ impl Table {
             Some(value) => elements.insert(element.clone(), value),
             None => elements.remove(&element),
         };
+        if self.replaced {
+            return;
+        }
         match self.old_elements.get_mut(set) {
             Some(known) => {
                 known.entry(element).or_insert(old);
@@ -168,8 +174,15 @@ impl Table {
         change
     }
 
+    /// The table is going to be replaced: no differences are kept until then.
+    pub(crate) fn replace(&mut self) {
+        self.committed();
+        self.replaced = true;
+    }
+
     /// The kernel has what it should have.
     pub(crate) fn committed(&mut self) {
+        self.replaced = false;
         self.old_chains.clear();
         self.old_sets.clear();
         self.old_elements.clear();

@@ -106,7 +106,8 @@ fn lookup<'t>(table: &'t Table, set: &str, key: super::Reg, registers: &[u8; 64]
 }
 
 fn evaluate(table: &Table, expression: &Expr, registers: &mut [u8; 64], packet: &mut Packet<'_>) -> Step {
-    let word = |registers: &[u8; 64], at: super::Reg| <[u8; 4]>::try_from(&registers[usize::from(at.0) * 4..][..4]).unwrap();
+    let word =
+        |registers: &[u8; 64], at: super::Reg| <[u8; 4]>::try_from(&registers[usize::from(at.0) * 4..][..4]).unwrap();
     let matched = |yes| if yes { Step::Next } else { Step::Break };
     match expression {
         Expr::Meta { key: super::MetaKey::Mark, to } => put(registers, *to, &packet.mark.to_ne_bytes()),
@@ -126,13 +127,16 @@ fn evaluate(table: &Table, expression: &Expr, registers: &mut [u8; 64], packet: 
         }
         Expr::Bitwise { from, to, mask, xor } => {
             let at = usize::from(from.0) * 4;
-            let all: Vec<u8> = mask.iter().zip(xor).zip(&registers[at..]).map(|((mask, xor), byte)| (byte & mask) ^ xor).collect();
+            let all: Vec<u8> =
+                mask.iter().zip(xor).zip(&registers[at..]).map(|((mask, xor), byte)| (byte & mask) ^ xor).collect();
             put(registers, *to, &all);
         }
         Expr::Load { to, value } => put(registers, *to, value),
         Expr::Verdict(wanted) => return verdict(table, wanted, packet),
         Expr::InSet { set, key, invert } => return matched(lookup(table, set, *key, registers).is_some() != *invert),
-        Expr::InNamedSet { set, key, invert } => return matched(lookup(table, set, *key, registers).is_some() != *invert),
+        Expr::InNamedSet { set, key, invert } => {
+            return matched(lookup(table, set, *key, registers).is_some() != *invert);
+        }
         Expr::Map { map, key, to } => match lookup(table, map, *key, registers) {
             Some(Value::Data(data)) => put(registers, *to, data),
             _ => return Step::Break,
@@ -153,7 +157,9 @@ fn evaluate(table: &Table, expression: &Expr, registers: &mut [u8; 64], packet: 
         Expr::Nat { address, port, .. } => {
             let ip = match packet.destination {
                 IpAddr::V4(_) => IpAddr::from(word(registers, *address)),
-                IpAddr::V6(_) => IpAddr::from(<[u8; 16]>::try_from(&registers[usize::from(address.0) * 4..][..16]).unwrap()),
+                IpAddr::V6(_) => {
+                    IpAddr::from(<[u8; 16]>::try_from(&registers[usize::from(address.0) * 4..][..16]).unwrap())
+                }
             };
             let [high, low, ..] = word(registers, port.unwrap());
             return Step::Done(Outcome::Led(SocketAddr::new(ip, u16::from_be_bytes([high, low]))));

@@ -50,19 +50,28 @@ fn key(n: usize) -> ObjectKey {
 
 fn service(family: Family, n: usize) -> impl Strategy<Value = Service> {
     let number = u8::try_from(n).unwrap();
-    (any::<[bool; 6]>(), 0_u8..3).prop_map(move |([sticky, internal, external, node_port, balancer, outside], ranges)| Service {
-        cluster_ips: vec![ip(family, 43, 20 + number)],
-        ports: [Protocol::Tcp, Protocol::Udp]
-            .map(|protocol| ServicePort { name: format!("{protocol:?}"), protocol, port: 80, node_port: node_port.then_some(30_000 + u16::from(number)) })
-            .into(),
-        external_ips: if outside { vec![ip(family, 0, 100 + number)] } else { Vec::new() },
-        load_balancer_ips: if balancer { vec![ip(family, 0, 200 + number)] } else { Vec::new() },
-        source_ranges: (0..ranges).map(|range| IpNet::new(ip(family, 0, range * 8), if family == Family::V4 { 29 } else { 125 }).unwrap()).collect(),
-        affinity_seconds: sticky.then_some(30),
-        internal_policy: if internal { TrafficPolicy::Local } else { TrafficPolicy::Cluster },
-        external_policy: if external { TrafficPolicy::Local } else { TrafficPolicy::Cluster },
-        ..Service::default()
-    })
+    (any::<[bool; 6]>(), 0_u8..3).prop_map(
+        move |([sticky, internal, external, node_port, balancer, outside], ranges)| Service {
+            cluster_ips: vec![ip(family, 43, 20 + number)],
+            ports: [Protocol::Tcp, Protocol::Udp]
+                .map(|protocol| ServicePort {
+                    name: format!("{protocol:?}"),
+                    protocol,
+                    port: 80,
+                    node_port: node_port.then_some(30_000 + u16::from(number)),
+                })
+                .into(),
+            external_ips: if outside { vec![ip(family, 0, 100 + number)] } else { Vec::new() },
+            load_balancer_ips: if balancer { vec![ip(family, 0, 200 + number)] } else { Vec::new() },
+            source_ranges: (0..ranges)
+                .map(|range| IpNet::new(ip(family, 0, range * 8), if family == Family::V4 { 29 } else { 125 }).unwrap())
+                .collect(),
+            affinity_seconds: sticky.then_some(30),
+            internal_policy: if internal { TrafficPolicy::Local } else { TrafficPolicy::Cluster },
+            external_policy: if external { TrafficPolicy::Local } else { TrafficPolicy::Cluster },
+            ..Service::default()
+        },
+    )
 }
 
 fn endpoint(family: Family) -> impl Strategy<Value = Endpoint> {
@@ -79,7 +88,8 @@ fn history(family: Family) -> impl Strategy<Value = Vec<Event>> {
         let slice = proptest::collection::vec(endpoint(family), 0..5);
         prop_oneof![
             proptest::option::weighted(0.8, service(family, n)).prop_map(move |service| Event::Service(n, service)),
-            (0..2_usize, proptest::option::weighted(0.8, slice)).prop_map(move |(slice, endpoints)| Event::Slice(n, slice, endpoints)),
+            (0..2_usize, proptest::option::weighted(0.8, slice))
+                .prop_map(move |(slice, endpoints)| Event::Slice(n, slice, endpoints)),
         ]
     });
     proptest::collection::vec(event, 1..14)
@@ -89,7 +99,9 @@ fn change(event: &Event) -> ProxyChange {
     match event {
         Event::Service(n, service) => ProxyChange::Service(key(*n), service.clone()),
         Event::Slice(n, slice, endpoints) => {
-            let ports = [Protocol::Tcp, Protocol::Udp].map(|protocol| EndpointPort { name: format!("{protocol:?}"), protocol, port: 8080 }).into();
+            let ports = [Protocol::Tcp, Protocol::Udp]
+                .map(|protocol| EndpointPort { name: format!("{protocol:?}"), protocol, port: 8080 })
+                .into();
             let object = endpoints.clone().map(|endpoints| EndpointSlice { service: key(*n), ports, endpoints });
             ProxyChange::Slice(ObjectKey::new("ns", &format!("s{n}-{slice}")), object)
         }
@@ -119,7 +131,8 @@ fn end(history: &[Event]) -> End {
 impl End {
     fn endpoints(&self, n: usize, here_only: bool) -> BTreeSet<SocketAddr> {
         let all: Vec<&Endpoint> = self.slices.iter().filter(|((of, _), _)| *of == n).flat_map(|(_, all)| all).collect();
-        let all: Vec<&Endpoint> = all.into_iter().filter(|endpoint| !here_only || endpoint.node.as_deref() == Some("here")).collect();
+        let all: Vec<&Endpoint> =
+            all.into_iter().filter(|endpoint| !here_only || endpoint.node.as_deref() == Some("here")).collect();
         let ready: Vec<&Endpoint> = all.iter().copied().filter(|endpoint| endpoint.ready).collect();
         let last = all.into_iter().filter(|endpoint| endpoint.serving && endpoint.terminating);
         let chosen: Vec<&Endpoint> = if ready.is_empty() { last.collect() } else { ready };
@@ -127,7 +140,14 @@ impl End {
     }
 
     /// Who may get a connection, and whether the sender's address is replaced; the words of the API's documentation.
-    fn expected(&self, family: Family, source: IpAddr, to: IpAddr, port: u16, local: &HashSet<IpAddr>) -> (BTreeSet<SocketAddr>, Outcome, bool) {
+    fn expected(
+        &self,
+        family: Family,
+        source: IpAddr,
+        to: IpAddr,
+        port: u16,
+        local: &HashSet<IpAddr>,
+    ) -> (BTreeSet<SocketAddr>, Outcome, bool) {
         let inside = config(family).cluster_cidrs[0].contains(&source);
         for (n, service) in &self.services {
             let at_cluster = service.cluster_ips.contains(&to) && port == 80;
@@ -137,9 +157,13 @@ impl End {
             if !(at_cluster || at_outside || at_balancer || at_node) {
                 continue;
             }
-            let stays = if at_cluster { service.internal_policy } else { service.external_policy } == TrafficPolicy::Local && (at_cluster || !inside);
+            let stays = if at_cluster { service.internal_policy } else { service.external_policy }
+                == TrafficPolicy::Local
+                && (at_cluster || !inside);
             let endpoints = self.endpoints(*n, stays);
-            let shut = at_balancer && !service.source_ranges.is_empty() && !service.source_ranges.iter().any(|range| range.contains(&source));
+            let shut = at_balancer
+                && !service.source_ranges.is_empty()
+                && !service.source_ranges.iter().any(|range| range.contains(&source));
             let outcome = match (endpoints.is_empty(), self.endpoints(*n, false).is_empty()) {
                 (true, true) => Outcome::Refused,
                 (true, false) => Outcome::Dropped,
@@ -181,13 +205,22 @@ fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, bool)], batch
             _ => (ip(family, 0, 1), 30_000 + u16::from(n)),
         };
         let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp }.number();
-        let mut packet = Packet { source, destination: to, protocol, port, mark: 0, local: &local, random: u32::from(*random) };
+        let mut packet =
+            Packet { source, destination: to, protocol, port, mark: 0, local: &local, random: u32::from(*random) };
         let outcome = walk(table, "prerouting", &mut packet);
         let (endpoints, wanted, masquerade) = end.expected(family, source, to, port, &local);
         match outcome {
             Outcome::Led(endpoint) => {
                 prop_assert_eq!(wanted, Outcome::Accepted, "{} to {}:{}", source, to, port);
-                prop_assert!(endpoints.contains(&endpoint), "{} to {}:{} led to {}, not one of {:?}", source, to, port, endpoint, endpoints);
+                prop_assert!(
+                    endpoints.contains(&endpoint),
+                    "{} to {}:{} led to {}, not one of {:?}",
+                    source,
+                    to,
+                    port,
+                    endpoint,
+                    endpoints
+                );
                 prop_assert_eq!(packet.mark & MASQUERADE != 0, masquerade, "{} to {}:{}", source, to, port);
             }
             outcome => {
@@ -230,8 +263,15 @@ fn the_first_service_in_order_has_a_contested_address_until_it_goes() {
     let events = [Event::Service(1, Some(service(1))), slice(1, 11), Event::Service(0, Some(service(0))), slice(0, 10)];
     let winner = |proxy: &mut Proxy, tables: &mut BTreeMap<Family, Table>, event: &Event| {
         proxy.update([change(event)], tables);
-        let mut packet =
-            Packet { source: ip(Family::V4, 42, 5), destination: contested, protocol: 6, port: 80, mark: 0, local: &HashSet::new(), random: 0 };
+        let mut packet = Packet {
+            source: ip(Family::V4, 42, 5),
+            destination: contested,
+            protocol: 6,
+            port: 80,
+            mark: 0,
+            local: &HashSet::new(),
+            random: 0,
+        };
         walk(&tables[&Family::V4], "prerouting", &mut packet)
     };
     let outcomes: Vec<Outcome> = events.iter().map(|event| winner(&mut proxy, &mut tables, event)).collect();

@@ -2,7 +2,9 @@
 //!
 //! `cargo run --release -p coracle-netns --example measure`
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use coracle_netns::model::{Change, Endpoint, EndpointPort, EndpointSlice, ObjectKey, Service, ServicePort};
@@ -42,6 +44,7 @@ fn main() {
     network.settle();
     println!("{PODS} pods removed: asked for in {asked:?}, gone after {:?}", start.elapsed());
 
+    throughput(&network, &runtime);
     let before = resident_kib();
     let all: Vec<Change> = (0..SERVICES).flat_map(|n| [service(n), slice(n, 0)]).collect();
     let start = Instant::now();
@@ -99,4 +102,81 @@ fn resident_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or_default()
+}
+
+/// Runs of each kind, taking turns.
+const RUNS: usize = 5;
+/// How long one run sends.
+const RUN: Duration = Duration::from_millis(700);
+
+/// From pod to pod through the host's routing and rules, beside two namespaces on a bare bridge.
+fn throughput(network: &Network, runtime: &tokio::runtime::Runtime) {
+    let pods: Vec<_> = ["x", "y"]
+        .iter()
+        .map(|name| {
+            let key = PodKey { uid: format!("uid-{name}"), namespace: "default".into(), name: (*name).into() };
+            runtime.block_on(network.setup_pod(key, PodNet::default())).expect("a pod")
+        })
+        .collect();
+    sh("mkdir -p /run/netns; mount -t tmpfs none /run/netns; ip link add sw0 type bridge; ip link set sw0 up
+        for n in 1 2; do ip netns add b$n; ip link add q$n type veth peer name eth0 netns b$n; ip link set q$n master sw0 up
+        ip -n b$n address add 192.168.9.$n/24 dev eth0; ip -n b$n link set eth0 up; done");
+    let bridge = |n| PathBuf::from(format!("/run/netns/b{n}"));
+    let (mut ours, mut bare) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        ours.push(transfer(&pods[0].netns, &pods[1].netns, pods[1].ips[0]));
+        bare.push(transfer(&bridge(1), &bridge(2), Ipv4Addr::new(192, 168, 9, 2).into()));
+    }
+    let median = |all: &mut Vec<f64>| {
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    let (ours, bare) = (median(&mut ours), median(&mut bare));
+    println!("pod to pod {ours:.1} Gbit/s, bare bridge {bare:.1} Gbit/s, ratio {:.2}", ours / bare);
+    sh("for n in 1 2; do ip netns delete b$n; done; ip link delete sw0; umount /run/netns");
+    for name in ["x", "y"] {
+        network.teardown_pod(&format!("uid-{name}"));
+    }
+    network.settle();
+}
+
+fn transfer(from: &Path, to: &Path, address: IpAddr) -> f64 {
+    let listener = inside(to, || TcpListener::bind((address, 0)).expect("a port"));
+    let target = listener.local_addr().expect("a bound socket");
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a connection");
+            let (mut buffer, mut total) = (vec![0; 256 * 1024], 0_u64);
+            let start = Instant::now();
+            while let Ok(len @ 1..) = stream.read(&mut buffer) {
+                total += len as u64;
+            }
+            total as f64 * 8.0 / start.elapsed().as_secs_f64() / 1e9
+        });
+        inside(from, || {
+            let mut stream = TcpStream::connect(target).expect("a connection");
+            let buffer = vec![0; 256 * 1024];
+            let start = Instant::now();
+            while start.elapsed() < RUN {
+                stream.write_all(&buffer).expect("the reader reads");
+            }
+        });
+        reader.join().expect("the reader does not panic")
+    })
+}
+
+fn inside<T: Send>(namespace: &Path, work: impl FnOnce() -> T + Send) -> T {
+    let namespace = std::fs::File::open(namespace).expect("the namespace is there");
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).expect("root may enter");
+            work()
+        });
+        run.join().expect("the work does not panic")
+    })
+}
+
+fn sh(command: &str) {
+    let status = std::process::Command::new("sh").args(["-ec", command]).status().expect("a shell");
+    assert!(status.success(), "{command}");
 }

@@ -90,9 +90,9 @@ impl<'a> Unpacker<'a> {
             None => ImageError::Damaged { layer: self.layer.to_owned(), source },
         };
         guard.headers();
-        let mut entries = archive.entries().map_err(damaged)?;
+        let entries = archive.entries().map_err(damaged)?;
         let mut count = 0;
-        while let Some(entry) = entries.next() {
+        for entry in entries {
             let mut entry = entry.map_err(|error| self.damaged(guard, error))?;
             guard.body();
             count += 1;

@@ -38,10 +38,13 @@ pub(super) fn of_certificate(der: &[u8]) -> Option<Identity> {
     Some(Identity { username, groups, ..Identity::default() })
 }
 
+/// A token's user, if it is valid, and until when that counts.
+type Answer = (Option<Identity>, Instant);
+
 /// Answers about tokens, by the token's hash: a look-up that compares no secret bytes.
 pub(super) struct Tokens {
     client: Client,
-    known: Mutex<HashMap<[u8; 32], (Option<Identity>, Instant)>>,
+    known: Mutex<HashMap<[u8; 32], Answer>>,
 }
 
 impl Tokens {

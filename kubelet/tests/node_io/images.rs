@@ -371,7 +371,7 @@ async fn removal_respects_use_and_frees_content() {
     let other = ImageStore::open(&fixture.dir.path().join("images"), StoreOptions::default()).expect("store");
     fixture.store.remove_snapshot("c1").expect("remove snapshot");
     let removed = other.remove("test.example/app:v1").await.expect("remove");
-    assert_eq!(removed.deleted, [image.id.clone()]);
+    assert_eq!(removed.deleted, std::slice::from_ref(&image.id));
     assert!(removed.freed_bytes > 0);
     fixture.nothing_left();
     assert!(fs::read_dir(fixture.dir.path().join("images/blobs/sha256")).expect("folder").next().is_none());

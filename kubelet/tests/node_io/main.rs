@@ -5,6 +5,7 @@ mod fake_api;
 mod fake_runtime;
 mod host;
 mod images;
+mod kubectl;
 mod registry;
 mod streaming;
 mod volumes;

@@ -121,7 +121,7 @@ async fn plain_http_by_tag_by_digest_and_through_a_mirror() {
     let none = Keyring::default();
     let image = store.pull(&reference, &none, Arc::new(NoProgress)).await.expect("pull");
     assert_eq!(fs::read_to_string(image.layers[0].join("hello")).expect("file"), "from the registry");
-    assert_eq!(image.repo_tags, [reference.clone()]);
+    assert_eq!(image.repo_tags, std::slice::from_ref(&reference));
     let by_digest = image.repo_digests[0].clone();
     assert!(by_digest.starts_with(&format!("{}/team/app@sha256:", registry.address)), "{by_digest}");
     assert_eq!(store.pull(&by_digest, &none, Arc::new(NoProgress)).await.expect("by digest").id, image.id);

@@ -23,15 +23,15 @@ use crate::fake_runtime::{FakeNode, FakeRuntime};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-struct Fixture {
-    dir: tempfile::TempDir,
+pub(crate) struct Fixture {
+    pub(crate) dir: tempfile::TempDir,
     runtime: Arc<FakeRuntime>,
-    server: NodeServer,
+    pub(crate) server: NodeServer,
     certificate: String,
     client_ca: rcgen::CertifiedKey<rcgen::KeyPair>,
 }
 
-fn fixture() -> Fixture {
+pub(crate) fn fixture() -> Fixture {
     let dir = tempfile::tempdir().expect("temp folder");
     let runtime = FakeRuntime::new(dir.path());
     let own = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("certificate");
@@ -265,7 +265,7 @@ async fn exec_over_spdy() {
     assert_eq!(status_of(&all[&1])["details"]["causes"][0]["message"], "7");
 }
 
-async fn echo_server() -> u16 {
+pub(crate) async fn echo_server() -> u16 {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
     let port = listener.local_addr().expect("address").port();
     tokio::spawn(async move {

@@ -307,7 +307,7 @@ impl Client {
         }
         let endpoint = fetch.endpoint;
         let plain = endpoint.base.starts_with("http://");
-        if !realm.starts_with("https://") && !(plain && realm.starts_with("http://")) {
+        if !(realm.starts_with("https://") || plain && realm.starts_with("http://")) {
             return Err(transport(endpoint, format!("its token server {realm:?} is not reached by HTTPS")));
         }
         let mut query = vec![("scope", scope)];

@@ -54,15 +54,32 @@ impl Server {
         };
         let api = ApiServer::new(config, store, stop.clone()).await.expect("a server");
         let server = Self { api, stop, _data: data };
-        server.ok("POST", "/api/v1/namespaces", json!({"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": "n"}})).await;
-        server.ok("POST", "/api/v1/namespaces/n/serviceaccounts", json!({"kind": "ServiceAccount", "apiVersion": "v1", "metadata": {"name": "default"}})).await;
+        server
+            .ok(
+                "POST",
+                "/api/v1/namespaces",
+                json!({"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": "n"}}),
+            )
+            .await;
+        server
+            .ok(
+                "POST",
+                "/api/v1/namespaces/n/serviceaccounts",
+                json!({"kind": "ServiceAccount", "apiVersion": "v1", "metadata": {"name": "default"}}),
+            )
+            .await;
         server
     }
 
     async fn call(&self, user: UserInfo, method: &str, path: &str, body: Value) -> Result<Value, kube::core::Status> {
         let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
         let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(&body).expect("JSON") };
-        let request = http::Request::builder().method(method).uri(path).header("content-type", kind).body(body).expect("a request");
+        let request = http::Request::builder()
+            .method(method)
+            .uri(path)
+            .header("content-type", kind)
+            .body(body)
+            .expect("a request");
         match self.api.client(user).request::<Value>(request).await {
             Ok(v) => Ok(v),
             Err(kube::Error::Api(status)) => Err(*status),
@@ -110,7 +127,8 @@ async fn a_fresh_cluster_has_its_objects() {
     }
     let service = s.ok("GET", "/api/v1/namespaces/default/services/kubernetes", Value::Null).await;
     assert_eq!(service["spec"]["clusterIP"], "10.43.0.1");
-    let slice = s.ok("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes", Value::Null).await;
+    let slice =
+        s.ok("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes", Value::Null).await;
     assert_eq!(slice["endpoints"][0]["addresses"], json!(["192.0.2.1"]));
     let roles = s.ok("GET", "/apis/rbac.authorization.k8s.io/v1/clusterroles", Value::Null).await;
     assert_eq!(roles["items"].as_array().map(Vec::len), Some(71));
@@ -118,7 +136,10 @@ async fn a_fresh_cluster_has_its_objects() {
         s.refused("DELETE", "/api/v1/namespaces/default", Value::Null).await.message,
         "namespaces \"default\" is forbidden: this namespace may not be deleted"
     );
-    assert_eq!(s.refused("POST", "/api/v1/namespaces/none/pods", pod("p", json!({}))).await.message, "namespaces \"none\" not found");
+    assert_eq!(
+        s.refused("POST", "/api/v1/namespaces/none/pods", pod("p", json!({}))).await.message,
+        "namespaces \"none\" not found"
+    );
 }
 
 #[tokio::test]
@@ -129,10 +150,19 @@ async fn pods_get_token_priority_and_class() {
     assert!(volume["name"].as_str().is_some_and(|n| n.starts_with("kube-api-access-") && n.len() == 21), "{volume}");
     assert_eq!(p["spec"]["containers"][0]["volumeMounts"][0]["name"], volume["name"]);
     assert_eq!((&p["spec"]["priority"], &p["status"]["qosClass"]), (&json!(0), &json!("BestEffort")));
-    let p = s.ok("POST", PODS, pod("q", json!({"automountServiceAccountToken": false, "priorityClassName": "system-cluster-critical"}))).await;
+    let p = s
+        .ok(
+            "POST",
+            PODS,
+            pod("q", json!({"automountServiceAccountToken": false, "priorityClassName": "system-cluster-critical"})),
+        )
+        .await;
     assert_eq!((p["spec"].get("volumes"), &p["spec"]["priority"]), (None, &json!(2_000_000_000)));
     for (spec, message) in [
-        (json!({"serviceAccountName": "x"}), "pods \"bad\" is forbidden: error looking up service account n/x: serviceaccount \"x\" not found"),
+        (
+            json!({"serviceAccountName": "x"}),
+            "pods \"bad\" is forbidden: error looking up service account n/x: serviceaccount \"x\" not found",
+        ),
         (json!({"priorityClassName": "x"}), "pods \"bad\" is forbidden: no PriorityClass with name x was found"),
         (json!({"runtimeClassName": "x"}), "pods \"bad\" is forbidden: pod rejected: RuntimeClass \"x\" not found"),
     ] {
@@ -146,7 +176,12 @@ async fn pods_get_token_priority_and_class() {
     assert_eq!(now["metadata"]["generation"], 2);
     let mut bad = now.clone();
     bad["spec"]["nodeSelector"] = json!({"a": "b"});
-    assert!(s.refused("PUT", &path, bad).await.message.starts_with("Pod \"p\" is invalid: spec: Forbidden: pod updates may not change fields other than"));
+    assert!(
+        s.refused("PUT", &path, bad)
+            .await
+            .message
+            .starts_with("Pod \"p\" is invalid: spec: Forbidden: pod updates may not change fields other than")
+    );
 }
 
 #[tokio::test]
@@ -172,7 +207,9 @@ async fn services_get_addresses_and_ports_of_their_own() {
     let taken = s.refused("POST", path, service("t", json!({"clusterIP": ip, "ports": ports}))).await;
     assert_eq!(
         taken.message,
-        format!("Service \"t\" is invalid: spec.clusterIPs: Invalid value: [\"{ip}\"]: failed to allocate IP {ip}: provided IP is already allocated")
+        format!(
+            "Service \"t\" is invalid: spec.clusterIPs: Invalid value: [\"{ip}\"]: failed to allocate IP {ip}: provided IP is already allocated"
+        )
     );
     // Kept over an update that leaves it out, immutable otherwise, free again after deletion.
     let mut changed = made[0].clone();
@@ -184,7 +221,11 @@ async fn services_get_addresses_and_ports_of_their_own() {
     changed["metadata"].as_object_mut().expect("metadata").remove("resourceVersion");
     changed["spec"]["clusterIP"] = "10.43.0.200".into();
     let refused = s.refused("PUT", &format!("{path}/s0"), changed).await;
-    assert!(refused.message.contains("spec.clusterIPs[0]: Invalid value: [\"10.43.0.200\"]: may not change once set"), "{}", refused.message);
+    assert!(
+        refused.message.contains("spec.clusterIPs[0]: Invalid value: [\"10.43.0.200\"]: may not change once set"),
+        "{}",
+        refused.message
+    );
     s.ok("DELETE", &format!("{path}/s0"), Value::Null).await;
     s.refused("GET", &format!("/apis/networking.k8s.io/v1/ipaddresses/{ip}"), Value::Null).await;
     s.ok("POST", path, service("t", json!({"clusterIP": ip, "ports": ports}))).await;
@@ -193,7 +234,10 @@ async fn services_get_addresses_and_ports_of_their_own() {
     external["spec"]["type"] = "ExternalName".into();
     external["spec"]["externalName"] = "example.com".into();
     let external = s.ok("PUT", &format!("{path}/s1"), external).await;
-    assert!(external["spec"].get("clusterIP").is_none() && external["spec"]["ports"][0].get("nodePort").is_none(), "{external}");
+    assert!(
+        external["spec"].get("clusterIP").is_none() && external["spec"]["ports"][0].get("nodePort").is_none(),
+        "{external}"
+    );
 }
 
 #[tokio::test]
@@ -201,24 +245,63 @@ async fn rbac_decides_and_nobody_grants_more_than_they_hold() {
     let s = Server::start().await;
     let bob = || UserInfo::new("bob", &[]);
     let refused = s.call(bob(), "GET", PODS, Value::Null).await.expect_err("nobody knows bob");
-    assert_eq!(refused.message, "pods is forbidden: User \"bob\" cannot list resource \"pods\" in API group \"\" in the namespace \"n\"");
+    assert_eq!(
+        refused.message,
+        "pods is forbidden: User \"bob\" cannot list resource \"pods\" in API group \"\" in the namespace \"n\""
+    );
     let rbac = "/apis/rbac.authorization.k8s.io/v1";
     let v = "rbac.authorization.k8s.io/v1";
-    s.ok("POST", &format!("{rbac}/namespaces/n/roles"), object(v, "Role", "r", json!({"rules": [
+    s.ok(
+        "POST",
+        &format!("{rbac}/namespaces/n/roles"),
+        object(
+            v,
+            "Role",
+            "r",
+            json!({"rules": [
         {"verbs": ["get", "list"], "apiGroups": [""], "resources": ["pods"]},
-        {"verbs": ["create"], "apiGroups": ["rbac.authorization.k8s.io"], "resources": ["roles", "rolebindings"]}]}))).await;
-    s.ok("POST", &format!("{rbac}/namespaces/n/rolebindings"), object(v, "RoleBinding", "rb", json!({
-        "roleRef": {"kind": "Role", "name": "r"}, "subjects": [{"kind": "User", "name": "bob"}]}))).await;
+        {"verbs": ["create"], "apiGroups": ["rbac.authorization.k8s.io"], "resources": ["roles", "rolebindings"]}]}),
+        ),
+    )
+    .await;
+    s.ok(
+        "POST",
+        &format!("{rbac}/namespaces/n/rolebindings"),
+        object(
+            v,
+            "RoleBinding",
+            "rb",
+            json!({
+        "roleRef": {"kind": "Role", "name": "r"}, "subjects": [{"kind": "User", "name": "bob"}]}),
+        ),
+    )
+    .await;
     assert_eventually_async!(10, s.call(bob(), "GET", PODS, Value::Null).await.is_ok(), "bob may list pods");
-    let role = |verb: &str| object(v, "Role", "mine", json!({"rules": [{"verbs": [verb], "apiGroups": [""], "resources": ["pods"]}]}));
-    let refused = s.call(bob(), "POST", &format!("{rbac}/namespaces/n/roles"), role("delete")).await.expect_err("more than held");
+    let role = |verb: &str| {
+        object(v, "Role", "mine", json!({"rules": [{"verbs": [verb], "apiGroups": [""], "resources": ["pods"]}]}))
+    };
+    let refused =
+        s.call(bob(), "POST", &format!("{rbac}/namespaces/n/roles"), role("delete")).await.expect_err("more than held");
     assert_eq!(
         refused.message,
         "roles.rbac.authorization.k8s.io \"mine\" is forbidden: user \"bob\" (groups=[\"system:authenticated\"]) is attempting to grant RBAC permissions not currently held:\n{APIGroups:[\"\"], Resources:[\"pods\"], Verbs:[\"delete\"]}"
     );
-    s.call(bob(), "POST", &format!("{rbac}/namespaces/n/roles"), role("get")).await.expect("what is held may be granted");
-    let review = s.ok("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", object("authorization.k8s.io/v1", "SubjectAccessReview", "", json!({
-        "spec": {"user": "bob", "resourceAttributes": {"verb": "list", "resource": "pods", "namespace": "n"}}}))).await;
+    s.call(bob(), "POST", &format!("{rbac}/namespaces/n/roles"), role("get"))
+        .await
+        .expect("what is held may be granted");
+    let review = s
+        .ok(
+            "POST",
+            "/apis/authorization.k8s.io/v1/subjectaccessreviews",
+            object(
+                "authorization.k8s.io/v1",
+                "SubjectAccessReview",
+                "",
+                json!({
+        "spec": {"user": "bob", "resourceAttributes": {"verb": "list", "resource": "pods", "namespace": "n"}}}),
+            ),
+        )
+        .await;
     assert_eq!(review["status"]["allowed"], true, "{review}");
 }
 
@@ -233,11 +316,22 @@ async fn quota_is_never_overrun() {
         s.refused("POST", maps, map(0)).await.message,
         "configmaps \"m0\" is forbidden: status unknown for quota: q, resources: configmaps"
     );
-    s.ok("PATCH", &format!("{path}/q/status"), json!({"status": {"hard": {"configmaps": "5"}, "used": {"configmaps": "0"}}})).await;
+    s.ok(
+        "PATCH",
+        &format!("{path}/q/status"),
+        json!({"status": {"hard": {"configmaps": "5"}, "used": {"configmaps": "0"}}}),
+    )
+    .await;
     let all = futures::future::join_all((0..20).map(|i| s.admin("POST", maps, map(i)))).await;
     assert_eq!(all.iter().filter(|r| r.is_ok()).count(), 5);
     let refused = all.into_iter().find_map(Result::err).expect("fifteen were refused");
-    assert!(refused.message.ends_with("is forbidden: exceeded quota: q, requested: configmaps=1, used: configmaps=5, limited: configmaps=5"), "{}", refused.message);
+    assert!(
+        refused.message.ends_with(
+            "is forbidden: exceeded quota: q, requested: configmaps=1, used: configmaps=5, limited: configmaps=5"
+        ),
+        "{}",
+        refused.message
+    );
 }
 
 #[tokio::test]
@@ -249,20 +343,46 @@ async fn policies_in_cel_deny_and_mutate() {
     s.ok("POST", &format!("{group}/validatingadmissionpolicies"), object(v, "ValidatingAdmissionPolicy", "few", json!({"spec": {
         "matchConstraints": rules, "variables": [{"name": "n", "expression": "object.spec.replicas"}],
         "validations": [{"expression": "variables.n <= 3", "messageExpression": "'too many: ' + string(variables.n)"}]}}))).await;
-    s.ok("POST", &format!("{group}/validatingadmissionpolicybindings"), object(v, "ValidatingAdmissionPolicyBinding", "few", json!({"spec": {
-        "policyName": "few", "validationActions": ["Deny"]}}))).await;
+    s.ok(
+        "POST",
+        &format!("{group}/validatingadmissionpolicybindings"),
+        object(
+            v,
+            "ValidatingAdmissionPolicyBinding",
+            "few",
+            json!({"spec": {
+        "policyName": "few", "validationActions": ["Deny"]}}),
+        ),
+    )
+    .await;
     s.ok("POST", &format!("{group}/mutatingadmissionpolicies"), object(v, "MutatingAdmissionPolicy", "mark", json!({"spec": {
         "matchConstraints": rules, "reinvocationPolicy": "Never", "failurePolicy": "Fail", "mutations": [
             {"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": "Object{metadata: Object.metadata{labels: {'marked': 'yes'}}}"}},
             {"patchType": "JSONPatch", "jsonPatch": {"expression": "[JSONPatch{op: 'add', path: '/spec/paused', value: true}]"}}]}}))).await;
-    s.ok("POST", &format!("{group}/mutatingadmissionpolicybindings"), object(v, "MutatingAdmissionPolicyBinding", "mark", json!({"spec": {"policyName": "mark"}}))).await;
-    let deployment = |name: &str, n: i64| object("apps/v1", "Deployment", name, json!({"spec": {"replicas": n, "selector": {"matchLabels": {"a": "b"}},
-        "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}}}));
+    s.ok(
+        "POST",
+        &format!("{group}/mutatingadmissionpolicybindings"),
+        object(v, "MutatingAdmissionPolicyBinding", "mark", json!({"spec": {"policyName": "mark"}})),
+    )
+    .await;
+    let deployment = |name: &str, n: i64| {
+        object(
+            "apps/v1",
+            "Deployment",
+            name,
+            json!({"spec": {"replicas": n, "selector": {"matchLabels": {"a": "b"}},
+        "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}}}),
+        )
+    };
     let path = "/apis/apps/v1/namespaces/n/deployments";
     let refused = s.refused("POST", path, deployment("big", 4)).await;
     assert_eq!(
         (refused.code, refused.reason.as_str(), refused.message.as_str()),
-        (422, "Invalid", "deployments.apps \"big\" is forbidden: ValidatingAdmissionPolicy 'few' with binding 'few' denied request: too many: 4")
+        (
+            422,
+            "Invalid",
+            "deployments.apps \"big\" is forbidden: ValidatingAdmissionPolicy 'few' with binding 'few' denied request: too many: 4"
+        )
     );
     let made = s.ok("POST", path, deployment("small", 2)).await;
     assert_eq!((&made["metadata"]["labels"]["marked"], &made["spec"]["paused"]), (&json!("yes"), &json!(true)));
@@ -272,10 +392,23 @@ async fn policies_in_cel_deny_and_mutate() {
 #[tokio::test]
 async fn limits_fill_in_and_bound() {
     let s = Server::start().await;
-    s.ok("POST", "/api/v1/namespaces/n/limitranges", object("v1", "LimitRange", "l", json!({"spec": {"limits": [
-        {"type": "Container", "default": {"cpu": "200m"}, "max": {"cpu": "500m"}, "min": {"cpu": "50m"}}]}}))).await;
+    s.ok(
+        "POST",
+        "/api/v1/namespaces/n/limitranges",
+        object(
+            "v1",
+            "LimitRange",
+            "l",
+            json!({"spec": {"limits": [
+        {"type": "Container", "default": {"cpu": "200m"}, "max": {"cpu": "500m"}, "min": {"cpu": "50m"}}]}}),
+        ),
+    )
+    .await;
     let p = s.ok("POST", PODS, pod("p", json!({}))).await;
-    assert_eq!(p["spec"]["containers"][0]["resources"], json!({"limits": {"cpu": "200m"}, "requests": {"cpu": "200m"}}));
+    assert_eq!(
+        p["spec"]["containers"][0]["resources"],
+        json!({"limits": {"cpu": "200m"}, "requests": {"cpu": "200m"}})
+    );
     let big = pod("big", json!({"containers": [{"name": "c", "image": "x", "resources": {"limits": {"cpu": "1"}}}]}));
     assert_eq!(
         s.refused("POST", PODS, big).await.message,
@@ -286,10 +419,116 @@ async fn limits_fill_in_and_bound() {
 #[tokio::test]
 async fn pod_security_enforces_what_the_namespace_asks() {
     let s = Server::start().await;
-    s.ok("PATCH", "/api/v1/namespaces/n", json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "baseline"}}})).await;
+    s.ok(
+        "PATCH",
+        "/api/v1/namespaces/n",
+        json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}),
+    )
+    .await;
     s.ok("POST", PODS, pod("fine", json!({}))).await;
     assert_eq!(
         s.refused("POST", PODS, pod("host", json!({"hostNetwork": true}))).await.message,
         "pods \"host\" is forbidden: violates PodSecurity \"baseline:latest\": host namespaces (hostNetwork=true)"
     );
+}
+
+/// A webhook on loopback with a certificate of its own; `answer` makes the response's members out of the request.
+async fn webhook(answer: fn(&Value) -> Value) -> (String, String) {
+    use base64::Engine as _;
+    use http_body_util::{BodyExt as _, Full};
+    let signed = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).expect("a certificate");
+    let ca = base64::engine::general_purpose::STANDARD.encode(signed.cert.pem());
+    let key = rustls_pki_types::PrivateKeyDer::try_from(signed.signing_key.serialize_der()).expect("a key");
+    let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![signed.cert.der().clone()], key)
+        .expect("a configuration");
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+    let url = format!("https://{}/hook", listener.local_addr().expect("an address"));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(stream).await else { return };
+                let service = hyper::service::service_fn(
+                    move |request: http::Request<hyper::body::Incoming>| async move {
+                        let body = request.into_body().collect().await?.to_bytes();
+                        let review: Value = serde_json::from_slice(&body).expect("a review");
+                        let mut response = answer(&review["request"]);
+                        response["uid"] = review["request"]["uid"].clone();
+                        let review = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response});
+                        Ok::<_, hyper::Error>(http::Response::new(Full::new(bytes::Bytes::from(review.to_string()))))
+                    },
+                );
+                let _ = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
+                    .await;
+            });
+        }
+    });
+    (url, ca)
+}
+
+fn hook(url: &str, ca: &str, resource: &str, more: Value) -> Value {
+    let mut h = json!({"name": "a.hook.example.com", "clientConfig": {"url": url, "caBundle": ca}, "sideEffects": "None",
+        "admissionReviewVersions": ["v1"], "timeoutSeconds": 2,
+        "rules": [{"operations": ["CREATE"], "apiGroups": [""], "apiVersions": ["v1"], "resources": [resource]}]});
+    h.as_object_mut().expect("an object").extend(more.as_object().cloned().unwrap_or_default());
+    json!({"webhooks": [h]})
+}
+
+#[tokio::test]
+async fn webhooks_mutate_deny_and_fail_as_configured() {
+    let s = Server::start().await;
+    let group = "/apis/admissionregistration.k8s.io/v1";
+    let v = "admissionregistration.k8s.io/v1";
+    let maps = "/api/v1/namespaces/n/configmaps";
+    let (url, ca) = webhook(|r| {
+        use base64::Engine as _;
+        assert_eq!((&r["operation"], &r["resource"]["resource"]), (&json!("CREATE"), &json!("configmaps")));
+        let patch = json!([{"op": "add", "path": "/data", "value": {"added": "yes"}}]).to_string();
+        json!({"allowed": true, "patchType": "JSONPatch", "patch": base64::engine::general_purpose::STANDARD.encode(patch), "warnings": ["seen"]})
+    })
+    .await;
+    s.ok(
+        "POST",
+        &format!("{group}/mutatingwebhookconfigurations"),
+        object(v, "MutatingWebhookConfiguration", "m", hook(&url, &ca, "configmaps", json!({}))),
+    )
+    .await;
+    let made = s.ok("POST", maps, object("v1", "ConfigMap", "a", json!({}))).await;
+    assert_eq!(made["data"], json!({"added": "yes"}));
+    let (url, ca) = webhook(|r| json!({"allowed": r["name"] != "bad", "status": {"message": "not this one", "code": 403, "reason": "Forbidden"}})).await;
+    let skip = json!({"matchConditions": [{"name": "skip", "expression": "object.metadata.name != 'skipped-bad'"}]});
+    s.ok(
+        "POST",
+        &format!("{group}/validatingwebhookconfigurations"),
+        object(v, "ValidatingWebhookConfiguration", "v", hook(&url, &ca, "configmaps", skip)),
+    )
+    .await;
+    let refused = s.refused("POST", maps, object("v1", "ConfigMap", "bad", json!({}))).await;
+    assert_eq!(
+        (refused.code, refused.message.as_str()),
+        (403, "admission webhook \"a.hook.example.com\" denied the request: not this one")
+    );
+    s.ok("POST", maps, object("v1", "ConfigMap", "skipped-bad", json!({}))).await;
+    // Nobody listens: the failure policy decides.
+    let gone = |policy: &str| hook("https://127.0.0.1:1/x", &ca, "secrets", json!({"failurePolicy": policy}));
+    let secret = |name: &str| object("v1", "Secret", name, json!({}));
+    let path = format!("{group}/validatingwebhookconfigurations");
+    s.ok("POST", &path, object(v, "ValidatingWebhookConfiguration", "gone", gone("Fail"))).await;
+    let refused = s.refused("POST", "/api/v1/namespaces/n/secrets", secret("x")).await;
+    assert_eq!(
+        (refused.code, refused.message.as_str()),
+        (
+            500,
+            "Internal error occurred: failed calling webhook \"a.hook.example.com\": failed to call webhook: Post \"https://127.0.0.1:1/x?timeout=2s\": dial tcp 127.0.0.1:1: connect: connection refused"
+        )
+    );
+    s.ok("DELETE", &format!("{path}/gone"), Value::Null).await;
+    s.ok("POST", &path, object(v, "ValidatingWebhookConfiguration", "gone", gone("Ignore"))).await;
+    s.ok("POST", "/api/v1/namespaces/n/secrets", secret("x")).await;
 }

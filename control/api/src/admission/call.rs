@@ -38,7 +38,9 @@ pub async fn call(ctx: &Context, config: &Value, review: &Value, timeout_seconds
     match tokio::time::timeout(Duration::from_secs(timeout_seconds), exchange).await {
         Ok(Ok((200..=299, body))) => serde_json::from_slice(&body)
             .map_err(|e| format!("failed to call webhook: invalid character in the answer: {e}")),
-        Ok(Ok((code, _))) => Err(format!("failed to call webhook: the server responded with the status code {code} but did not return details")),
+        Ok(Ok((code, _))) => Err(format!(
+            "failed to call webhook: the server responded with the status code {code} but did not return details"
+        )),
         Ok(Err(why)) => Err(failed(why)),
         Err(_) => Err(failed("context deadline exceeded".to_owned())),
     }
@@ -81,7 +83,8 @@ async fn target(ctx: &Context, config: &Value, timeout_seconds: u64) -> Result<T
         if slice.pointer("/metadata/labels").is_none_or(|l| text(l, "kubernetes.io/service-name") != name) {
             continue;
         }
-        let at = list(&slice, "ports").iter().find(|p| text(p, "name") == text(entry, "name")).and_then(|p| int(p, "port"));
+        let at =
+            list(&slice, "ports").iter().find(|p| text(p, "name") == text(entry, "name")).and_then(|p| int(p, "port"));
         let Some(at) = at.and_then(|n| u16::try_from(n).ok()) else { continue };
         for e in list(&slice, "endpoints") {
             if e.pointer("/conditions/ready").and_then(Value::as_bool).unwrap_or(true) {
@@ -110,7 +113,11 @@ async fn exchange(target: &Target, ca: &str, review: &Value) -> Result<(u16, Byt
                 break;
             }
             Err(e) => {
-                let why = if e.kind() == std::io::ErrorKind::ConnectionRefused { "connect: connection refused".to_owned() } else { e.to_string() };
+                let why = if e.kind() == std::io::ErrorKind::ConnectionRefused {
+                    "connect: connection refused".to_owned()
+                } else {
+                    e.to_string()
+                };
                 stream = Err(format!("dial tcp {host}:{port}: {why}"));
             }
         }

@@ -42,7 +42,9 @@ pub static NODES: Plugin = Plugin {
         node_of(&ctx.user).is_some()
             && matches!(
                 (ctx.kind.group.as_str(), ctx.kind.resource.as_str()),
-                ("", "pods" | "nodes" | "persistentvolumeclaims" | "serviceaccounts") | ("coordination.k8s.io", "leases") | ("storage.k8s.io", "csinodes")
+                ("", "pods" | "nodes" | "persistentvolumeclaims" | "serviceaccounts")
+                    | ("coordination.k8s.io", "leases")
+                    | ("storage.k8s.io", "csinodes")
             )
     },
     admit: None,
@@ -57,9 +59,13 @@ async fn node(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<(), 
             let own = |p: &Value| crate::object::text(p, "/spec/nodeName") == me;
             match (ctx.operation, ctx.subresource.as_str()) {
                 (Operation::Create, "") => {
-                    let mirror = object.pointer("/metadata/annotations").is_some_and(|a| a.get("kubernetes.io/config.mirror").is_some());
+                    let mirror = object
+                        .pointer("/metadata/annotations")
+                        .is_some_and(|a| a.get("kubernetes.io/config.mirror").is_some());
                     if !mirror {
-                        return no(format!("pod does not have \"kubernetes.io/config.mirror\" annotation, node {me:?} can only create mirror pods"));
+                        return no(format!(
+                            "pod does not have \"kubernetes.io/config.mirror\" annotation, node {me:?} can only create mirror pods"
+                        ));
                     }
                     if !own(object) {
                         return no(format!("node {me:?} can only create pods with spec.nodeName set to itself"));
@@ -67,22 +73,32 @@ async fn node(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<(), 
                     Ok(())
                 }
                 (Operation::Delete, _) => match old {
-                    Some(p) if !own(p) => no(format!("node {me:?} can only delete pods with spec.nodeName set to itself")),
+                    Some(p) if !own(p) => {
+                        no(format!("node {me:?} can only delete pods with spec.nodeName set to itself"))
+                    }
                     _ => Ok(()),
                 },
                 (Operation::Update, "status") => match old {
-                    Some(p) if !own(p) => no(format!("node {me:?} can only update pod status for pods with spec.nodeName set to itself")),
-                    Some(p) if p.pointer("/metadata/labels") != object.pointer("/metadata/labels") => no(format!("node {me:?} cannot update labels through pod status")),
+                    Some(p) if !own(p) => {
+                        no(format!("node {me:?} can only update pod status for pods with spec.nodeName set to itself"))
+                    }
+                    Some(p) if p.pointer("/metadata/labels") != object.pointer("/metadata/labels") => {
+                        no(format!("node {me:?} cannot update labels through pod status"))
+                    }
                     _ => Ok(()),
                 },
                 (Operation::Create, "eviction") => {
                     let pod = look(ctx, "", "pods", &ctx.namespace, &ctx.name).await?;
                     match pod {
-                        Some(p) if !own(&p) => no(format!("node {me:?} can only evict pods with spec.nodeName set to itself")),
+                        Some(p) if !own(&p) => {
+                            no(format!("node {me:?} can only evict pods with spec.nodeName set to itself"))
+                        }
                         _ => Ok(()),
                     }
                 }
-                (Operation::Update | Operation::Create, sub) => no(format!("unexpected pod subresource {sub:?}, only 'status' and 'eviction' are allowed")),
+                (Operation::Update | Operation::Create, sub) => {
+                    no(format!("unexpected pod subresource {sub:?}, only 'status' and 'eviction' are allowed"))
+                }
                 _ => Ok(()),
             }
         }
@@ -100,9 +116,13 @@ async fn node(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<(), 
             }
             let mut changed: Vec<&str> = Vec::new();
             let none = Value::Null;
-            let (a, b) = (object.pointer("/metadata/labels").unwrap_or(&none), old.pointer("/metadata/labels").unwrap_or(&none));
+            let (a, b) =
+                (object.pointer("/metadata/labels").unwrap_or(&none), old.pointer("/metadata/labels").unwrap_or(&none));
             for k in a.as_object().into_iter().chain(b.as_object()).flat_map(|m| m.keys()) {
-                if a.get(k) != b.get(k) && k.split('/').next().is_some_and(|d| d.ends_with("node-restriction.kubernetes.io")) && !changed.contains(&k.as_str()) {
+                if a.get(k) != b.get(k)
+                    && k.split('/').next().is_some_and(|d| d.ends_with("node-restriction.kubernetes.io"))
+                    && !changed.contains(&k.as_str())
+                {
                     changed.push(k);
                 }
             }
@@ -138,7 +158,10 @@ async fn node(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<(), 
                 return no(format!("pod {:?} not found", text(&bound, "name")));
             };
             if text(&bound, "uid") != crate::object::uid(&pod) {
-                return no(format!("the UID in the bound object reference ({}) does not match the UID in record. The object might have been deleted and then recreated", text(&bound, "uid")));
+                return no(format!(
+                    "the UID in the bound object reference ({}) does not match the UID in record. The object might have been deleted and then recreated",
+                    text(&bound, "uid")
+                ));
             }
             if crate::object::text(&pod, "/spec/nodeName") != me {
                 return no("node requested token bound to a pod scheduled on a different node".to_owned());
@@ -151,7 +174,11 @@ async fn node(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<(), 
 
 pub static CERTIFICATES: Plugin = Plugin {
     name: "CertificateApproval",
-    handles: |ctx| ctx.kind.is(CERTS, "certificatesigningrequests") && ctx.operation == Operation::Update && matches!(ctx.subresource.as_str(), "approval" | "status"),
+    handles: |ctx| {
+        ctx.kind.is(CERTS, "certificatesigningrequests")
+            && ctx.operation == Operation::Update
+            && matches!(ctx.subresource.as_str(), "approval" | "status")
+    },
     admit: None,
     validate: Some(|ctx, o, old| {
         Box::pin(async move {
@@ -159,7 +186,12 @@ pub static CERTIFICATES: Plugin = Plugin {
             let domain = signer.split('/').next().unwrap_or_default();
             let verb = if ctx.subresource == "approval" { "approve" } else { "sign" };
             // Only a status with another certificate or condition is signing.
-            if verb == "sign" && old.is_some_and(|p| p.pointer("/status/certificate") == o.pointer("/status/certificate") && p.pointer("/status/conditions") == o.pointer("/status/conditions")) {
+            if verb == "sign"
+                && old.is_some_and(|p| {
+                    p.pointer("/status/certificate") == o.pointer("/status/certificate")
+                        && p.pointer("/status/conditions") == o.pointer("/status/conditions")
+                })
+            {
                 return Ok(());
             }
             let any = format!("{domain}/*");
@@ -182,16 +214,25 @@ pub static CERTIFICATE_SUBJECT: Plugin = Plugin {
             if crate::object::text(o, "/spec/signerName") != CLIENT_SIGNER {
                 return Ok(());
             }
-            let pem = base64::engine::general_purpose::STANDARD.decode(crate::object::text(o, "/spec/request")).unwrap_or_default();
+            let pem = base64::engine::general_purpose::STANDARD
+                .decode(crate::object::text(o, "/spec/request"))
+                .unwrap_or_default();
             let Ok((_, block)) = x509_parser::pem::parse_x509_pem(&pem) else { return Ok(()) };
-            let Ok((_, csr)) = x509_parser::certification_request::X509CertificationRequest::from_der(&block.contents) else { return Ok(()) };
+            let Ok((_, csr)) = x509_parser::certification_request::X509CertificationRequest::from_der(&block.contents)
+            else {
+                return Ok(());
+            };
             let masters = csr
                 .certification_request_info
                 .subject
                 .iter_organization()
                 .any(|a| a.as_str().is_ok_and(|s| s == crate::user::SYSTEM_MASTERS));
             if masters {
-                return Err(forbid(ctx, o, format!("use of {CLIENT_SIGNER} signer with system:masters group is not allowed")));
+                return Err(forbid(
+                    ctx,
+                    o,
+                    format!("use of {CLIENT_SIGNER} signer with system:masters group is not allowed"),
+                ));
             }
             Ok(())
         })
@@ -211,7 +252,14 @@ pub static OWNERS: Plugin = Plugin {
                 list(m, "ownerReferences")
                     .iter()
                     .filter(|r| crate::kinds::edit::flag(r, "blockOwnerDeletion"))
-                    .map(|r| (text(r, "apiVersion").to_owned(), text(r, "kind").to_owned(), text(r, "name").to_owned(), text(r, "uid").to_owned()))
+                    .map(|r| {
+                        (
+                            text(r, "apiVersion").to_owned(),
+                            text(r, "kind").to_owned(),
+                            text(r, "name").to_owned(),
+                            text(r, "uid").to_owned(),
+                        )
+                    })
                     .collect()
             };
             let had = blocking(&before);
@@ -225,7 +273,11 @@ pub static OWNERS: Plugin = Plugin {
                 let resource = resource.unwrap_or_else(|| format!("{}s", kind.to_lowercase()));
                 if !may(ctx, "update", group, &resource, "finalizers", &name, &ctx.namespace) {
                     let _ = uid;
-                    return Err(forbid(ctx, o, "cannot set blockOwnerDeletion if an ownerReference refers to a resource you can't set finalizers on: "));
+                    return Err(forbid(
+                        ctx,
+                        o,
+                        "cannot set blockOwnerDeletion if an ownerReference refers to a resource you can't set finalizers on: ",
+                    ));
                 }
             }
             Ok(())
@@ -236,7 +288,12 @@ pub static OWNERS: Plugin = Plugin {
 /// Nobody grants more than they hold, unless they may `escalate` or `bind`.
 pub static ESCALATION: Plugin = Plugin {
     name: "RBACEscalation",
-    handles: |ctx| writes(ctx) && ctx.kind.group == RBAC && ctx.subresource.is_empty() && !ctx.user.is_in(crate::user::SYSTEM_MASTERS),
+    handles: |ctx| {
+        writes(ctx)
+            && ctx.kind.group == RBAC
+            && ctx.subresource.is_empty()
+            && !ctx.user.is_in(crate::user::SYSTEM_MASTERS)
+    },
     admit: None,
     validate: Some(|ctx, o, old| Box::pin(async move { escalation(ctx, o, old).await })),
 };
@@ -264,7 +321,9 @@ async fn escalation(ctx: &Context, object: &Value, old: Option<&Value>) -> Resul
             }
         }
     } else {
-        if old.is_some_and(|p| p.get("rules") == object.get("rules") && p.get("aggregationRule") == object.get("aggregationRule")) {
+        if old.is_some_and(|p| {
+            p.get("rules") == object.get("rules") && p.get("aggregationRule") == object.get("aggregationRule")
+        }) {
             return Ok(());
         }
         let name = crate::object::name(object);

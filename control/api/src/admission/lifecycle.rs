@@ -15,7 +15,9 @@ pub static PLUGIN: Plugin = Plugin {
         let namespaces = ctx.kind.is("", "namespaces");
         match ctx.operation {
             Operation::Delete => namespaces && IMMORTAL.contains(&ctx.name.as_str()),
-            Operation::Create => !ctx.namespace.is_empty() && !namespaces && !ctx.kind.resource.ends_with("accessreviews"),
+            Operation::Create => {
+                !ctx.namespace.is_empty() && !namespaces && !ctx.kind.resource.ends_with("accessreviews")
+            }
             _ => false,
         }
     },

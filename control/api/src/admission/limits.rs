@@ -17,7 +17,8 @@ pub static PLUGIN: Plugin = Plugin {
     handles: |ctx| {
         let pod = ctx.kind.is("", "pods") && (ctx.subresource.is_empty() || ctx.subresource == "resize");
         let claim = ctx.is_object_of("", "persistentvolumeclaims");
-        (pod && (ctx.operation == Operation::Create || (ctx.operation == Operation::Update && ctx.subresource == "resize")))
+        (pod && (ctx.operation == Operation::Create
+            || (ctx.operation == Operation::Update && ctx.subresource == "resize")))
             || (claim && matches!(ctx.operation, Operation::Create | Operation::Update))
     },
     admit: Some(|ctx, o, _| {
@@ -98,7 +99,9 @@ fn bounds(item: &Value, kind: &str, requests: &Amounts, limits: &Amounts, errors
     for (k, min) in amounts(item.get("min")) {
         match (requests.get(&k), limits.get(&k)) {
             (None, _) => errors.push(format!("minimum {k} usage per {kind} is {min}.  No request is specified")),
-            (Some(r), _) if *r < min => errors.push(format!("minimum {k} usage per {kind} is {min}, but request is {r}")),
+            (Some(r), _) if *r < min => {
+                errors.push(format!("minimum {k} usage per {kind} is {min}, but request is {r}"))
+            }
             (_, Some(l)) if *l < min => errors.push(format!("minimum {k} usage per {kind} is {min}, but limit is {l}")),
             _ => {}
         }
@@ -107,7 +110,9 @@ fn bounds(item: &Value, kind: &str, requests: &Amounts, limits: &Amounts, errors
         match (requests.get(&k), limits.get(&k)) {
             (_, None) => errors.push(format!("maximum {k} usage per {kind} is {max}.  No limit is specified")),
             (_, Some(l)) if *l > max => errors.push(format!("maximum {k} usage per {kind} is {max}, but limit is {l}")),
-            (Some(r), _) if *r > max => errors.push(format!("maximum {k} usage per {kind} is {max}, but request is {r}")),
+            (Some(r), _) if *r > max => {
+                errors.push(format!("maximum {k} usage per {kind} is {max}, but request is {r}"))
+            }
             _ => {}
         }
     }
@@ -116,10 +121,14 @@ fn bounds(item: &Value, kind: &str, requests: &Amounts, limits: &Amounts, errors
             (Some(r), Some(l)) if !r.is_zero() => {
                 let have = l.millis() as f64 / r.millis() as f64;
                 if have > ratio.millis() as f64 / 1000.0 {
-                    errors.push(format!("{k} max limit to request ratio per {kind} is {ratio}, but provided ratio is {have:.6}"));
+                    errors.push(format!(
+                        "{k} max limit to request ratio per {kind} is {ratio}, but provided ratio is {have:.6}"
+                    ));
                 }
             }
-            _ => errors.push(format!("{k} max limit to request ratio per {kind} is {ratio}, but no request is specified or request is 0")),
+            _ => errors.push(format!(
+                "{k} max limit to request ratio per {kind} is {ratio}, but no request is specified or request is 0"
+            )),
         }
     }
 }
@@ -144,7 +153,9 @@ fn check_pod(pod: &Value, range: &Value) -> Vec<String> {
 
 fn check_claim(claim: &Value, range: &Value) -> Vec<String> {
     let mut errors = Vec::new();
-    let Some(asked) = claim.pointer("/spec/resources/requests/storage").and_then(Quantity::from_value) else { return errors };
+    let Some(asked) = claim.pointer("/spec/resources/requests/storage").and_then(Quantity::from_value) else {
+        return errors;
+    };
     for item in items(range, "PersistentVolumeClaim") {
         if let Some(min) = amounts(item.get("min")).get("storage").filter(|m| asked < **m) {
             errors.push(format!("minimum storage usage per PersistentVolumeClaim is {min}, but request is {asked}"));
@@ -169,7 +180,10 @@ mod tests {
     fn fills_and_notes() {
         let mut pod = json!({"spec": {"containers": [{"name": "c"}]}});
         fill(&mut pod, &range());
-        assert_eq!(pod["spec"]["containers"][0]["resources"], json!({"limits": {"cpu": "500m"}, "requests": {"cpu": "100m"}}));
+        assert_eq!(
+            pod["spec"]["containers"][0]["resources"],
+            json!({"limits": {"cpu": "500m"}, "requests": {"cpu": "100m"}})
+        );
         assert_eq!(
             pod["metadata"]["annotations"]["kubernetes.io/limit-ranger"],
             "LimitRanger plugin set: cpu request for container c; cpu limit for container c"
@@ -180,7 +194,13 @@ mod tests {
     #[test]
     fn bounds_in_words() {
         let pod = |r: &str, l: &str| json!({"spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": r}, "limits": {"cpu": l}}}]}});
-        assert_eq!(check_pod(&pod("10m", "100m"), &range()), ["minimum cpu usage per Container is 50m, but request is 10m"]);
-        assert_eq!(check_pod(&pod("100m", "600m"), &range()), ["maximum cpu usage per Container is 500m, but limit is 600m"]);
+        assert_eq!(
+            check_pod(&pod("10m", "100m"), &range()),
+            ["minimum cpu usage per Container is 50m, but request is 10m"]
+        );
+        assert_eq!(
+            check_pod(&pod("100m", "600m"), &range()),
+            ["maximum cpu usage per Container is 500m, but limit is 600m"]
+        );
     }
 }

@@ -35,8 +35,7 @@ pub fn rules_match(rules: &[Value], ctx: &Context) -> bool {
         };
         let resource = list(r, "resources").iter().filter_map(Value::as_str).any(|x| {
             let (res, sub) = x.split_once('/').unwrap_or((x, ""));
-            (res == "*" || res == ctx.kind.resource)
-                && ((sub == "*" && x != "*") || sub == ctx.subresource)
+            (res == "*" || res == ctx.kind.resource) && ((sub == "*" && x != "*") || sub == ctx.subresource)
         });
         let names = list(r, "resourceNames");
         has("operations", ctx.operation.as_str())
@@ -54,7 +53,13 @@ pub async fn namespace_of(ctx: &Context) -> Result<Option<Value>, Status> {
 }
 
 /// Whether namespace and object selectors take the request in.
-pub fn selectors_match(holder: &Value, ctx: &Context, namespace: Option<&Value>, object: &Value, old: Option<&Value>) -> bool {
+pub fn selectors_match(
+    holder: &Value,
+    ctx: &Context,
+    namespace: Option<&Value>,
+    object: &Value,
+    old: Option<&Value>,
+) -> bool {
     let none = Value::Null;
     let labels = |o: &Value| o.pointer("/metadata/labels").cloned().unwrap_or_default();
     let by_namespace = holder.get("namespaceSelector").unwrap_or(&none);
@@ -111,7 +116,8 @@ const VARIABLES: [&str; 7] = ["object", "oldObject", "request", "params", "names
 
 /// The program of an expression, compiled when first seen.
 pub fn program(source: &str) -> Result<Arc<Program>, String> {
-    static PROGRAMS: Mutex<Option<HashMap<String, Result<Arc<Program>, String>>>> = Mutex::new(None);
+    type Cache = HashMap<String, Result<Arc<Program>, String>>;
+    static PROGRAMS: Mutex<Option<Cache>> = Mutex::new(None);
     let mut guard = PROGRAMS.lock();
     let cache = guard.get_or_insert_with(HashMap::new);
     if let Some(known) = cache.get(source) {
@@ -135,7 +141,10 @@ impl cel::Authorizer for Asked<'_> {
         let user: &UserInfo = match &access.service_account {
             Some((namespace, name)) => {
                 let all = format!("system:serviceaccounts:{namespace}");
-                account = UserInfo::new(format!("system:serviceaccount:{namespace}:{name}"), &["system:serviceaccounts", &all]);
+                account = UserInfo::new(
+                    format!("system:serviceaccount:{namespace}:{name}"),
+                    &["system:serviceaccounts", &all],
+                );
                 &account
             }
             None => &self.0.user,
@@ -203,7 +212,9 @@ pub fn conditions_match(conditions: &[Value], facts: &Facts<'_>) -> Result<bool,
             Ok(true) => {}
             // One that says no decides, even if another failed.
             Ok(false) => return Ok(false),
-            Err(why) => failed = failed.or(Some(format!("expression '{}' resulted in error: {why}", text(c, "expression")))),
+            Err(why) => {
+                failed = failed.or(Some(format!("expression '{}' resulted in error: {why}", text(c, "expression"))))
+            }
         }
     }
     match failed {

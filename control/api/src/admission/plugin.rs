@@ -69,7 +69,13 @@ pub fn forbid(ctx: &Context, object: &Value, why: impl std::fmt::Display) -> Sta
 }
 
 /// Another object, read from the store.
-pub async fn look(ctx: &Context, group: &str, resource: &str, namespace: &str, name: &str) -> Result<Option<Value>, Status> {
+pub async fn look(
+    ctx: &Context,
+    group: &str,
+    resource: &str,
+    namespace: &str,
+    name: &str,
+) -> Result<Option<Value>, Status> {
     match stored_kind(ctx, group, resource) {
         Some(kind) => ctx.api.get(&kind, namespace, name).await,
         None => Ok(None),

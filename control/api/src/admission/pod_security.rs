@@ -92,9 +92,15 @@ async fn check(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<(),
         let found = violations(pod, level);
         if !found.is_empty() {
             let level = level.name();
-            return Err(forbid(ctx, object, format!("violates PodSecurity \"{level}:{version}\": {}", found.join(", "))));
+            return Err(forbid(
+                ctx,
+                object,
+                format!("violates PodSecurity \"{level}:{version}\": {}", found.join(", ")),
+            ));
         }
-        ctx.annotations.lock().push(("pod-security.kubernetes.io/enforce-policy".into(), format!("{}:{version}", level.name())));
+        ctx.annotations
+            .lock()
+            .push(("pod-security.kubernetes.io/enforce-policy".into(), format!("{}:{version}", level.name())));
     }
     let (level, version) = wanted("warn");
     let found = violations(pod, level);
@@ -127,21 +133,47 @@ fn named(names: &[&str]) -> String {
     format!("{} {}", if names.len() == 1 { "container" } else { "containers" }, list.join(", "))
 }
 
-fn which<'a>(spec: &'a Value, bad: impl Fn(&Value) -> bool) -> Vec<&'a str> {
+fn which(spec: &Value, bad: impl Fn(&Value) -> bool) -> Vec<&str> {
     containers(spec).filter(|c| bad(c)).map(|c| text(c, "name")).collect()
 }
 
 const BASELINE_CAPABILITIES: [&str; 13] = [
-    "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
-    "SETPCAP", "SETUID", "SYS_CHROOT",
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "MKNOD",
+    "NET_BIND_SERVICE",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
 ];
 const SAFE_SYSCTLS: [&str; 10] = [
-    "kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_unprivileged_port_start", "net.ipv4.tcp_syncookies",
-    "net.ipv4.ping_group_range", "net.ipv4.ip_local_reserved_ports", "net.ipv4.tcp_keepalive_time", "net.ipv4.tcp_fin_timeout",
-    "net.ipv4.tcp_keepalive_intvl", "net.ipv4.tcp_keepalive_probes",
+    "kernel.shm_rmid_forced",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.tcp_syncookies",
+    "net.ipv4.ping_group_range",
+    "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.tcp_keepalive_time",
+    "net.ipv4.tcp_fin_timeout",
+    "net.ipv4.tcp_keepalive_intvl",
+    "net.ipv4.tcp_keepalive_probes",
 ];
 const RESTRICTED_VOLUMES: [&str; 9] = [
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "image", "persistentVolumeClaim", "projected", "secret",
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "image",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
 ];
 const SELINUX_TYPES: [&str; 5] = ["", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"];
 
@@ -160,12 +192,21 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
     if restricted && !windows {
         let bad = which(spec, |c| context(c).get("allowPrivilegeEscalation") != Some(&Value::Bool(false)));
         if !bad.is_empty() {
-            out.push(format!("allowPrivilegeEscalation != false ({} must set securityContext.allowPrivilegeEscalation=false)", named(&bad)));
+            out.push(format!(
+                "allowPrivilegeEscalation != false ({} must set securityContext.allowPrivilegeEscalation=false)",
+                named(&bad)
+            ));
         }
     }
     let forbidden = |c: &Value| -> Vec<String> {
         let added = c.pointer("/securityContext/capabilities/add").and_then(Value::as_array);
-        added.into_iter().flatten().filter_map(Value::as_str).filter(|a| !BASELINE_CAPABILITIES.contains(a)).map(str::to_owned).collect()
+        added
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .filter(|a| !BASELINE_CAPABILITIES.contains(a))
+            .map(str::to_owned)
+            .collect()
     };
     if restricted && !windows {
         let undropped = which(spec, |c| {
@@ -175,7 +216,8 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
         let adding: Vec<(&str, Vec<&str>)> = containers(spec)
             .filter_map(|c| {
                 let added = c.pointer("/securityContext/capabilities/add").and_then(Value::as_array)?;
-                let bad: Vec<&str> = added.iter().filter_map(Value::as_str).filter(|a| *a != "NET_BIND_SERVICE").collect();
+                let bad: Vec<&str> =
+                    added.iter().filter_map(Value::as_str).filter(|a| *a != "NET_BIND_SERVICE").collect();
                 (!bad.is_empty()).then(|| (text(c, "name"), bad))
             })
             .collect();
@@ -187,7 +229,11 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
             let names: Vec<&str> = adding.iter().map(|(n, _)| *n).collect();
             let caps: BTreeSet<&str> = adding.iter().flat_map(|(_, c)| c.iter().copied()).collect();
             let caps: Vec<String> = caps.iter().map(|c| format!("{c:?}")).collect();
-            parts.push(format!("{} must not include {} in securityContext.capabilities.add", named(&names), caps.join(", ")));
+            parts.push(format!(
+                "{} must not include {} in securityContext.capabilities.add",
+                named(&names),
+                caps.join(", ")
+            ));
         }
         if !parts.is_empty() {
             out.push(format!("unrestricted capabilities ({})", parts.join("; ")));
@@ -197,7 +243,11 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
         if !bad.is_empty() {
             let caps: BTreeSet<String> = containers(spec).flat_map(forbidden).collect();
             let caps: Vec<String> = caps.iter().map(|c| format!("{c:?}")).collect();
-            out.push(format!("non-default capabilities ({} must not include {} in securityContext.capabilities.add)", named(&bad), caps.join(", ")));
+            out.push(format!(
+                "non-default capabilities ({} must not include {} in securityContext.capabilities.add)",
+                named(&bad),
+                caps.join(", ")
+            ));
         }
     }
     let host: Vec<String> =
@@ -205,7 +255,8 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
     if !host.is_empty() {
         out.push(format!("host namespaces ({})", host.join(", ")));
     }
-    let paths: Vec<&str> = list(spec, "volumes").iter().filter(|v| v.get("hostPath").is_some()).map(|v| text(v, "name")).collect();
+    let paths: Vec<&str> =
+        list(spec, "volumes").iter().filter(|v| v.get("hostPath").is_some()).map(|v| text(v, "name")).collect();
     if !paths.is_empty() && !restricted {
         out.push(format!("hostPath volumes ({})", volumes(&paths)));
     }
@@ -215,7 +266,9 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
         .filter(|p| *p != 0)
         .collect();
     if !ports.is_empty() {
-        let bad = which(spec, |c| list(c, "ports").iter().any(|p| p.get("hostPort").and_then(Value::as_i64).unwrap_or(0) != 0));
+        let bad = which(spec, |c| {
+            list(c, "ports").iter().any(|p| p.get("hostPort").and_then(Value::as_i64).unwrap_or(0) != 0)
+        });
         let list: Vec<String> = ports.iter().map(ToString::to_string).collect();
         let word = if list.len() == 1 { "hostPort" } else { "hostPorts" };
         let uses = if bad.len() == 1 { "uses" } else { "use" };
@@ -257,9 +310,15 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
             if !explicit.is_empty() {
                 who.push(named(&explicit));
             }
-            out.push(format!("runAsNonRoot != true ({} must not set securityContext.runAsNonRoot=false)", who.join(" and ")));
+            out.push(format!(
+                "runAsNonRoot != true ({} must not set securityContext.runAsNonRoot=false)",
+                who.join(" and ")
+            ));
         } else if default != Some(true) && !unset.is_empty() {
-            out.push(format!("runAsNonRoot != true (pod or {} must set securityContext.runAsNonRoot=true)", named(&unset)));
+            out.push(format!(
+                "runAsNonRoot != true (pod or {} must set securityContext.runAsNonRoot=true)",
+                named(&unset)
+            ));
         }
         let zero = |v: &Value| v.get("runAsUser").and_then(Value::as_i64) == Some(0);
         let roots = which(spec, |c| zero(context(c)));
@@ -274,7 +333,11 @@ pub fn violations(pod: &Value, level: Level) -> Vec<String> {
             out.push(format!("runAsUser=0 ({} must not set runAsUser=0)", who.join(" and ")));
         }
     }
-    let selinux = |v: &Value| v.get("seLinuxOptions").is_some_and(|o| !SELINUX_TYPES.contains(&text(o, "type")) || !text(o, "user").is_empty() || !text(o, "role").is_empty());
+    let selinux = |v: &Value| {
+        v.get("seLinuxOptions").is_some_and(|o| {
+            !SELINUX_TYPES.contains(&text(o, "type")) || !text(o, "user").is_empty() || !text(o, "role").is_empty()
+        })
+    };
     let bad = which(spec, |c| selinux(context(c)));
     if selinux(pod_context) || !bad.is_empty() {
         let mut who = Vec::new();
@@ -325,7 +388,10 @@ fn seccomp(spec: &Value, pod_context: &Value, restricted: bool, out: &mut Vec<St
         if !bad.is_empty() {
             who.push(named(&bad));
         }
-        out.push(format!("seccompProfile ({} must not set securityContext.seccompProfile.type to \"Unconfined\")", who.join(" and ")));
+        out.push(format!(
+            "seccompProfile ({} must not set securityContext.seccompProfile.type to \"Unconfined\")",
+            who.join(" and ")
+        ));
     } else if restricted && default.is_none() {
         let unset = which(spec, |c| kind(context(c)).is_none());
         if !unset.is_empty() {
@@ -351,7 +417,11 @@ mod tests {
             "volumes": [{"name": "h", "hostPath": {"path": "/"}}]}});
         assert_eq!(
             violations(&host, Level::Baseline),
-            ["host namespaces (hostNetwork=true)", "hostPath volumes (volume \"h\")", "privileged (container \"c\" must not set securityContext.privileged=true)"]
+            [
+                "host namespaces (hostNetwork=true)",
+                "hostPath volumes (volume \"h\")",
+                "privileged (container \"c\" must not set securityContext.privileged=true)"
+            ]
         );
         assert!(violations(&host, Level::Privileged).is_empty());
     }

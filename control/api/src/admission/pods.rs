@@ -16,7 +16,10 @@ pub static PRIORITY: Plugin = Plugin {
     admit: Some(|ctx, o, old| Box::pin(async move { priority(ctx, o, old).await })),
     validate: Some(|ctx, o, _| {
         Box::pin(async move {
-            if !ctx.kind.is("scheduling.k8s.io", "priorityclasses") || ctx.operation == Operation::Delete || !flag(o, "globalDefault") {
+            if !ctx.kind.is("scheduling.k8s.io", "priorityclasses")
+                || ctx.operation == Operation::Delete
+                || !flag(o, "globalDefault")
+            {
                 return Ok(());
             }
             for other in look_all(ctx, "scheduling.k8s.io", "priorityclasses", "").await? {
@@ -75,11 +78,23 @@ async fn priority(ctx: &Context, pod: &mut Value, old: Option<&Value>) -> Result
     });
     let spec = pod.get("spec").unwrap_or(&Value::Null);
     if let Some(given) = int(spec, "priority").filter(|g| *g != value) {
-        return Err(forbid(ctx, pod, format!("the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name")));
+        return Err(forbid(
+            ctx,
+            pod,
+            format!(
+                "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name"
+            ),
+        ));
     }
     let given = text(spec, "preemptionPolicy");
     if !given.is_empty() && given != policy {
-        return Err(forbid(ctx, pod, format!("the string value of PreemptionPolicy ({given}) must not be provided in pod spec; priority admission controller computed {policy} from the given PriorityClass name")));
+        return Err(forbid(
+            ctx,
+            pod,
+            format!(
+                "the string value of PreemptionPolicy ({given}) must not be provided in pod spec; priority admission controller computed {policy} from the given PriorityClass name"
+            ),
+        ));
     }
     let spec = child(pod, "spec");
     put(spec, "priority", value);
@@ -99,8 +114,14 @@ pub static RUNTIME_CLASS: Plugin = Plugin {
             let class = class_of(ctx, pod).await?;
             let fixed = class.as_ref().and_then(|c| c.pointer("/overhead/podFixed"));
             match (pod.pointer("/spec/overhead"), fixed) {
-                (Some(_), None) => Err(forbid(ctx, pod, "pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead")),
-                (Some(a), Some(b)) if !crate::kinds::at::same(a, b) => Err(forbid(ctx, pod, "pod rejected: Pod's Overhead doesn't match RuntimeClass's defined Overhead")),
+                (Some(_), None) => Err(forbid(
+                    ctx,
+                    pod,
+                    "pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead",
+                )),
+                (Some(a), Some(b)) if !crate::kinds::at::same(a, b) => {
+                    Err(forbid(ctx, pod, "pod rejected: Pod's Overhead doesn't match RuntimeClass's defined Overhead"))
+                }
                 _ => Ok(()),
             }
         })
@@ -133,7 +154,11 @@ async fn runtime_class(ctx: &Context, pod: &mut Value) -> Result<(), Status> {
             return Err(forbid(
                 ctx,
                 pod,
-                format!("conflict: runtimeClass.scheduling.nodeSelector[{k}] = {}; pod.spec.nodeSelector[{k}] = {}", v.as_str().unwrap_or_default(), text(pod.pointer("/spec/nodeSelector").unwrap_or(&Value::Null), k)),
+                format!(
+                    "conflict: runtimeClass.scheduling.nodeSelector[{k}] = {}; pod.spec.nodeSelector[{k}] = {}",
+                    v.as_str().unwrap_or_default(),
+                    text(pod.pointer("/spec/nodeSelector").unwrap_or(&Value::Null), k)
+                ),
             ));
         }
         put(selector, k, v.clone());
@@ -157,7 +182,8 @@ pub static TOLERATIONS: Plugin = Plugin {
             let mut all = list(spec, "tolerations").to_vec();
             for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
                 let tolerated = all.iter().any(|t| {
-                    matches!(text(t, "effect"), "" | "NoExecute") && (text(t, "key") == key || text(t, "key").is_empty())
+                    matches!(text(t, "effect"), "" | "NoExecute")
+                        && (text(t, "key") == key || text(t, "key").is_empty())
                 });
                 if !tolerated {
                     all.push(json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": TOLERATION_SECONDS}));
@@ -178,7 +204,10 @@ pub static TAINT_NODES: Plugin = Plugin {
             // Nothing is scheduled onto a node before it has said that it is ready.
             let spec = child(node, "spec");
             let mut taints = list(spec, "taints").to_vec();
-            if !taints.iter().any(|t| text(t, "key") == "node.kubernetes.io/not-ready" && text(t, "effect") == "NoSchedule") {
+            if !taints
+                .iter()
+                .any(|t| text(t, "key") == "node.kubernetes.io/not-ready" && text(t, "effect") == "NoSchedule")
+            {
                 taints.push(json!({"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}));
                 put(spec, "taints", taints);
             }

@@ -49,7 +49,13 @@ fn misconfigured(ctx: &Context, kind: &str, policy: &Value, binding: &Value, why
     Err(Status::forbidden(&ctx.kind, &ctx.name, format!("{kind} '{p}' with binding '{b}' denied request: {why}")))
 }
 
-fn constrained(holder: Option<&Value>, ctx: &Context, namespace: Option<&Value>, object: &Value, old: Option<&Value>) -> bool {
+fn constrained(
+    holder: Option<&Value>,
+    ctx: &Context,
+    namespace: Option<&Value>,
+    object: &Value,
+    old: Option<&Value>,
+) -> bool {
     let Some(m) = holder else { return true };
     let rules = list(m, "resourceRules");
     (rules.is_empty() || matching::rules_match(rules, ctx))
@@ -58,7 +64,14 @@ fn constrained(holder: Option<&Value>, ctx: &Context, namespace: Option<&Value>,
 }
 
 /// All cases of a request, policies and bindings in the order of their names.
-async fn cases(ctx: &Context, kind: &str, policies: &str, object: &Value, old: Option<&Value>, namespace: Option<&Value>) -> Result<Vec<Case>, Status> {
+async fn cases(
+    ctx: &Context,
+    kind: &str,
+    policies: &str,
+    object: &Value,
+    old: Option<&Value>,
+    namespace: Option<&Value>,
+) -> Result<Vec<Case>, Status> {
     let all = look_all(ctx, GROUP, policies, "").await?;
     if all.is_empty() {
         return Ok(Vec::new());
@@ -95,7 +108,12 @@ async fn params(ctx: &Context, policy: &Value, binding: &Value) -> Result<Result
     let Some(reference) = binding.pointer("/spec/paramRef") else { return Ok(Ok(vec![Value::Null])) };
     let (group, version) = text(wanted, "apiVersion").split_once('/').unwrap_or(("", text(wanted, "apiVersion")));
     let Some(kind) = ctx.api.registry.find_kind(group, version, text(wanted, "kind")) else {
-        return Ok(Err(format!("failed to configure policy: failed to find resource referenced by paramKind: '{}/{}, Kind={}'", group, version, text(wanted, "kind"))));
+        return Ok(Err(format!(
+            "failed to configure policy: failed to find resource referenced by paramKind: '{}/{}, Kind={}'",
+            group,
+            version,
+            text(wanted, "kind")
+        )));
     };
     let namespace = match text(reference, "namespace") {
         "" if kind.namespaced() => ctx.namespace.as_str(),
@@ -113,7 +131,8 @@ async fn params(ctx: &Context, policy: &Value, binding: &Value) -> Result<Result
         return Ok(if text(reference, "parameterNotFoundAction") == "Allow" {
             Ok(Vec::new())
         } else {
-            Err("failed to configure binding: no params found for policy binding with `Deny` parameterNotFoundAction".to_owned())
+            Err("failed to configure binding: no params found for policy binding with `Deny` parameterNotFoundAction"
+                .to_owned())
         });
     }
     Ok(Ok(found))
@@ -211,11 +230,17 @@ async fn validate(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<
                 ctx.warn(format!("Validation failed for {KIND} '{p}' with binding '{b}': {message}"));
             }
             if acts("Audit") {
-                ctx.annotations.lock().push(("validation.policy.admission.k8s.io/validation_failure".into(), message.clone()));
+                ctx.annotations
+                    .lock()
+                    .push(("validation.policy.admission.k8s.io/validation_failure".into(), message.clone()));
             }
             if acts("Deny") {
                 let (code, word) = reason(word);
-                let mut status = Status::forbidden(&ctx.kind, &ctx.name, format!("{KIND} '{p}' with binding '{b}' denied request: {message}"));
+                let mut status = Status::forbidden(
+                    &ctx.kind,
+                    &ctx.name,
+                    format!("{KIND} '{p}' with binding '{b}' denied request: {message}"),
+                );
                 status.code = code;
                 status.reason = word;
                 return Err(status);
@@ -225,7 +250,12 @@ async fn validate(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<
     Ok(())
 }
 
-fn facts_eval(p: &Program, facts: &Facts<'_>, variables: &[(String, Arc<Program>)], budget: &Budget) -> Result<Value, String> {
+fn facts_eval(
+    p: &Program,
+    facts: &Facts<'_>,
+    variables: &[(String, Arc<Program>)],
+    budget: &Budget,
+) -> Result<Value, String> {
     let asked = Asked(facts.ctx);
     let mut scope = facts.scope(&asked);
     for (name, program) in variables {
@@ -235,7 +265,12 @@ fn facts_eval(p: &Program, facts: &Facts<'_>, variables: &[(String, Arc<Program>
     value.to_json().ok_or_else(|| "the value has no JSON form".to_owned())
 }
 
-fn facts_eval_bool(p: &Program, facts: &Facts<'_>, variables: &[(String, Arc<Program>)], budget: &Budget) -> Result<bool, String> {
+fn facts_eval_bool(
+    p: &Program,
+    facts: &Facts<'_>,
+    variables: &[(String, Arc<Program>)],
+    budget: &Budget,
+) -> Result<bool, String> {
     match facts_eval(p, facts, variables, budget)? {
         Value::Bool(b) => Ok(b),
         other => Err(format!("the expression gave {other}, not a bool")),
@@ -243,7 +278,13 @@ fn facts_eval_bool(p: &Program, facts: &Facts<'_>, variables: &[(String, Arc<Pro
 }
 
 /// What a failed validation says: its expression for a message, its message, or itself.
-fn message(v: &Value, source: &str, facts: &Facts<'_>, variables: &[(String, Arc<Program>)], budget: &Budget) -> String {
+fn message(
+    v: &Value,
+    source: &str,
+    facts: &Facts<'_>,
+    variables: &[(String, Arc<Program>)],
+    budget: &Budget,
+) -> String {
     let made = program(text(v, "messageExpression")).ok().filter(|_| !text(v, "messageExpression").is_empty());
     if let Some(p) = made
         && let Ok(Value::String(s)) = facts_eval(&p, facts, variables, budget)
@@ -287,7 +328,15 @@ async fn mutate(ctx: &Context, object: &mut Value, old: Option<&Value>) -> Resul
     Ok(())
 }
 
-fn one(ctx: &Context, kind: &str, case: &Case, object: &mut Value, old: Option<&Value>, namespace: Option<&Value>, budget: &Budget) -> Result<(), Status> {
+fn one(
+    ctx: &Context,
+    kind: &str,
+    case: &Case,
+    object: &mut Value,
+    old: Option<&Value>,
+    namespace: Option<&Value>,
+    budget: &Budget,
+) -> Result<(), Status> {
     let (policy, binding) = (&case.policy, &case.binding);
     let none = Value::Null;
     let spec = policy.get("spec").unwrap_or(&none);

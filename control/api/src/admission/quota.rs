@@ -32,7 +32,8 @@ pub static PLUGIN: Plugin = Plugin {
             && match ctx.operation {
                 Operation::Create => ctx.subresource.is_empty(),
                 Operation::Update => {
-                    (ctx.subresource.is_empty() && (ctx.kind.is("", "services") || ctx.kind.is("", "persistentvolumeclaims")))
+                    (ctx.subresource.is_empty()
+                        && (ctx.kind.is("", "services") || ctx.kind.is("", "persistentvolumeclaims")))
                         || (ctx.kind.is("", "pods") && ctx.subresource == "resize")
                 }
                 _ => false,
@@ -67,7 +68,9 @@ pub fn usage(group: &str, resource: &str, object: &Value) -> Usage {
             add(&mut out, "pods", one());
             for (which, prefix) in [("requests", "requests."), ("limits", "limits.")] {
                 let mut sums = defaults::aggregate(spec, which);
-                for (k, v) in spec.pointer(&format!("/resources/{which}")).and_then(Value::as_object).into_iter().flatten() {
+                for (k, v) in
+                    spec.pointer(&format!("/resources/{which}")).and_then(Value::as_object).into_iter().flatten()
+                {
                     if let Some(q) = Quantity::from_value(v) {
                         sums.insert(k.clone(), q);
                     }
@@ -179,11 +182,17 @@ fn crosses_namespaces(spec: &Value) -> bool {
         let preferred = list(&a, "preferredDuringSchedulingIgnoredDuringExecution").to_vec();
         required.into_iter().chain(preferred.into_iter().map(|p| p["podAffinityTerm"].clone()))
     });
-    terms.into_iter().any(|t| !list(&t, "namespaces").is_empty() || t.get("namespaceSelector").is_some_and(|v| !v.is_null()))
+    terms
+        .into_iter()
+        .any(|t| !list(&t, "namespaces").is_empty() || t.get("namespaceSelector").is_some_and(|v| !v.is_null()))
 }
 
 fn amounts(v: Option<&Value>) -> Usage {
-    v.and_then(Value::as_object).into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), Quantity::from_value(v)?))).collect()
+    v.and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .filter_map(|(k, v)| Some((k.clone(), Quantity::from_value(v)?)))
+        .collect()
 }
 
 fn words(usage: &Usage, names: &[&String]) -> String {
@@ -338,7 +347,8 @@ mod tests {
 
     #[test]
     fn what_is_left_out_is_named() {
-        let pod = json!({"spec": {"containers": [{"name": "a"}, {"name": "b", "resources": {"limits": {"cpu": "1"}}}]}});
+        let pod =
+            json!({"spec": {"containers": [{"name": "a"}, {"name": "b", "resources": {"limits": {"cpu": "1"}}}]}});
         let hard: Usage = [("limits.cpu".to_owned(), one()), ("limits.memory".to_owned(), one())].into();
         assert_eq!(lacking(&pod, &hard), "limits.cpu for: a; limits.memory for: a,b");
     }

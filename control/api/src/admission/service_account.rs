@@ -83,7 +83,8 @@ async fn admit(ctx: &Context, pod: &mut Value) -> Result<(), Status> {
     {
         put(spec, "imagePullSecrets", secrets.clone());
     }
-    if sa.pointer("/metadata/annotations").is_some_and(|a| text(a, "kubernetes.io/enforce-mountable-secrets") == "true") {
+    if sa.pointer("/metadata/annotations").is_some_and(|a| text(a, "kubernetes.io/enforce-mountable-secrets") == "true")
+    {
         mountable(ctx, pod, &sa)?;
     }
     Ok(())
@@ -99,7 +100,10 @@ fn mountable(ctx: &Context, pod: &Value, sa: &Value) -> Result<(), Status> {
             return Err(forbid(
                 ctx,
                 pod,
-                format!("volume with secret.secretName={name:?} is not allowed because service account {} does not reference that secret", crate::object::name(sa)),
+                format!(
+                    "volume with secret.secretName={name:?} is not allowed because service account {} does not reference that secret",
+                    crate::object::name(sa)
+                ),
             ));
         }
     }
@@ -114,7 +118,8 @@ pub fn suffix() -> String {
 fn mount_token(spec: &mut Value) {
     // A volume of the kind that somebody has already put there is used again.
     let volumes = list(spec, "volumes");
-    let present = volumes.iter().map(|v| text(v, "name")).find(|n| n.starts_with("kube-api-access-")).map(str::to_owned);
+    let present =
+        volumes.iter().map(|v| text(v, "name")).find(|n| n.starts_with("kube-api-access-")).map(str::to_owned);
     let name = present.clone().unwrap_or_else(|| format!("kube-api-access-{}", suffix()));
     debug_assert!(names::dns1123_label(&name).is_empty());
     let mut used = false;
@@ -146,7 +151,8 @@ mod tests {
 
     #[test]
     fn token_is_mounted_once() {
-        let mut spec = json!({"containers": [{"name": "a"}, {"name": "b", "volumeMounts": [{"name": "x", "mountPath": MOUNT}]}]});
+        let mut spec =
+            json!({"containers": [{"name": "a"}, {"name": "b", "volumeMounts": [{"name": "x", "mountPath": MOUNT}]}]});
         mount_token(&mut spec);
         assert_eq!(spec["volumes"].as_array().map(Vec::len), Some(1));
         assert_eq!(spec["volumes"][0]["projected"]["sources"][0]["serviceAccountToken"]["expirationSeconds"], 3607);

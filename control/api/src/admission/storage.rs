@@ -12,8 +12,11 @@ pub static IN_USE: Plugin = Plugin {
     handles: |ctx| creates(ctx, "", "persistentvolumes") || creates(ctx, "", "persistentvolumeclaims"),
     admit: Some(|ctx, o, _| {
         Box::pin(async move {
-            let finalizer =
-                if ctx.kind.resource == "persistentvolumes" { "kubernetes.io/pv-protection" } else { "kubernetes.io/pvc-protection" };
+            let finalizer = if ctx.kind.resource == "persistentvolumes" {
+                "kubernetes.io/pv-protection"
+            } else {
+                "kubernetes.io/pvc-protection"
+            };
             let meta = child(o, "metadata");
             let mut all = list(meta, "finalizers").to_vec();
             if !all.iter().any(|f| f == finalizer) {
@@ -34,7 +37,10 @@ fn marked(o: &Value, annotation: &str) -> bool {
 fn newest(all: Vec<Value>, annotations: &[&str]) -> Option<Value> {
     let mut marked: Vec<Value> = all.into_iter().filter(|o| annotations.iter().any(|a| marked(o, a))).collect();
     marked.sort_by_cached_key(|o| {
-        (std::cmp::Reverse(crate::object::text(o, "/metadata/creationTimestamp").to_owned()), crate::object::name(o).to_owned())
+        (
+            std::cmp::Reverse(crate::object::text(o, "/metadata/creationTimestamp").to_owned()),
+            crate::object::name(o).to_owned(),
+        )
     });
     marked.into_iter().next()
 }
@@ -48,12 +54,15 @@ pub static STORAGE_CLASS: Plugin = Plugin {
 
 async fn storage_class(ctx: &Context, claim: &mut Value) -> Result<(), Status> {
     let given = claim.pointer("/spec/storageClassName").is_some_and(|v| !v.is_null())
-        || claim.pointer("/metadata/annotations").is_some_and(|a| a.get("volume.beta.kubernetes.io/storage-class").is_some());
+        || claim
+            .pointer("/metadata/annotations")
+            .is_some_and(|a| a.get("volume.beta.kubernetes.io/storage-class").is_some());
     if given {
         return Ok(());
     }
     let all = look_all(ctx, "storage.k8s.io", "storageclasses", "").await?;
-    const MARKS: [&str; 2] = ["storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class"];
+    const MARKS: [&str; 2] =
+        ["storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class"];
     if let Some(class) = newest(all, &MARKS) {
         put(child(claim, "spec"), "storageClassName", crate::object::name(&class));
     }

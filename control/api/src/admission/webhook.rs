@@ -46,7 +46,8 @@ fn wanted(
     object: &Value,
     old: Option<&Value>,
 ) -> Result<bool, Status> {
-    if !matching::rules_match(list(hook, "rules"), ctx) || !matching::selectors_match(hook, ctx, namespace, object, old) {
+    if !matching::rules_match(list(hook, "rules"), ctx) || !matching::selectors_match(hook, ctx, namespace, object, old)
+    {
         return Ok(false);
     }
     let conditions = list(hook, "matchConditions");
@@ -64,12 +65,19 @@ fn wanted(
             Ok(false) => return Ok(false),
             Err(_) if text(hook, "failurePolicy") == "Ignore" => return Ok(false),
             Err(why) => {
-                return Err(Status::forbidden(&ctx.kind, &ctx.name, format!("webhook {:?}: {why}", text(hook, "name"))));
+                return Err(Status::forbidden(
+                    &ctx.kind,
+                    &ctx.name,
+                    format!("webhook {:?}: {why}", text(hook, "name")),
+                ));
             }
         }
     }
     if ctx.dry_run && !matches!(text(hook, "sideEffects"), "None" | "NoneOnDryRun") {
-        return Err(Status::bad_request(format!("admission webhook {:?} does not support dry run", text(hook, "name"))));
+        return Err(Status::bad_request(format!(
+            "admission webhook {:?} does not support dry run",
+            text(hook, "name")
+        )));
     }
     Ok(true)
 }
@@ -81,8 +89,13 @@ async fn ask(ctx: &Context, hook: &Value, object: &Value, old: Option<&Value>) -
     put(&mut request, "object", object.clone());
     put(&mut request, "oldObject", old.cloned().unwrap_or_default());
     let uid = text(&request, "uid").to_owned();
-    let version = list(hook, "admissionReviewVersions").iter().filter_map(Value::as_str).find(|v| matches!(*v, "v1" | "v1beta1")).unwrap_or("v1");
-    let review = json!({"kind": "AdmissionReview", "apiVersion": format!("admission.k8s.io/{version}"), "request": request});
+    let version = list(hook, "admissionReviewVersions")
+        .iter()
+        .filter_map(Value::as_str)
+        .find(|v| matches!(*v, "v1" | "v1beta1"))
+        .unwrap_or("v1");
+    let review =
+        json!({"kind": "AdmissionReview", "apiVersion": format!("admission.k8s.io/{version}"), "request": request});
     let seconds = int(hook, "timeoutSeconds").and_then(|n| u64::try_from(n).ok()).unwrap_or(10);
     let config = hook.get("clientConfig").cloned().unwrap_or_default();
     let answer = call::call(ctx, &config, &review, seconds).await.and_then(|a| {
@@ -91,7 +104,10 @@ async fn ask(ctx: &Context, hook: &Value, object: &Value, old: Option<&Value>) -
             return Err("failed to call webhook: expected response, got nil".to_owned());
         }
         if version == "v1" && text(&response, "uid") != uid {
-            return Err(format!("received invalid webhook response: expected response.uid={uid:?}, got {:?}", text(&response, "uid")));
+            return Err(format!(
+                "received invalid webhook response: expected response.uid={uid:?}, got {:?}",
+                text(&response, "uid")
+            ));
         }
         Ok(response)
     });
@@ -115,8 +131,22 @@ async fn ask(ctx: &Context, hook: &Value, object: &Value, old: Option<&Value>) -
 
 /// Reasons that a webhook may give; anything else is left out.
 const REASONS: [&str; 16] = [
-    "Unauthorized", "Forbidden", "NotFound", "AlreadyExists", "Conflict", "Gone", "Invalid", "ServerTimeout", "Timeout",
-    "TooManyRequests", "BadRequest", "MethodNotAllowed", "NotAcceptable", "RequestEntityTooLarge", "InternalError", "ServiceUnavailable",
+    "Unauthorized",
+    "Forbidden",
+    "NotFound",
+    "AlreadyExists",
+    "Conflict",
+    "Gone",
+    "Invalid",
+    "ServerTimeout",
+    "Timeout",
+    "TooManyRequests",
+    "BadRequest",
+    "MethodNotAllowed",
+    "NotAcceptable",
+    "RequestEntityTooLarge",
+    "InternalError",
+    "ServiceUnavailable",
 ];
 
 /// The refusal of a webhook.
@@ -129,7 +159,8 @@ fn denied(name: &str, response: &Value) -> Status {
         ("", reason) => format!("{by}: {reason}"),
         (message, _) => format!("{by}: {message}"),
     };
-    let code = int(result, "code").and_then(|c| u16::try_from(c).ok()).filter(|c| (400..600).contains(c)).unwrap_or(400);
+    let code =
+        int(result, "code").and_then(|c| u16::try_from(c).ok()).filter(|c| (400..600).contains(c)).unwrap_or(400);
     let reason = REASONS.iter().find(|r| **r == text(result, "reason")).copied().unwrap_or_default();
     Status::new(code, reason, message)
 }
@@ -182,13 +213,17 @@ async fn mutate(ctx: &Context, object: &mut Value, old: Option<&Value>) -> Resul
     }
     // The other plugins look once more, as what they guard may have been added.
     for plugin in PLUGINS.iter().filter(|p| (p.handles)(ctx) && p.name != MUTATING.name) {
-        if let (Some(admit), false) = (plugin.admit, ctx.api.config.disabled_admission.iter().any(|d| d == plugin.name)) {
+        if let (Some(admit), false) = (plugin.admit, ctx.api.config.disabled_admission.iter().any(|d| d == plugin.name))
+        {
             admit(ctx, object, old).await?;
         }
     }
     for (hook, seen) in hooks.iter().zip(&last) {
         let changed = seen.as_ref().is_some_and(|s| *s != *object);
-        if text(hook, "reinvocationPolicy") == "IfNeeded" && changed && wanted(hook, ctx, namespace.as_ref(), object, old)? {
+        if text(hook, "reinvocationPolicy") == "IfNeeded"
+            && changed
+            && wanted(hook, ctx, namespace.as_ref(), object, old)?
+        {
             one(ctx, hook, object, old).await?;
         }
     }
@@ -207,7 +242,9 @@ async fn one(ctx: &Context, hook: &Value, object: &mut Value, old: Option<&Value
     }
     let bytes = base64::engine::general_purpose::STANDARD.decode(patch).map_err(Status::internal)?;
     if !matching::mutable(ctx) {
-        return Err(Status::internal(format!("admission webhook {name:?} attempted to modify the object, which is not supported for this operation")));
+        return Err(Status::internal(format!(
+            "admission webhook {name:?} attempted to modify the object, which is not supported for this operation"
+        )));
     }
     coracle_schema::patch::json::apply(object, &bytes).map_err(Status::internal)?;
     redefault(ctx, object);
@@ -231,6 +268,9 @@ mod tests {
         let s = denied("a.b.c", &json!({"allowed": false, "status": {"message": "no", "reason": "x", "code": 403}}));
         assert_eq!((s.code, s.message.as_str()), (403, "admission webhook \"a.b.c\" denied the request: no"));
         let s = denied("a.b.c", &json!({"allowed": false}));
-        assert_eq!((s.code, s.message.as_str()), (400, "admission webhook \"a.b.c\" denied the request without explanation"));
+        assert_eq!(
+            (s.code, s.message.as_str()),
+            (400, "admission webhook \"a.b.c\" denied the request without explanation")
+        );
     }
 }

@@ -48,18 +48,23 @@ impl Nodes {
 
     fn caches(&self) -> Option<&Caches> {
         let api = self.api.upgrade()?;
-        Some(self.caches.get_or_init(|| Caches {
-            pods: api.informer::<Pod>().index(|p| p.spec.as_ref().and_then(|s| s.node_name.clone()).into_iter().collect()),
-            claims: api.informer(),
-            attachments: api.informer(),
-        }))
+        Some(
+            self.caches.get_or_init(|| Caches {
+                pods: api
+                    .informer::<Pod>()
+                    .index(|p| p.spec.as_ref().and_then(|s| s.node_name.clone()).into_iter().collect()),
+                claims: api.informer(),
+                attachments: api.informer(),
+            }),
+        )
     }
 
     /// Whether any pod of the node is taken by `f`, which gets namespace, name and spec.
     fn any_pod(&self, node: &str, mut f: impl FnMut(&str, &str, &PodSpec) -> bool) -> bool {
         let Some(caches) = self.caches() else { return false };
         caches.pods.get(node).iter().any(|p| {
-            let (ns, name) = (p.metadata.namespace.as_deref().unwrap_or_default(), p.metadata.name.as_deref().unwrap_or_default());
+            let (ns, name) =
+                (p.metadata.namespace.as_deref().unwrap_or_default(), p.metadata.name.as_deref().unwrap_or_default());
             p.spec.as_ref().is_some_and(|s| f(ns, name, s))
         })
     }
@@ -75,19 +80,19 @@ impl Nodes {
                 let Some(caches) = self.caches() else { return false };
                 self.any_pod(node, |ns, pod, s| {
                     claims(pod, s).any(|c| {
-                        caches.claims.get(ns, &c).is_some_and(|c| {
-                            c.spec.as_ref().and_then(|s| s.volume_name.as_deref()) == Some(a.name)
-                        })
+                        caches
+                            .claims
+                            .get(ns, &c)
+                            .is_some_and(|c| c.spec.as_ref().and_then(|s| s.volume_name.as_deref()) == Some(a.name))
                     })
                 })
             }
             "serviceaccounts" => self.any_pod(node, |ns, _, s| {
                 ns == a.namespace && s.service_account_name.as_deref().unwrap_or("default") == a.name
             }),
-            "volumeattachments" => self
-                .caches()
-                .and_then(|c| c.attachments.get("", a.name))
-                .is_some_and(|v| v.spec.node_name == node),
+            "volumeattachments" => {
+                self.caches().and_then(|c| c.attachments.get("", a.name)).is_some_and(|v| v.spec.node_name == node)
+            }
             _ => false,
         }
     }
@@ -105,9 +110,11 @@ fn secrets(s: &PodSpec, name: &str) -> bool {
     let pull = s.image_pull_secrets.iter().flatten().any(|r| r.name == name);
     let env = containers(s).any(|c| {
         let from = c.env_from.iter().flatten().any(|f| f.secret_ref.as_ref().is_some_and(|r| r.name == name));
-        from || c.env.iter().flatten().any(|e| {
-            e.value_from.as_ref().and_then(|v| v.secret_key_ref.as_ref()).is_some_and(|r| r.name == name)
-        })
+        from || c
+            .env
+            .iter()
+            .flatten()
+            .any(|e| e.value_from.as_ref().and_then(|v| v.secret_key_ref.as_ref()).is_some_and(|r| r.name == name))
     });
     pull || env
         || volumes(s).any(|v| {
@@ -120,12 +127,13 @@ fn secrets(s: &PodSpec, name: &str) -> bool {
 }
 
 fn config_maps(s: &PodSpec, name: &str) -> bool {
-    let env = containers(s).any(|c| {
-        let from = c.env_from.iter().flatten().any(|f| f.config_map_ref.as_ref().is_some_and(|r| r.name == name));
-        from || c.env.iter().flatten().any(|e| {
-            e.value_from.as_ref().and_then(|v| v.config_map_key_ref.as_ref()).is_some_and(|r| r.name == name)
-        })
-    });
+    let env =
+        containers(s).any(|c| {
+            let from = c.env_from.iter().flatten().any(|f| f.config_map_ref.as_ref().is_some_and(|r| r.name == name));
+            from || c.env.iter().flatten().any(|e| {
+                e.value_from.as_ref().and_then(|v| v.config_map_key_ref.as_ref()).is_some_and(|r| r.name == name)
+            })
+        });
     env || volumes(s).any(|v| {
         v.config_map.as_ref().is_some_and(|x| x.name == name)
             || v.projected.as_ref().is_some_and(|p| {
@@ -154,15 +162,20 @@ impl Authorizer for Nodes {
             ("", "secrets" | "configmaps" | "persistentvolumes" | "persistentvolumeclaims" | "serviceaccounts") => true,
             ("storage.k8s.io", "volumeattachments") => true,
             ("coordination.k8s.io", "leases") => {
-                let own = a.namespace == "kube-node-lease" && (a.name == node || (a.verb == "create" && a.name.is_empty()));
+                let own =
+                    a.namespace == "kube-node-lease" && (a.name == node || (a.verb == "create" && a.name.is_empty()));
                 if !own {
-                    return Decision::NoOpinion(format!("can only access node lease with the same name as the requesting node {node:?}"));
+                    return Decision::NoOpinion(format!(
+                        "can only access node lease with the same name as the requesting node {node:?}"
+                    ));
                 }
                 false
             }
             ("storage.k8s.io", "csinodes") => {
                 if a.name != node && !(a.verb == "create" && a.name.is_empty()) {
-                    return Decision::NoOpinion(format!("can only access CSINode with the same name as the requesting node {node:?}"));
+                    return Decision::NoOpinion(format!(
+                        "can only access CSINode with the same name as the requesting node {node:?}"
+                    ));
                 }
                 false
             }

@@ -86,6 +86,11 @@ impl<'a> At<'a> {
         }
     }
 
+    /// Whether there is neither element nor member.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// True for what Go calls the zero value: absent, `""`, `[]`, `{}`, `0`, `false`.
     pub fn is_zero(&self) -> bool {
         match self.v {

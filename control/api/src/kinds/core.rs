@@ -329,15 +329,11 @@ fn check_secret(o: &At<'_>, e: &mut Errs) {
         }
         "kubernetes.io/dockercfg" => docker_config(&data, ".dockercfg", e),
         "kubernetes.io/dockerconfigjson" => docker_config(&data, ".dockerconfigjson", e),
-        "kubernetes.io/basic-auth" => {
-            if data.v.get("username").is_none() && data.v.get("password").is_none() {
-                needs(&["username", "password"], e);
-            }
+        "kubernetes.io/basic-auth" if data.v.get("username").is_none() && data.v.get("password").is_none() => {
+            needs(&["username", "password"], e);
         }
-        "kubernetes.io/ssh-auth" => {
-            if data.at("ssh-privatekey").is_zero() {
-                e.required(&data.key("ssh-privatekey"), "");
-            }
+        "kubernetes.io/ssh-auth" if data.at("ssh-privatekey").is_zero() => {
+            e.required(&data.key("ssh-privatekey"), "");
         }
         "kubernetes.io/tls" => needs(&["tls.crt", "tls.key"], e),
         _ => {}

@@ -390,7 +390,7 @@ fn client_config(c: &At<'_>, e: &mut Errs) {
     let (url, service) = (c.at("url"), c.at("service"));
     match (url.is_set(), service.is_set()) {
         (true, true) | (false, false) => {
-            return e.required(&c.at("url"), "exactly one of url or service is required");
+            e.required(&c.at("url"), "exactly one of url or service is required");
         }
         (true, false) => {
             if !url.str().starts_with("https://") {

@@ -464,11 +464,7 @@ fn handler(h: &At<'_>, kinds: &[&'static str], grace: Option<i64>, e: &mut Errs)
             continue;
         }
         match *k {
-            "exec" => {
-                if a.at("command").len() == 0 {
-                    e.required(&a.at("command"), "");
-                }
-            }
+            "exec" if a.at("command").is_empty() => e.required(&a.at("command"), ""),
             "httpGet" => http_get(&a, e),
             "tcpSocket" => port(&a.at("port"), e),
             "grpc" => e.reasons(&a.at("port"), names::port_number(a.at("port").int())),

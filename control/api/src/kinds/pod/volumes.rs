@@ -99,10 +99,8 @@ fn required(s: &At<'_>, fields: &[&'static str], e: &mut Errs) {
 
 fn source(kind: &str, s: &At<'_>, persistent: bool, e: &mut Errs) {
     match kind {
-        "emptyDir" => {
-            if Quantity::from_value(s.at("sizeLimit").v).is_some_and(Quantity::is_negative) {
-                e.forbidden(&s.at("sizeLimit"), "SizeLimit field must be a valid resource quantity");
-            }
+        "emptyDir" if Quantity::from_value(s.at("sizeLimit").v).is_some_and(Quantity::is_negative) => {
+            e.forbidden(&s.at("sizeLimit"), "SizeLimit field must be a valid resource quantity");
         }
         "hostPath" => {
             let path = s.at("path");

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use crate::Family;
 use crate::model::Protocol;
-use crate::netlink::{Batch, NetlinkError, Socket, find};
+use crate::netlink::{Batch, NetlinkError, Socket, find, messages};
 
 const SUBSYSTEM: u16 = 1;
 const GET: u16 = 1;
@@ -113,6 +113,11 @@ fn ends(tuple: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
         SocketAddr::new(address(SOURCE)?, port(CTA_PROTO_SRC_PORT)?),
         SocketAddr::new(address(DESTINATION)?, port(CTA_PROTO_DST_PORT)?),
     ))
+}
+
+/// Reads the messages of a datagram, for fuzzers.
+pub(crate) fn parse_any(bytes: &[u8]) {
+    messages(bytes).for_each(|message| drop(connection(message.payload)));
 }
 
 #[cfg(test)]

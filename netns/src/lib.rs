@@ -20,6 +20,9 @@ mod policy;
 mod rules;
 mod services;
 
+#[doc(hidden)]
+pub mod fuzzing;
+
 pub use check::{Finding, check};
 pub use config::{Config, Family, Overlay};
 pub use dns::Metrics as DnsMetrics;

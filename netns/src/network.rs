@@ -19,6 +19,7 @@ use crate::netlink::Socket;
 use crate::pods::{self, Addresses, Host, PodKey, PodNet, PodNetwork, Record, Records, check_uid};
 use crate::policy::PolicyChange;
 use crate::rules::Rules;
+use crate::services::health::HealthPorts;
 use crate::services::proxy::ProxyChange;
 use crate::{Config, HostPort};
 
@@ -42,6 +43,7 @@ struct Inner {
     rules: Mutex<Rules>,
     hosts: Mutex<Hosts>,
     dns: Server,
+    health: Mutex<HealthPorts>,
 }
 
 /// The pods of this node.
@@ -93,6 +95,7 @@ impl Network {
             rules: Mutex::new(rules),
             hosts: Mutex::new(hosts),
             dns: Server::bind(&config)?,
+            health: Mutex::new(HealthPorts::default()),
             config,
         };
         inner.recover()?;
@@ -188,6 +191,7 @@ impl Network {
             drop(sender);
             thread.join().expect("the remover does not panic");
         }
+        self.inner.health.lock().clear();
         self.inner.rules.lock().destroy()?;
         self.inner.hosts.lock().destroy(&self.inner.config, &mut self.inner.host.socket.lock())?;
         for folder in [&self.inner.pins, self.inner.records.folder()] {
@@ -375,6 +379,8 @@ impl Inner {
             rules.known();
             let touched = rules.update_services(services);
             self.dns.update(|zone| touched.iter().for_each(|key| zone.set(key, rules.service(key))));
+            let mut health = self.health.lock();
+            touched.iter().for_each(|key| health.set(key, rules.health(key)));
             rules.update_policy(policies);
             rules.commit()?;
         }

@@ -75,6 +75,11 @@ impl Rules {
         self.policy.update(changes, &mut self.tables);
     }
 
+    /// The health check node port of a Service, and how many endpoints this node has.
+    pub(crate) fn health(&self, key: &ObjectKey) -> Option<(u16, usize)> {
+        self.proxy.health(key)
+    }
+
     /// What is known of a Service.
     pub(crate) fn service(&self, key: &ObjectKey) -> Option<&Entry> {
         self.proxy.entry(key)

@@ -217,3 +217,34 @@ fn a_udp_sender_that_never_pauses_follows_the_endpoints() {
         node.network().destroy().unwrap();
     });
 }
+
+#[test]
+fn load_balancers_are_told_whether_the_node_has_endpoints() {
+    on_own_host(|| {
+        let (node, pods) = three();
+        let web = Service {
+            external_policy: TrafficPolicy::Local,
+            health_check_node_port: Some(31000),
+            ..service("10.43.0.80")
+        };
+        let check = || {
+            node.runtime.block_on(async {
+                use tokio::io::{AsyncReadExt, AsyncWriteExt};
+                let mut stream = tokio::net::TcpStream::connect("127.0.0.1:31000").await?;
+                stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await?;
+                let mut text = String::new();
+                stream.read_to_string(&mut text).await?;
+                Ok::<_, std::io::Error>(text)
+            })
+        };
+        node.update(vec![Change::Service(key("web"), Some(web)), slice("web", endpoints(&pods))]);
+        let text = check().unwrap();
+        assert!(text.starts_with("HTTP/1.1 200 OK") && text.contains("\"localEndpoints\":3"), "{text}");
+        node.update(vec![slice("web", vec![Endpoint::ready(address("10.42.9.9"), Some("node-2"))])]);
+        let text = check().unwrap();
+        assert!(text.starts_with("HTTP/1.1 503") && text.contains("\"localEndpoints\":0"), "{text}");
+        node.update(vec![Change::Service(key("web"), None)]);
+        assert!(check().is_err());
+        node.network().destroy().unwrap();
+    });
+}

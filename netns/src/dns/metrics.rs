@@ -24,7 +24,7 @@ pub struct Metrics {
 impl Metrics {
     /// The counters in the Prometheus text format.
     pub fn render(&self) -> String {
-        let families: [(&str, &str, &[(&str, &AtomicU64)]); 7] = [
+        let families: [Metric<'_>; 7] = [
             (
                 "coracle_dns_requests_total",
                 "Questions received.",
@@ -66,6 +66,9 @@ impl Metrics {
         text
     }
 }
+
+/// Name, help, and the values by labels.
+type Metric<'a> = (&'static str, &'static str, &'a [(&'static str, &'a AtomicU64)]);
 
 /// Counts one.
 pub(super) fn count(counter: &AtomicU64) {

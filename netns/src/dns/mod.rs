@@ -15,5 +15,13 @@ mod zone;
 pub use metrics::Metrics;
 pub(crate) use server::Server;
 
+/// What an empty zone replies to a datagram, for fuzzers.
+pub(crate) fn reply_to(config: &crate::Config, bytes: &[u8]) -> Option<Vec<u8>> {
+    match response::step(&zone::Zone::new(config), bytes) {
+        response::Step::Reply(message) => response::encode(&message, None, true, &Metrics::default()),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests;

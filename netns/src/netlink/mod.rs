@@ -4,6 +4,6 @@ mod message;
 pub(crate) mod route;
 mod socket;
 
-pub(crate) use message::{Attributes, Batch, attributes, find};
+pub(crate) use message::{Attributes, Batch, attributes, find, messages};
 pub use socket::NetlinkError;
 pub(crate) use socket::Socket;

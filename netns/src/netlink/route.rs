@@ -449,3 +449,11 @@ pub(crate) fn routes(socket: &mut Socket, family: Family) -> Result<Vec<KnownRou
     })?;
     Ok(all)
 }
+
+/// Reads the messages of a datagram as whatever they may be, for fuzzers.
+pub(crate) fn parse_any(bytes: &[u8]) {
+    for message in super::messages(bytes) {
+        parse_link(message.payload);
+        parse_route(message.payload);
+    }
+}

@@ -10,9 +10,16 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{Error, PathExt};
 
+/// What containers may do in a namespace of their own, as other runtimes set it: bind any port without privilege, and ping.
+const SETTINGS: [(&str, &str); 2] =
+    [("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"), ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")];
+
 /// Gives the calling thread a new network namespace and pins it at `path`. The thread must end afterwards: it is no longer where the process is.
 pub(super) fn enter_new(path: &Path) -> Result<(), Error> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Unshare { errno })?;
+    for (file, value) in SETTINGS {
+        fs::write(file, value).at("write", Path::new(file))?;
+    }
     File::create(path).at("create", path)?;
     mount(Some("/proc/thread-self/ns/net"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(io::Error::from)

@@ -89,6 +89,18 @@ pub(crate) fn fronts<'a>(
     fronts
 }
 
+/// How many endpoints of this node serve a Service, whatever the port.
+pub(crate) fn local_endpoints<'a>(
+    here: &Here,
+    service: &Service,
+    slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
+) -> usize {
+    let families: BTreeSet<Family> = service.cluster_ips.iter().map(|address| Family::of(*address)).collect();
+    let ports = families.iter().flat_map(|family| service.ports.iter().map(move |port| (*family, port)));
+    let all = ports.flat_map(|(family, port)| serving(here, family, port, slices.clone()).local.to_vec());
+    all.map(|endpoint| endpoint.ip()).collect::<BTreeSet<IpAddr>>().len()
+}
+
 fn port_fronts(service: &Service, family: Family, port: &ServicePort, serving: &Serving, fronts: &mut Vec<Front>) {
     let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
         addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()

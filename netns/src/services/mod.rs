@@ -3,6 +3,7 @@
 
 pub(crate) mod balance;
 pub(crate) mod compile;
+pub(crate) mod health;
 pub(crate) mod keys;
 pub(crate) mod layout;
 pub(crate) mod proxy;

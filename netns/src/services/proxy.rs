@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::balance::{REFUSE, Shape};
-use super::compile::{Action, FrontKey, Here, Place, fronts};
+use super::compile::{Action, FrontKey, Here, Place, fronts, local_endpoints};
 use super::keys::{ALLOWED, ENDPOINTS, Key, front_element, map_of};
 use crate::Family;
 use crate::model::{EndpointSlice, ObjectKey, Protocol, Service};
@@ -74,6 +74,13 @@ impl Proxy {
     /// What is known of a Service.
     pub(crate) fn entry(&self, key: &ObjectKey) -> Option<&Entry> {
         self.entries.get(key)
+    }
+
+    /// The health check node port of a Service, and how many endpoints this node has.
+    pub(crate) fn health(&self, key: &ObjectKey) -> Option<(u16, usize)> {
+        let entry = self.entries.get(key)?;
+        let service = entry.service.as_ref()?;
+        Some((service.health_check_node_port?, local_endpoints(&self.here, service, entry.slices.values())))
     }
 
     /// The endpoints that were let go since this was asked last.

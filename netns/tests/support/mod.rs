@@ -22,6 +22,9 @@ pub(crate) const IMPATIENCE: Duration = Duration::from_millis(300);
 
 /// Runs `test` on a thread with a network and a mount namespace of its own, loopback up.
 pub(crate) fn on_own_host<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+    for (program, package) in [("nft", "nftables"), ("ip", "iproute2"), ("conntrack", "conntrack")] {
+        coracle_testkit::need(program, package);
+    }
     thread::scope(|scope| {
         let run = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("root may make namespaces");

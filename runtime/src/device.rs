@@ -5,14 +5,8 @@ use coracle_sys::bpf::Instruction;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 /// Nodes that the specification promises: name below `/dev`, major, minor.
-pub(crate) const DEFAULT_NODES: [(&str, u32, u32); 6] = [
-    ("null", 1, 3),
-    ("zero", 1, 5),
-    ("full", 1, 7),
-    ("random", 1, 8),
-    ("urandom", 1, 9),
-    ("tty", 5, 0),
-];
+pub(crate) const DEFAULT_NODES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
 const MKNOD: u8 = 1;
 const READ: u8 = 2;
@@ -215,13 +209,15 @@ mod tests {
     /// Each kind of access asked for must be allowed by the last rule that speaks of it.
     fn naive(rules: &[Rule], kind: u8, access: u8, major: u32, minor: u32) -> bool {
         [MKNOD, READ, WRITE].into_iter().filter(|bit| access & bit != 0).all(|bit| {
-            rules.iter().rfind(|rule| {
-                rule.access & bit != 0
-                    && rule.kind.is_none_or(|wanted| wanted == kind)
-                    && rule.major.is_none_or(|wanted| wanted == major)
-                    && rule.minor.is_none_or(|wanted| wanted == minor)
-            })
-            .is_some_and(|rule| rule.allow)
+            rules
+                .iter()
+                .rfind(|rule| {
+                    rule.access & bit != 0
+                        && rule.kind.is_none_or(|wanted| wanted == kind)
+                        && rule.major.is_none_or(|wanted| wanted == major)
+                        && rule.minor.is_none_or(|wanted| wanted == minor)
+                })
+                .is_some_and(|rule| rule.allow)
         })
     }
 

@@ -74,12 +74,8 @@ pub fn spawn(
                 }
             };
             let stdio = terminal.as_ref().map_or(streams.numbers, |terminal| [terminal.as_raw_fd(); 3]);
-            let around = Surroundings {
-                stdio,
-                has_terminal: terminal.is_some(),
-                procfs: procfs.as_fd(),
-                sync: theirs.as_fd(),
-            };
+            let around =
+                Surroundings { stdio, has_terminal: terminal.is_some(), procfs: procfs.as_fd(), sync: theirs.as_fd() };
             child::finish(&plan, &mut program, &around, || Ok(None))
         };
         if let Err(failure) = work() {

@@ -4,7 +4,7 @@ use crate::error::{Error, Result, Step, StepResult};
 use crate::plan::{Plan, c_path, c_string};
 use crate::spawn::Story;
 use coracle_sys::process::{self, CloneRequest, StringArray};
-use coracle_sys::{channel, namespace};
+use coracle_sys::{channel, namespace, path};
 use oci_spec::runtime::{Hook, Hooks};
 use std::collections::HashMap;
 use std::io::{Read, Seek, Write};
@@ -76,7 +76,7 @@ pub(crate) fn run_runtime(story: &Story, pid: i32) -> Result<()> {
 pub(crate) fn run_create_container(story: &Story, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
     let state = story.state.json("creating", pid);
     let place = Some((pidfd, container_namespaces(story.namespaces)));
-    run("createContainer", list(story.hooks.create_container()), &state, place)
+    run("createContainer", list(story.hooks.create_container()), &state, place.map(|(fd, flags)| (fd, flags, pid)))
 }
 
 /// `startContainer`: before the program, inside the container.
@@ -93,6 +93,7 @@ pub fn start_container(
     namespaces: u64,
 ) -> Result<()> {
     let place = Some((pidfd, container_namespaces(namespaces)));
+    let place = place.map(|(fd, flags)| (fd, flags, pid));
     run("startContainer", list(hooks.start_container()), &state.json("created", pid), place)
 }
 
@@ -112,7 +113,8 @@ pub fn poststop(hooks: &Hooks, state: &StateTemplate) -> Vec<Error> {
 
 /// Of the container's namespaces, those that a hook enters; its process belongs to the runtime.
 fn container_namespaces(all: u64) -> i32 {
-    let entered = libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
+    let entered =
+        libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
     all as i32 & entered
 }
 
@@ -120,25 +122,28 @@ fn run(
     kind: &'static str,
     hooks: &[Hook],
     state: &serde_json::Value,
-    place: Option<(BorrowedFd<'_>, i32)>,
+    place: Option<(BorrowedFd<'_>, i32, i32)>,
 ) -> Result<()> {
     hooks.iter().try_for_each(|hook| run_one(kind, hook, state, place))
 }
 
-fn run_one(kind: &'static str, hook: &Hook, state: &serde_json::Value, place: Option<(BorrowedFd<'_>, i32)>) -> Result<()> {
+fn run_one(
+    kind: &'static str,
+    hook: &Hook,
+    state: &serde_json::Value,
+    place: Option<(BorrowedFd<'_>, i32, i32)>,
+) -> Result<()> {
     let fail = |reason: String| Error::Hook { kind, path: hook.path().clone(), reason };
     let io = |source: std::io::Error| fail(format!("cannot be run: {source}"));
-    let path = c_path("hooks.path", hook.path())?;
+    let file = c_path("hooks.path", hook.path())?;
     let arguments = match hook.args().as_deref() {
-        None | Some([]) => vec![path.clone()],
+        None | Some([]) => vec![file.clone()],
         Some(arguments) => arguments.iter().map(|text| c_string("hooks.args", text)).collect::<Result<_>>()?,
     };
     let environment = match hook.env() {
         Some(entries) => entries.iter().map(|text| c_string("hooks.env", text)).collect::<Result<Vec<_>>>()?,
         None => std::env::vars_os()
-            .filter_map(|(name, value)| {
-                std::ffi::CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok()
-            })
+            .filter_map(|(name, value)| std::ffi::CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok())
             .collect(),
     };
     let (arguments, environment) = (StringArray::new(arguments), StringArray::new(environment));
@@ -146,9 +151,19 @@ fn run_one(kind: &'static str, hook: &Hook, state: &serde_json::Value, place: Op
     let mut input = memory_file(c"hook-state").map_err(io)?;
     input.write_all(state.to_string().as_bytes()).and_then(|()| input.rewind()).map_err(io)?;
     let mut output = memory_file(c"hook-output").map_err(io)?;
+    // Joining a mount namespace leads to its topmost root; the hook belongs to the one that the container sees now.
+    let root = match place {
+        None => None,
+        Some((_, _, pid)) => {
+            let name = c_string("pid", &format!("/proc/{pid}/root"))?;
+            Some(path::open(&name, libc::O_PATH | libc::O_DIRECTORY).step(Step::OpenRoot, "of the container")?)
+        }
+    };
     let child = process::clone3(CloneRequest::default(), || {
         const CANNOT_RUN: i32 = 126;
-        let entered = place.map_or(Ok(()), |(pidfd, flags)| namespace::setns(pidfd, flags));
+        let entered = place.map_or(Ok(()), |(pidfd, flags, _)| namespace::setns(pidfd, flags)).and_then(|()| {
+            root.as_ref().map_or(Ok(()), |root| path::fchdir(root.as_fd()).and_then(|()| path::chroot(c".")))
+        });
         let placed = entered
             .and_then(|()| process::dup_onto(input.as_raw_fd(), 0))
             .and_then(|()| process::dup_onto(output.as_raw_fd(), 1))
@@ -156,7 +171,7 @@ fn run_one(kind: &'static str, hook: &Hook, state: &serde_json::Value, place: Op
             .and_then(|()| process::reset_signals())
             .and_then(|()| process::close_on_exec_from(3));
         if placed.is_ok() {
-            process::execve(&path, &arguments, &environment);
+            process::execve(&file, &arguments, &environment);
         }
         CANNOT_RUN
     })

@@ -19,7 +19,8 @@ pub(crate) fn text(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
             return Err(Error::config(field, format!("mapping {position} is empty or goes beyond the last id")));
         }
         let overlap = |a: u32, b: u32, other: &LinuxIdMapping| {
-            u64::from(a) < u64::from(b) + u64::from(other.size()) && u64::from(b) < u64::from(a) + u64::from(mapping.size())
+            u64::from(a) < u64::from(b) + u64::from(other.size())
+                && u64::from(b) < u64::from(a) + u64::from(mapping.size())
         };
         if mappings[..position].iter().any(|other| {
             overlap(mapping.host_id(), other.host_id(), other)

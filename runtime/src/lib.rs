@@ -6,22 +6,22 @@
 //! freezes and kills. Files are kept for the `corun` command only ([`state`]).
 #![forbid(unsafe_code)]
 
-mod error;
-pub mod spec;
 pub mod capability;
-mod idmap;
-pub mod seccomp;
-pub mod device;
 pub mod cgroup;
+mod child;
+pub mod device;
+mod error;
+pub mod exec;
+pub mod features;
+pub mod hooks;
+mod idmap;
 mod plan;
 mod resolve;
-mod child;
-mod spawn;
-pub mod exec;
-pub mod hooks;
-pub mod state;
-pub mod features;
 pub mod sealed;
+pub mod seccomp;
+mod spawn;
+pub mod spec;
+pub mod state;
 
 pub use cgroup::Cgroup;
 pub use coracle_sys::process::Exit;
@@ -31,7 +31,8 @@ pub use spawn::{Init, Stage, Stdio, spawn, spawn_gated};
 
 /// Reads the failure that a container waiting behind [`Gate::Listener`] answers with.
 pub fn decode_failure(message: &[u8]) -> Error {
-    child::Message::decode(message).map_or_else(|| Error::Died("it sent an unknown message".into()), |m| spawn::failed(&m))
+    child::Message::decode(message)
+        .map_or_else(|| Error::Died("it sent an unknown message".into()), |m| spawn::failed(&m))
 }
 
 use std::os::fd::BorrowedFd;

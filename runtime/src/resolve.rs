@@ -82,7 +82,8 @@ fn make(root: BorrowedFd<'_>, path: &CStr, kind: Kind) -> Result<OwnedFd> {
         if start >= rest.length {
             return Ok(here);
         }
-        let end = rest.bytes[start..rest.length].iter().position(|byte| *byte == b'/').map_or(rest.length, |at| start + at);
+        let end =
+            rest.bytes[start..rest.length].iter().position(|byte| *byte == b'/').map_or(rest.length, |at| start + at);
         let last = rest.bytes[end..rest.length].iter().all(|byte| *byte == b'/');
         match &rest.bytes[start..end] {
             b"." => {

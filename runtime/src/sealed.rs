@@ -11,10 +11,8 @@ use std::ffi::CString;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 
-const SEALS: SealFlag = SealFlag::F_SEAL_SEAL
-    .union(SealFlag::F_SEAL_SHRINK)
-    .union(SealFlag::F_SEAL_GROW)
-    .union(SealFlag::F_SEAL_WRITE);
+const SEALS: SealFlag =
+    SealFlag::F_SEAL_SEAL.union(SealFlag::F_SEAL_SHRINK).union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_WRITE);
 const CHUNK_BYTES: usize = 1 << 30;
 
 /// Executes this program again from a sealed copy of its file, unless that has been done. To be called first in `main`.
@@ -28,9 +26,11 @@ pub fn ensure() -> Result<()> {
     }
     let copy = memfd_create(c"corun", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
         .map_err(|errno| read(errno.into()))?;
-    while coracle_sys::path::sendfile(copy.as_fd(), own.as_fd(), CHUNK_BYTES).map_err(|errno| read(errno.into()))? > 0 {}
+    while coracle_sys::path::sendfile(copy.as_fd(), own.as_fd(), CHUNK_BYTES).map_err(|errno| read(errno.into()))? > 0 {
+    }
     fcntl(&copy, FcntlArg::F_ADD_SEALS(SEALS)).map_err(|errno| read(errno.into()))?;
-    let string = |text: std::ffi::OsString| CString::new(text.into_vec()).expect("the kernel gave it without a null byte");
+    let string =
+        |text: std::ffi::OsString| CString::new(text.into_vec()).expect("the kernel gave it without a null byte");
     let arguments = std::env::args_os().map(string).collect();
     let environment = std::env::vars_os()
         .map(|(mut name, value)| {

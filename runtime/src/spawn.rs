@@ -60,12 +60,7 @@ pub fn spawn(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>) -> Result<I
 }
 
 /// The same with the listening socket that [`Gate::Listener`] needs.
-pub fn spawn_gated(
-    plan: &Plan,
-    cgroup: Option<&Cgroup>,
-    stdio: Stdio<'_>,
-    listener: Option<OwnedFd>,
-) -> Result<Init> {
+pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, listener: Option<OwnedFd>) -> Result<Init> {
     if (plan.options.gate == Gate::Listener) != listener.is_some() {
         return Err(Error::config("gate", "a listener goes with the gate that needs it"));
     }
@@ -82,11 +77,8 @@ pub fn spawn_gated(
         nodes: nodes(plan)?,
         joins: joins(plan)?,
         listener,
-        program: Program {
-            arguments: plan.process.arguments.clone(),
-            environment: plan.process.environment.clone(),
-        },
-        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks) || !plan.net_devices.is_empty(),
+        program: Program { arguments: plan.process.arguments.clone(), environment: plan.process.environment.clone() },
+        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks),
         container_hooks: plan.hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty()),
         procfs,
     };
@@ -133,7 +125,11 @@ pub(crate) fn procfs() -> Result<OwnedFd> {
     let magic = path::filesystem_magic(procfs.as_fd()).step(Step::OpenProc, "/proc")?;
     let inode = path::stat(procfs.as_fd()).step(Step::OpenProc, "/proc")?.st_ino;
     if magic != path::PROC_SUPER_MAGIC || inode != ROOT_INODE {
-        return Err(Error::Step { step: Step::OpenProc, subject: "/proc (it is not procfs)".into(), errno: Errno::ENODEV });
+        return Err(Error::Step {
+            step: Step::OpenProc,
+            subject: "/proc (it is not procfs)".into(),
+            errno: Errno::ENODEV,
+        });
     }
     Ok(procfs)
 }
@@ -218,11 +214,8 @@ fn map_ids(tree: BorrowedFd<'_>, map: &IdMap, name: &str) -> Result<()> {
     let mapped = write_id_maps(holder.pid, &map.uid_map, &map.gid_map).and_then(|()| {
         let file = format!("/proc/{}/ns/user", holder.pid);
         let userns = std::fs::File::open(&file).map_err(|source| Error::Read { path: file.into(), source })?;
-        let attributes = Attributes {
-            set: MOUNT_ATTR_IDMAP,
-            userns_fd: userns.as_raw_fd() as u64,
-            ..Attributes::default()
-        };
+        let attributes =
+            Attributes { set: MOUNT_ATTR_IDMAP, userns_fd: userns.as_raw_fd() as u64, ..Attributes::default() };
         mount::set_attributes(tree, &attributes, map.recursive).step(Step::IdMapMount, name)
     });
     drop(ours);
@@ -282,7 +275,8 @@ impl OwnNamespaces {
         if let Some(join) = plan.namespaces.joined.iter().find(|join| join.flag == libc::CLONE_NEWPID) {
             own.save(c"/proc/self/ns/pid", libc::CLONE_NEWPID)?;
             let name = join.path.to_string_lossy();
-            namespace::setns(open_namespace(&join.path)?.as_fd(), libc::CLONE_NEWPID).step(Step::JoinNamespace, name)?;
+            namespace::setns(open_namespace(&join.path)?.as_fd(), libc::CLONE_NEWPID)
+                .step(Step::JoinNamespace, name)?;
         }
         if plan.namespaces.new & CLONE_NEWTIME != 0 {
             own.save(c"/proc/self/ns/time", CLONE_NEWTIME as i32)?;
@@ -325,12 +319,7 @@ impl OwnNamespaces {
 
 /// A user namespace must be joined before the other namespaces are made, for it shall own them; an usher joins it and
 /// clones the container's first process as its own sibling, which makes it a child of the caller.
-fn clone_through_usher(
-    file: &CStr,
-    request: CloneRequest<'_>,
-    plan: &Plan,
-    prepared: &mut Prepared,
-) -> Result<Child> {
+fn clone_through_usher(file: &CStr, request: CloneRequest<'_>, plan: &Plan, prepared: &mut Prepared) -> Result<Child> {
     let user = open_namespace(file)?;
     let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
     let usher = process::clone3(CloneRequest::default(), || {
@@ -384,7 +373,9 @@ impl Streams {
         for (target, fd) in [stdio.stdin, stdio.stdout, stdio.stderr].into_iter().enumerate() {
             numbers[target] = fd.as_raw_fd();
             if numbers[target] <= 2 && numbers[target] != target as RawFd {
-                let copy = fd.try_clone_to_owned().map_err(|source| Error::Read { path: "a standard stream".into(), source })?;
+                let copy = fd
+                    .try_clone_to_owned()
+                    .map_err(|source| Error::Read { path: "a standard stream".into(), source })?;
                 numbers[target] = copy.as_raw_fd();
                 copies.push(copy);
             }
@@ -506,7 +497,8 @@ impl Init {
         if length == 0 {
             return self.closed();
         }
-        let message = Message::decode(&bytes[..length]).ok_or_else(|| Error::Died("it sent an unknown message".into()))?;
+        let message =
+            Message::decode(&bytes[..length]).ok_or_else(|| Error::Died("it sent an unknown message".into()))?;
         match message.note {
             Note::NeedsIdMaps => {
                 let (uid_map, gid_map) = self.story.id_maps.clone().unwrap_or_default();

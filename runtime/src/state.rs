@@ -76,7 +76,11 @@ pub fn check_id(id: &str) -> Result<()> {
         && id.len() <= MAX_ID_BYTES
         && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte))
         && !id.bytes().all(|byte| byte == b'.');
-    if valid { Ok(()) } else { Err(Error::config("container id", format!("{id:?} is not letters, digits and _+-. only"))) }
+    if valid {
+        Ok(())
+    } else {
+        Err(Error::config("container id", format!("{id:?} is not letters, digits and _+-. only")))
+    }
 }
 
 impl Folder {

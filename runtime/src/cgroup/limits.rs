@@ -46,7 +46,10 @@ pub fn settings(resources: &LinuxResources, exists: impl Fn(&str) -> bool) -> Re
     for limit in resources.hugepage_limits().iter().flatten() {
         let size = limit.page_size();
         if size.is_empty() || size.contains(['/', '.']) {
-            return Err(Error::config("linux.resources.hugepageLimits.pageSize", format!("{size:?} is not a page size")));
+            return Err(Error::config(
+                "linux.resources.hugepageLimits.pageSize",
+                format!("{size:?} is not a page size"),
+            ));
         }
         settings.push(Setting::new(format!("hugetlb.{size}.max"), limit_text(limit.limit())));
         let reserved = Setting::new(format!("hugetlb.{size}.rsvd.max"), limit_text(limit.limit()));
@@ -54,15 +57,13 @@ pub fn settings(resources: &LinuxResources, exists: impl Fn(&str) -> bool) -> Re
     }
     for (device, limit) in resources.rdma().iter().flatten() {
         let part = |name: &str, value: Option<u32>| value.map(|value| format!(" {name}={value}")).unwrap_or_default();
-        let value = format!(
-            "{device}{}{}",
-            part("hca_handle", limit.hca_handles()),
-            part("hca_object", limit.hca_objects())
-        );
+        let value =
+            format!("{device}{}{}", part("hca_handle", limit.hca_handles()), part("hca_object", limit.hca_objects()));
         settings.push(Setting::new("rdma.max", value));
     }
     if let Some(network) = resources.network()
-        && (network.class_id().is_some_and(|id| id != 0) || network.priorities().as_ref().is_some_and(|p| !p.is_empty()))
+        && (network.class_id().is_some_and(|id| id != 0)
+            || network.priorities().as_ref().is_some_and(|p| !p.is_empty()))
     {
         return Err(Error::unsupported("linux.resources.network", "version 2 of cgroups has no network controllers"));
     }
@@ -102,7 +103,10 @@ fn memory_settings(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<
             _ if swap < 0 => "max".to_string(),
             Some(limit) if limit >= 0 && swap >= limit => (swap - limit).to_string(),
             Some(limit) if limit >= 0 => {
-                return Err(Error::config("linux.resources.memory.swap", "is less than the memory limit that it contains"));
+                return Err(Error::config(
+                    "linux.resources.memory.swap",
+                    "is less than the memory limit that it contains",
+                ));
             }
             _ => return Err(Error::config("linux.resources.memory.swap", "needs a memory limit")),
         };
@@ -195,7 +199,10 @@ fn io_settings(io: &LinuxBlockIo, exists: &impl Fn(&str) -> bool, settings: &mut
         if bfq {
             Setting::new("io.bfq.weight", format!("{device}{weight}"))
         } else {
-            Setting::new("io.weight", format!("{}{}", if device.is_empty() { "default " } else { device }, io_weight(weight)))
+            Setting::new(
+                "io.weight",
+                format!("{}{}", if device.is_empty() { "default " } else { device }, io_weight(weight)),
+            )
         }
     };
     if let Some(value) = io.weight().filter(|value| *value != 0) {

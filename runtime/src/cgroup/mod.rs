@@ -63,7 +63,9 @@ impl Cgroup {
             std::path::Component::Normal(part) => Some(part),
             _ => None,
         });
-        if name.components().any(|part| matches!(part, std::path::Component::ParentDir)) || parts.clone().next().is_none() {
+        if name.components().any(|part| matches!(part, std::path::Component::ParentDir))
+            || parts.clone().next().is_none()
+        {
             return Err(Error::config("linux.cgroupsPath", format!("{} is not a path of a cgroup", name.display())));
         }
         parts.try_for_each(|part| {
@@ -133,7 +135,11 @@ impl Cgroup {
                     file,
                 });
             }
-            if setting.check_usage && self.number("memory.current").is_some_and(|now| setting.value.parse().is_ok_and(|new: u64| new < now)) {
+            if setting.check_usage
+                && self
+                    .number("memory.current")
+                    .is_some_and(|now| setting.value.parse().is_ok_and(|new: u64| new < now))
+            {
                 return Err(Error::config("linux.resources.memory.limit", "is less than what the container uses now"));
             }
             self.write(&setting.file, &setting.value)?;

@@ -95,8 +95,7 @@ pub(crate) fn open_terminal(
 ) -> Result<OwnedFd, Failure> {
     let flags = libc::O_RDWR | libc::O_NOCTTY;
     let ptmx = c"dev/pts/ptmx";
-    let master =
-        path::openat2(root, ptmx, flags, 0, RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS).on(Step::Terminal, ptmx)?;
+    let master = path::openat2(root, ptmx, flags, 0, RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS).on(Step::Terminal, ptmx)?;
     if path::filesystem_magic(master.as_fd()).on(Step::Terminal, ptmx)? != DEVPTS_SUPER_MAGIC {
         return Err(Failure::new(Step::Terminal, c"dev/pts/ptmx (it is not of a devpts)", Errno::ENODEV));
     }

@@ -1,19 +1,19 @@
 //! What the container's first process does between clone and exec. Nothing here allocates, locks or unwinds: all
 //! strings stand in the plan, all descriptors were opened before, and a failure travels as a fixed-size message.
 
-mod message;
-mod root;
-mod devices;
 mod copy_up;
+mod devices;
+mod message;
 mod process;
+mod root;
 
 use crate::error::Step;
 use crate::plan::{Gate, Plan};
 use coracle_sys::path;
 use coracle_sys::{channel, identity, namespace};
-pub(crate) use message::{Failure, Message, MESSAGE_BYTES, Note, Word};
-use message::{At, listen};
 pub(crate) use devices::open_terminal;
+use message::{At, listen};
+pub(crate) use message::{Failure, MESSAGE_BYTES, Message, Note, Word};
 pub(crate) use process::{Program, Surroundings, finish};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -117,9 +117,10 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
         Gate::Listener => {
             identity::set_parent_death_signal(0).at(Step::AnnounceCreated)?;
             tell(prepared.sync.as_fd(), Note::Created)?;
-            let listener = prepared.listener.as_ref().ok_or_else(|| {
-                Failure::new(Step::AnnounceCreated, c"listener", coracle_sys::Errno::EBADF)
-            })?;
+            let listener = prepared
+                .listener
+                .as_ref()
+                .ok_or_else(|| Failure::new(Step::AnnounceCreated, c"listener", coracle_sys::Errno::EBADF))?;
             loop {
                 let starter = channel::accept(listener.as_fd()).at(Step::AnnounceCreated)?;
                 // Whoever goes away without the word has changed its mind; the next one may say it.

@@ -30,7 +30,8 @@ pub(crate) struct Surroundings<'fd> {
 
 /// Writes a file of procfs that is reached without crossing another mount.
 pub(super) fn write_procfs(procfs: BorrowedFd<'_>, name: &CStr, value: &CStr) -> coracle_sys::Result<()> {
-    let file = path::openat2(procfs, name, libc::O_WRONLY, 0, RESOLVE_IN_ROOT | RESOLVE_NO_XDEV | RESOLVE_NO_MAGICLINKS)?;
+    let file =
+        path::openat2(procfs, name, libc::O_WRONLY, 0, RESOLVE_IN_ROOT | RESOLVE_NO_XDEV | RESOLVE_NO_MAGICLINKS)?;
     let bytes = value.to_bytes();
     let written = path::write(file.as_fd(), bytes)?;
     if written == bytes.len() { Ok(()) } else { Err(Errno::EIO) }
@@ -194,7 +195,9 @@ fn find_home(uid: u32, buffer: &mut [u8; crate::plan::HOME_BYTES]) -> &CStr {
     const PREFIX: &[u8] = b"HOME=";
     let mut database = [0_u8; USER_DATABASE_BYTES];
     let length = path::open(c"/", libc::O_PATH)
-        .and_then(|root| path::openat2(root.as_fd(), c"etc/passwd", libc::O_RDONLY | libc::O_NONBLOCK, 0, RESOLVE_IN_ROOT))
+        .and_then(|root| {
+            path::openat2(root.as_fd(), c"etc/passwd", libc::O_RDONLY | libc::O_NONBLOCK, 0, RESOLVE_IN_ROOT)
+        })
         .and_then(|file| path::read(file.as_fd(), &mut database))
         .unwrap_or(0);
     for line in database[..length].split(|byte| *byte == b'\n') {

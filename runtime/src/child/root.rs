@@ -5,7 +5,9 @@ use super::{Failure, Prepared, copy_up, devices};
 use crate::error::Step;
 use crate::plan::{MountStep, Plan, Source, below_root};
 use crate::resolve::{self, Kind};
-use coracle_sys::mount::{self, Attributes, Context, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY};
+use coracle_sys::mount::{
+    self, Attributes, Context, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY,
+};
 use coracle_sys::{Errno, path};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -99,7 +101,7 @@ fn new_filesystem(
     options: &[(std::ffi::CString, Option<std::ffi::CString>)],
     step: &MountStep,
 ) -> Result<OwnedFd, Failure> {
-    let context = Context::new(filesystem).on(Step::MakeFilesystem, &step.target)?;
+    let context = Context::new(filesystem).on(Step::MakeFilesystem, filesystem)?;
     for (key, value) in options {
         match value {
             Some(value) => context.string(key, value),
@@ -107,9 +109,10 @@ fn new_filesystem(
         }
         .on(Step::MountOption, key)?;
     }
-    let made = context.mount(step.attributes.set).on(Step::MakeFilesystem, &step.target)?;
+    let made = context.mount(step.attributes.set).on(Step::MakeFilesystem, filesystem)?;
     if !step.recursive_attributes.is_empty() {
-        mount::set_attributes(made.as_fd(), &step.recursive_attributes, true).on(Step::MountAttributes, &step.target)?;
+        mount::set_attributes(made.as_fd(), &step.recursive_attributes, true)
+            .on(Step::MountAttributes, &step.target)?;
     }
     Ok(made)
 }

@@ -1,8 +1,8 @@
 //! The plan of a container: its specification checked and turned into the exact steps of its first process, with every
 //! string already in the form in which the kernel takes it, so that nothing is allocated after the clone.
 
-mod namespaces;
 mod mounts;
+mod namespaces;
 mod process;
 
 use crate::device;
@@ -69,7 +69,8 @@ impl DeviceStep {
         let path = container_path("linux.devices.path", path)?;
         let bytes = path.as_bytes();
         let slash = bytes.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
-        let part = |bytes: &[u8]| CString::new(bytes).map_err(|_| Error::config("linux.devices.path", "has a null byte"));
+        let part =
+            |bytes: &[u8]| CString::new(bytes).map_err(|_| Error::config("linux.devices.path", "has a null byte"));
         let (folder, name) = (part(&bytes[..slash.max(1)])?, part(&bytes[slash + 1..])?);
         if name.is_empty() {
             return Err(Error::config("linux.devices.path", "is the root itself"));
@@ -105,8 +106,6 @@ pub struct Plan {
     pub(crate) sysctls: Vec<Sysctl>,
     pub(crate) hostname: Option<CString>,
     pub(crate) domainname: Option<CString>,
-    /// Name on the host, name in the container.
-    pub(crate) net_devices: Vec<(CString, CString)>,
     pub(crate) process: ProcessPlan,
     pub(crate) hooks: Hooks,
     pub(crate) resources: Option<LinuxResources>,
@@ -122,6 +121,7 @@ impl Plan {
     pub fn compile(spec: &Spec, bundle: &Path, options: &Options) -> Result<Self> {
         version(spec.version())?;
         let linux = spec.linux().clone().unwrap_or_default_empty();
+        refuse_net_devices(&linux)?;
         let process = spec.process().as_ref().ok_or_else(|| Error::config("process", "is missing"))?;
         let root = spec.root().as_ref().ok_or_else(|| Error::config("root", "is missing"))?;
         let namespaces = Namespaces::compile(&linux)?;
@@ -133,7 +133,10 @@ impl Plan {
         let root_propagation = mounts::root_propagation(linux.rootfs_propagation().as_deref())?;
         let wanted_mounts = spec.mounts().as_deref().unwrap_or_default();
         if wanted_mounts.len() > MAX_MOUNTS {
-            return Err(Error::config("mounts", format!("{} are too many, the most is {MAX_MOUNTS}", wanted_mounts.len())));
+            return Err(Error::config(
+                "mounts",
+                format!("{} are too many, the most is {MAX_MOUNTS}", wanted_mounts.len()),
+            ));
         }
         if linux.mount_label().as_ref().is_some_and(|label| !label.is_empty()) && !process::selinux_enabled() {
             return Err(Error::unsupported("linux.mountLabel", "SELinux is not enabled on this host"));
@@ -164,7 +167,6 @@ impl Plan {
             sysctls: sysctls(&linux, &namespaces)?,
             hostname: set(spec.hostname(), "hostname", libc::CLONE_NEWUTS)?,
             domainname: set(spec.domainname(), "domainname", libc::CLONE_NEWUTS)?,
-            net_devices: net_devices(&linux, &namespaces)?,
             process: ProcessPlan::compile(process, &linux, options)?,
             hooks: spec.hooks().clone().unwrap_or_default(),
             resources: linux.resources().clone(),
@@ -325,15 +327,19 @@ fn sysctls(linux: &oci_spec::runtime::Linux, namespaces: &Namespaces) -> Result<
         if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
             return Err(Error::config(field, "is not a kernel setting"));
         }
-        let known = NAMESPACED_SYSCTLS.iter().find(|(prefix, _)| {
-            if prefix.ends_with('/') { path.starts_with(prefix) } else { path == *prefix }
-        });
+        let known = NAMESPACED_SYSCTLS
+            .iter()
+            .find(|(prefix, _)| if prefix.ends_with('/') { path.starts_with(prefix) } else { path == *prefix });
         match known {
             Some((_, namespace)) if namespaces.has_own(*namespace) => {}
-            Some(_) => return Err(Error::config(field, "belongs to a namespace that the container shares with the host")),
+            Some(_) => {
+                return Err(Error::config(field, "belongs to a namespace that the container shares with the host"));
+            }
             // Anything below user/ counts in the user namespace.
             None if path.starts_with("user/") && namespaces.has_own(libc::CLONE_NEWUSER) => {}
-            None => return Err(Error::config(field, "is not in a separate kernel namespace: it would change the host")),
+            None => {
+                return Err(Error::config(field, "is not in a separate kernel namespace: it would change the host"));
+            }
         }
         steps.push(Sysctl { path: c_string(&field, &format!("sys/{path}"))?, value: c_string(&field, value)? });
     }
@@ -344,37 +350,27 @@ fn sysctls(linux: &oci_spec::runtime::Linux, namespaces: &Namespaces) -> Result<
 /// `a.b/c.d` as sysctl(8) reads it: whichever separator comes first separates, the other one is part of a name.
 fn sysctl_path(key: &str) -> String {
     match (key.find('.'), key.find('/')) {
-        (Some(dot), slash) if slash.is_none_or(|slash| dot < slash) => {
-            key.chars().map(|letter| match letter { '.' => '/', '/' => '.', other => other }).collect()
-        }
+        (Some(dot), slash) if slash.is_none_or(|slash| dot < slash) => key
+            .chars()
+            .map(|letter| match letter {
+                '.' => '/',
+                '/' => '.',
+                other => other,
+            })
+            .collect(),
         _ => key.to_string(),
     }
 }
 
-fn net_devices(linux: &oci_spec::runtime::Linux, namespaces: &Namespaces) -> Result<Vec<(CString, CString)>> {
-    let mut moves = Vec::new();
-    for (name, device) in linux.net_devices().iter().flatten() {
-        let inside = device.name().clone().filter(|name| !name.is_empty()).unwrap_or_else(|| name.clone());
-        for name in [name, &inside] {
-            let valid = !name.is_empty()
-                && name.len() < libc::IFNAMSIZ
-                && !["." , ".."].contains(&name.as_str())
-                && !name.contains(['/', ':'])
-                && !name.contains(char::is_whitespace);
-            if !valid {
-                return Err(Error::config("linux.netDevices", format!("{name:?} is not a name of an interface")));
-            }
-        }
-        if !namespaces.has_own(libc::CLONE_NEWNET) {
-            return Err(Error::config("linux.netDevices", "needs a network namespace of the container's own"));
-        }
-        if moves.iter().any(|(_, other): &(CString, CString)| other.as_bytes() == inside.as_bytes()) {
-            return Err(Error::config("linux.netDevices", format!("two devices would be called {inside:?}")));
-        }
-        moves.push((c_string("linux.netDevices", name)?, c_string("linux.netDevices", &inside)?));
+/// Moving an interface must carry its addresses over, which this runtime cannot do.
+fn refuse_net_devices(linux: &oci_spec::runtime::Linux) -> Result<()> {
+    match linux.net_devices().as_ref().and_then(|devices| devices.keys().next()) {
+        None => Ok(()),
+        Some(name) => Err(Error::unsupported(
+            format!("linux.netDevices.{name}"),
+            "move the interface with `ip link set NAME netns PID` in a createRuntime hook",
+        )),
     }
-    moves.sort();
-    Ok(moves)
 }
 
 fn check_hooks(hooks: &Hooks) -> Result<()> {

@@ -187,7 +187,10 @@ impl MountStep {
                         None => (option.as_str(), None),
                     };
                     if value.as_ref().is_some_and(|value| value.count_bytes() > MAX_OPTION_BYTES) {
-                        return Err(Error::config(field, format!("option {key} is longer than {MAX_OPTION_BYTES} bytes")));
+                        return Err(Error::config(
+                            field,
+                            format!("option {key} is longer than {MAX_OPTION_BYTES} bytes"),
+                        ));
                     }
                     data.push((c_string(&field, key)?, value));
                 }
@@ -212,8 +215,8 @@ impl MountStep {
                 return Err(Error::config(field, "has neither a type nor the option bind"));
             }
             step.source = Self::filesystem(&field, kind, source, data)?;
-            step.readonly_late = step.attributes.set & MOUNT_ATTR_RDONLY != 0
-                && (kind == "tmpfs" || step.target.as_c_str() == c"/dev");
+            step.readonly_late =
+                step.attributes.set & MOUNT_ATTR_RDONLY != 0 && (kind == "tmpfs" || step.target.as_c_str() == c"/dev");
             if step.readonly_late {
                 step.attributes.set &= !MOUNT_ATTR_RDONLY;
             }

@@ -227,8 +227,7 @@ fn scheduler(process: &Process) -> Result<Option<SchedulerAttributes>> {
         policy,
         flags,
         nice: wanted.nice().unwrap_or(0),
-        priority: u32::try_from(priority)
-            .map_err(|_| Error::config("process.scheduler.priority", "is negative"))?,
+        priority: u32::try_from(priority).map_err(|_| Error::config("process.scheduler.priority", "is negative"))?,
         runtime_ns: wanted.runtime().unwrap_or(0),
         deadline_ns: wanted.deadline().unwrap_or(0),
         period_ns: wanted.period().unwrap_or(0),

@@ -102,11 +102,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
             format!("the filter needs {} instructions, the kernel takes {MAX_INSTRUCTIONS}", program.len()),
         ));
     }
-    let notifies = profile
-        .syscalls()
-        .iter()
-        .flatten()
-        .any(|rule| rule.action() == LinuxSeccompAction::ScmpActNotify);
+    let notifies = profile.syscalls().iter().flatten().any(|rule| rule.action() == LinuxSeccompAction::ScmpActNotify);
     Ok(Filter { program, flags: flags(profile, notifies), listener: listener(profile, notifies)? })
 }
 
@@ -114,8 +110,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
 pub fn naive(profile: &LinuxSeccomp, audit: u32, number: u32, arguments: [u64; ARGUMENTS]) -> Result<u32> {
     let architecture = architectures(profile).into_iter().find(|architecture| {
         architecture.audit() == audit
-            && (audit != Architecture::X86_64.audit()
-                || (*architecture == Architecture::X32) == (number >= X32_BIT))
+            && (audit != Architecture::X86_64.audit() || (*architecture == Architecture::X32) == (number >= X32_BIT))
     });
     let Some(architecture) = architecture else { return Ok(KILL_PROCESS) };
     for rule in profile.syscalls().iter().flatten() {
@@ -135,11 +130,8 @@ pub fn naive(profile: &LinuxSeccomp, audit: u32, number: u32, arguments: [u64; A
                 LinuxSeccompOperator::ScmpCmpMaskedEq => value & wanted == condition.value_two().unwrap_or(0),
             }
         };
-        let matches = if same_argument_twice(&conditions) {
-            conditions.iter().any(holds)
-        } else {
-            conditions.iter().all(holds)
-        };
+        let matches =
+            if same_argument_twice(&conditions) { conditions.iter().any(holds) } else { conditions.iter().all(holds) };
         if matches {
             return action(rule.action(), rule.errno_ret());
         }
@@ -343,20 +335,15 @@ fn compare(condition: &LinuxSeccompArg) -> Vec<Instruction> {
     let (low, high) = halves(condition.value());
     let jump = |code, value, jump_true, jump_false| Instruction { code, jump_true, jump_false, value };
     match condition.op() {
-        LinuxSeccompOperator::ScmpCmpEq => vec![
-            load(high_at),
-            jump(JUMP_EQUAL, high, 0, FAIL),
-            load(low_at),
-            jump(JUMP_EQUAL, low, 0, FAIL),
-        ],
-        LinuxSeccompOperator::ScmpCmpNe => vec![
-            load(high_at),
-            jump(JUMP_EQUAL, high, 0, 2),
-            load(low_at),
-            jump(JUMP_EQUAL, low, FAIL, 0),
-        ],
+        LinuxSeccompOperator::ScmpCmpEq => {
+            vec![load(high_at), jump(JUMP_EQUAL, high, 0, FAIL), load(low_at), jump(JUMP_EQUAL, low, 0, FAIL)]
+        }
+        LinuxSeccompOperator::ScmpCmpNe => {
+            vec![load(high_at), jump(JUMP_EQUAL, high, 0, 2), load(low_at), jump(JUMP_EQUAL, low, FAIL, 0)]
+        }
         LinuxSeccompOperator::ScmpCmpGt | LinuxSeccompOperator::ScmpCmpGe => {
-            let last = if condition.op() == LinuxSeccompOperator::ScmpCmpGt { JUMP_GREATER } else { JUMP_GREATER_EQUAL };
+            let last =
+                if condition.op() == LinuxSeccompOperator::ScmpCmpGt { JUMP_GREATER } else { JUMP_GREATER_EQUAL };
             vec![
                 load(high_at),
                 jump(JUMP_GREATER, high, 3, 0),
@@ -366,7 +353,8 @@ fn compare(condition: &LinuxSeccompArg) -> Vec<Instruction> {
             ]
         }
         LinuxSeccompOperator::ScmpCmpLt | LinuxSeccompOperator::ScmpCmpLe => {
-            let last = if condition.op() == LinuxSeccompOperator::ScmpCmpLt { JUMP_GREATER_EQUAL } else { JUMP_GREATER };
+            let last =
+                if condition.op() == LinuxSeccompOperator::ScmpCmpLt { JUMP_GREATER_EQUAL } else { JUMP_GREATER };
             vec![
                 load(high_at),
                 jump(JUMP_GREATER, high, FAIL, 0),

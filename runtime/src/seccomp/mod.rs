@@ -1,7 +1,7 @@
 //! Seccomp: from a profile of the specification to a program of classic BPF.
 
-mod numbers;
 mod compile;
+mod numbers;
 mod profile;
 #[cfg(test)]
 mod tests;

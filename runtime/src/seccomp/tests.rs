@@ -61,7 +61,18 @@ fn condition() -> impl Strategy<Value = serde_json::Value> {
 }
 
 const NAMES: [&str; 12] = [
-    "read", "write", "open", "clone", "clone3", "socket", "mount", "waitpid", "mmap2", "statx", "mseal", "no_such_call",
+    "read",
+    "write",
+    "open",
+    "clone",
+    "clone3",
+    "socket",
+    "mount",
+    "waitpid",
+    "mmap2",
+    "statx",
+    "mseal",
+    "no_such_call",
 ];
 
 fn rule() -> impl Strategy<Value = serde_json::Value> {

@@ -113,10 +113,7 @@ pub fn attached_device_programs(cgroup: BorrowedFd<'_>) -> Result<Vec<OwnedFd>> 
         ..Query::default()
     };
     check(bpf(BPF_PROG_QUERY, &mut query))?;
-    ids.iter()
-        .take(query.count as usize)
-        .map(|id| own(bpf(BPF_PROG_GET_FD_BY_ID, &mut [*id, 0, 0, 0])))
-        .collect()
+    ids.iter().take(query.count as usize).map(|id| own(bpf(BPF_PROG_GET_FD_BY_ID, &mut [*id, 0, 0, 0]))).collect()
 }
 
 /// Detaches a device program.

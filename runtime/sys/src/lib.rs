@@ -4,20 +4,20 @@
 //! owned descriptors, and neither allocates nor locks, so that every one of them may be called between `clone3` and
 //! `execve`. Errors are bare [`Errno`]s; the caller knows which step failed and says so.
 
-pub mod process;
-pub mod namespace;
-pub mod path;
-pub mod mount;
-pub mod channel;
-pub mod tty;
-pub mod identity;
-pub mod seccomp;
 pub mod bpf;
-pub mod schedule;
+pub mod channel;
+pub mod identity;
+pub mod mount;
+pub mod namespace;
 pub mod net;
 pub mod packet;
+pub mod path;
 pub mod pipe;
+pub mod process;
 pub mod ring;
+pub mod schedule;
+pub mod seccomp;
+pub mod tty;
 
 pub use nix::errno::Errno;
 

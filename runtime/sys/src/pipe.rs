@@ -10,14 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// Those of `tee(2)`.
 pub fn tee(from: BorrowedFd<'_>, to: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
     // SAFETY: both descriptors are borrowed and open; tee refers to no memory.
-    let done = unsafe {
-        libc::tee(
-            from.as_raw_fd(),
-            to.as_raw_fd(),
-            length,
-            libc::SPLICE_F_NONBLOCK,
-        )
-    };
+    let done = unsafe { libc::tee(from.as_raw_fd(), to.as_raw_fd(), length, libc::SPLICE_F_NONBLOCK) };
     usize::try_from(done).map_err(|_| io::Error::last_os_error())
 }
 

@@ -83,30 +83,16 @@ impl Ring {
     /// Those of `io_uring_enter(2)`.
     pub fn poll(&mut self, fd: BorrowedFd<'_>, interest: Interest, token: u64) -> io::Result<()> {
         debug_assert_ne!(token, INTERNAL);
-        self.push(
-            &opcode::PollAdd::new(Fd(fd.as_raw_fd()), interest.0)
-                .multi(true)
-                .build()
-                .user_data(token),
-        )
+        self.push(&opcode::PollAdd::new(Fd(fd.as_raw_fd()), interest.0).multi(true).build().user_data(token))
     }
 
     /// The same, reported once only.
     ///
     /// # Errors
     /// Those of `io_uring_enter(2)`.
-    pub fn poll_once(
-        &mut self,
-        fd: BorrowedFd<'_>,
-        interest: Interest,
-        token: u64,
-    ) -> io::Result<()> {
+    pub fn poll_once(&mut self, fd: BorrowedFd<'_>, interest: Interest, token: u64) -> io::Result<()> {
         debug_assert_ne!(token, INTERNAL);
-        self.push(
-            &opcode::PollAdd::new(Fd(fd.as_raw_fd()), interest.0)
-                .build()
-                .user_data(token),
-        )
+        self.push(&opcode::PollAdd::new(Fd(fd.as_raw_fd()), interest.0).build().user_data(token))
     }
 
     /// Ends the poll of this token. A completion with `ECANCELED` follows if it was still armed. Must be called before the
@@ -127,20 +113,12 @@ impl Ring {
             self.inner.submit().map(drop)
         } else if let Some(timeout) = timeout {
             let time = Timespec::from(timeout);
-            self.inner
-                .submitter()
-                .submit_with_args(1, &SubmitArgs::new().timespec(&time))
-                .map(drop)
+            self.inner.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&time)).map(drop)
         } else {
             self.inner.submit_and_wait(1).map(drop)
         };
         match result {
-            Err(error)
-                if !matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINTR | libc::ETIME | libc::EBUSY)
-                ) =>
-            {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EBUSY)) => {
                 return Err(error);
             }
             _ => {}
@@ -198,19 +176,14 @@ mod tests {
         for _ in 0..2 {
             // Twice without reading in between: an edge each time.
             writer.write_all(b"x").expect("write");
-            ring.wait(Some(Duration::from_secs(5)), &mut ready)
-                .expect("wait");
+            ring.wait(Some(Duration::from_secs(5)), &mut ready).expect("wait");
             let event = ready.pop().expect("an event");
-            assert!(
-                event.token == 7 && event.readable && event.armed,
-                "{event:?}"
-            );
+            assert!(event.token == 7 && event.readable && event.armed, "{event:?}");
         }
         let mut two = [0; 2];
         reader.read_exact(&mut two).expect("read");
         drop(writer);
-        ring.wait(Some(Duration::from_secs(5)), &mut ready)
-            .expect("wait");
+        ring.wait(Some(Duration::from_secs(5)), &mut ready).expect("wait");
         assert!(ready.pop().expect("an event").hung_up);
     }
 
@@ -221,8 +194,7 @@ mod tests {
         ring.poll(reader.as_fd(), Interest::READ, 7).expect("poll");
         ring.cancel(7).expect("cancel");
         let mut ready = Vec::new();
-        ring.wait(Some(Duration::from_secs(5)), &mut ready)
-            .expect("wait");
+        ring.wait(Some(Duration::from_secs(5)), &mut ready).expect("wait");
         assert_eq!(ready.pop().expect("an event").error, Some(libc::ECANCELED));
     }
 }

@@ -59,8 +59,18 @@ pub(crate) const COMMANDS: &[Command] = &[
         ],
     },
     Command { name: "state", usage: "ID", about: "show the state of a container", flags: &[] },
-    Command { name: "kill", usage: "ID [SIGNAL]", about: "send a signal (TERM) to a container", flags: &[(&["all", "a"], false)] },
-    Command { name: "delete", usage: "ID", about: "remove what is left of a container", flags: &[(&["force", "f"], false)] },
+    Command {
+        name: "kill",
+        usage: "ID [SIGNAL]",
+        about: "send a signal (TERM) to a container",
+        flags: &[(&["all", "a"], false)],
+    },
+    Command {
+        name: "delete",
+        usage: "ID",
+        about: "remove what is left of a container",
+        flags: &[(&["force", "f"], false)],
+    },
     Command {
         name: "exec",
         usage: "ID COMMAND [ARG...]",
@@ -232,9 +242,11 @@ pub(crate) fn help() -> String {
         "corun: an OCI container runtime\n\nUsage: corun [GLOBAL FLAGS] COMMAND [FLAGS] [WORDS]\n\nCommands:\n",
     );
     for command in COMMANDS {
-        let flags: Vec<String> = command.flags.iter().map(|(names, value)| {
-            format!("--{}{}", names[0], if *value { " VALUE" } else { "" })
-        }).collect();
+        let flags: Vec<String> = command
+            .flags
+            .iter()
+            .map(|(names, value)| format!("--{}{}", names[0], if *value { " VALUE" } else { "" }))
+            .collect();
         text.push_str(&format!("  {:<10} {:<22} {}\n", command.name, command.usage, command.about));
         if !flags.is_empty() {
             text.push_str(&format!("             [{}]\n", flags.join("] [")));

@@ -14,14 +14,16 @@ const COPY_BYTES: usize = 16 * 1024;
 
 /// Sends the master side of a terminal to whoever listens on a socket.
 pub(crate) fn hand_over(socket: &Path, master: &OwnedFd) -> Result<()> {
-    let stream = UnixStream::connect(socket).with_context(|| format!("cannot connect to console socket {}", socket.display()))?;
+    let stream = UnixStream::connect(socket)
+        .with_context(|| format!("cannot connect to console socket {}", socket.display()))?;
     coracle_sys::channel::send(stream.as_fd(), b"terminal", Some(master.as_fd()))
         .with_context(|| format!("cannot send the terminal to {}", socket.display()))
 }
 
 /// Sends a pidfd to whoever listens on a socket.
 pub(crate) fn hand_over_pidfd(socket: &Path, init: &Init) -> Result<()> {
-    let stream = UnixStream::connect(socket).with_context(|| format!("cannot connect to pidfd socket {}", socket.display()))?;
+    let stream =
+        UnixStream::connect(socket).with_context(|| format!("cannot connect to pidfd socket {}", socket.display()))?;
     coracle_sys::channel::send(stream.as_fd(), b"pidfd", Some(init.pidfd()))
         .with_context(|| format!("cannot send the pidfd to {}", socket.display()))
 }
@@ -71,7 +73,8 @@ pub(crate) fn attend(init: &mut Init, signals: &SignalFd, master: Option<OwnedFd
     let mut output_open = master.is_some();
     loop {
         let stdin = coracle_sys::process::borrow_standard(0);
-        let mut polled = vec![PollFd::new(init.pidfd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let mut polled =
+            vec![PollFd::new(init.pidfd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         if let Some(master) = &master {
             polled.push(PollFd::new(master.as_fd(), if output_open { PollFlags::POLLIN } else { PollFlags::empty() }));
             polled.push(PollFd::new(stdin, if input_open { PollFlags::POLLIN } else { PollFlags::empty() }));
@@ -97,8 +100,14 @@ pub(crate) fn attend(init: &mut Init, signals: &SignalFd, master: Option<OwnedFd
         }
         if ready[0] {
             // What the program printed last is still in the terminal.
-            while output_open && master.as_ref().is_some_and(|master| coracle_runtime::wait_readable(master.as_fd(), Some(std::time::Duration::ZERO)).unwrap_or(false)) {
-                output_open = master.as_ref().is_some_and(|master| copy(master.as_fd(), coracle_sys::process::borrow_standard(1)));
+            while output_open
+                && master.as_ref().is_some_and(|master| {
+                    coracle_runtime::wait_readable(master.as_fd(), Some(std::time::Duration::ZERO)).unwrap_or(false)
+                })
+            {
+                output_open = master
+                    .as_ref()
+                    .is_some_and(|master| copy(master.as_fd(), coracle_sys::process::borrow_standard(1)));
             }
             return Ok(init.wait()?);
         }

@@ -108,7 +108,10 @@ fn cgroup_name(plan: &Plan, id: &str) -> Result<PathBuf> {
     match plan.cgroups_path().filter(|path| !path.as_os_str().is_empty()) {
         None => Ok(Path::new("/").join(id)),
         Some(path) if !path.has_root() && path.to_string_lossy().matches(':').count() == 2 => {
-            bail!("linux.cgroupsPath {} is meant for systemd, which this runtime does not use for cgroups", path.display())
+            bail!(
+                "linux.cgroupsPath {} is meant for systemd, which this runtime does not use for cgroups",
+                path.display()
+            )
         }
         Some(path) => Ok(Path::new("/").join(path)),
     }

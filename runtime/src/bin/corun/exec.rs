@@ -31,7 +31,8 @@ fn process(context: &Context, specification: &oci_spec::runtime::Spec) -> Result
         let (uid, gid) = user.split_once(':').unwrap_or((user, ""));
         json["user"]["uid"] = uid.parse::<u32>().with_context(|| format!("--user: {uid:?} is not a user id"))?.into();
         if !gid.is_empty() {
-            json["user"]["gid"] = gid.parse::<u32>().with_context(|| format!("--user: {gid:?} is not a group id"))?.into();
+            json["user"]["gid"] =
+                gid.parse::<u32>().with_context(|| format!("--user: {gid:?} is not a group id"))?.into();
         }
     }
     let groups = context.flags.values("additional-gids");

@@ -56,7 +56,12 @@ pub(crate) fn list(context: &Context) -> Result<i32> {
                 let text = |key: &str| row[key].as_str().unwrap_or_default().to_string();
                 println!(
                     "{:<24} {:<10} {:<10} {:<40} {:<32} {}",
-                    text("id"), row["pid"], text("status"), text("bundle"), text("created"), text("owner")
+                    text("id"),
+                    row["pid"].to_string(),
+                    text("status"),
+                    text("bundle"),
+                    text("created"),
+                    text("owner")
                 );
             }
         }

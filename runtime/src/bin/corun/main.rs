@@ -72,11 +72,8 @@ pub(crate) fn report(message: &str, log: Option<&Path>, format: &str) {
     } else {
         format!("time={time:?} level=error msg={message:?}")
     };
-    let written = std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(log)
-        .and_then(|mut file| writeln!(file, "{line}"));
+    let written =
+        std::fs::OpenOptions::new().append(true).create(true).open(log).and_then(|mut file| writeln!(file, "{line}"));
     if let Err(error) = written {
         eprintln!("corun: cannot write the log {}: {error}", log.display());
     }
@@ -93,7 +90,9 @@ fn run(invocation: Invocation) -> Result<i32> {
         return Ok(0);
     };
     if global.has("systemd-cgroup") {
-        bail!("--systemd-cgroup: this runtime manages cgroups itself and does not speak to systemd; leave the flag out");
+        bail!(
+            "--systemd-cgroup: this runtime manages cgroups itself and does not speak to systemd; leave the flag out"
+        );
     }
     let root = PathBuf::from(global.value("root").unwrap_or(DEFAULT_ROOT));
     let context = Context { root, flags, words };

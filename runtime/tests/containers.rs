@@ -1,0 +1,224 @@
+//! Real bundles on the real command: what the specification promises.
+
+#[allow(dead_code, reason = "each test program uses its part of what is shared")]
+mod common;
+
+use common::{Bundle, is_corun};
+use coracle_testkit::assert_eventually;
+use serde_json::json;
+
+#[test]
+fn run_gives_the_exit_status_and_leaves_nothing() {
+    let bundle = Bundle::new("echo out; echo err >&2; exit 7");
+    let (status, out, err) = bundle.run();
+    assert_eq!((status, out.as_str(), err.as_str()), (7, "out\n", "err\n"));
+    bundle.assert_gone();
+    let bundle = Bundle::new("kill -9 $$");
+    let (status, ..) = bundle.run();
+    assert!([137, 0].contains(&status), "the first process ignores its own signals or dies of them: {status}");
+}
+
+#[test]
+fn a_container_goes_through_its_states() {
+    let bundle = Bundle::new("sleep 100");
+    bundle.ok(&["create", &bundle.id]);
+    assert_eq!(bundle.state()["status"], "created");
+    assert!(!bundle.command(&["create", &bundle.id]).status.success(), "the id is taken");
+    bundle.ok(&["start", &bundle.id]);
+    assert_eq!(bundle.state()["status"], "running");
+    assert!(!bundle.command(&["start", &bundle.id]).status.success(), "started twice");
+    assert!(!bundle.command(&["delete", &bundle.id]).status.success(), "deleted while it runs");
+    let out = bundle.ok(&[
+        "exec",
+        "-e",
+        "FOO=1",
+        "--cwd",
+        "/bin",
+        "-u",
+        "5:6",
+        &bundle.id,
+        "sh",
+        "-c",
+        "id -u; pwd; echo $FOO",
+    ]);
+    assert_eq!(out, "5\n/bin\n1\n");
+    assert_eq!(bundle.command(&["exec", &bundle.id, "sh", "-c", "exit 9"]).status.code(), Some(9));
+    assert!(bundle.ok(&["list", "-q"]).contains(&bundle.id));
+    if is_corun() {
+        bundle.ok(&["pause", &bundle.id]);
+        assert_eq!(bundle.state()["status"], "paused");
+        bundle.ok(&["resume", &bundle.id]);
+    }
+    bundle.ok(&["kill", &bundle.id, "KILL"]);
+    assert_eventually!(10, bundle.state()["status"] == "stopped");
+    bundle.ok(&["delete", &bundle.id]);
+    assert!(!bundle.command(&["state", &bundle.id]).status.success());
+    bundle.assert_gone();
+}
+
+#[test]
+fn a_failed_start_says_why_and_leaves_nothing() {
+    type Change = fn(&mut serde_json::Value);
+    let cases: [(&str, Change); 7] = [
+        ("no-such-program", |spec| spec["process"]["args"] = json!(["no-such-program"])),
+        ("no-such-source", |spec| {
+            spec["mounts"] = json!([{"destination": "/x", "source": "/no-such-source", "options": ["bind"]}]);
+        }),
+        ("nosuchfs", |spec| spec["mounts"] = json!([{"destination": "/x", "type": "nosuchfs", "source": "x"}])),
+        ("kernel", |spec| spec["linux"]["sysctl"] = json!({"kernel.panic": "1"})),
+        ("no-such-root", |spec| spec["root"]["path"] = "no-such-root".into()),
+        ("false", |spec| {
+            spec["hooks"] = json!({"createRuntime": [{"path": "/bin/false"}]});
+        }),
+        ("cwd", |spec| spec["process"]["cwd"] = "relative".into()),
+    ];
+    for (word, change) in cases {
+        let mut bundle = Bundle::new("true");
+        change(&mut bundle.spec);
+        let (status, _, err) = bundle.run();
+        assert_ne!(status, 0, "{word}");
+        assert!(err.contains(word), "{word}: {err}");
+        bundle.assert_gone();
+    }
+}
+
+#[test]
+fn a_limit_without_its_controller_names_it() {
+    if !is_corun() || std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        return;
+    }
+    let mut bundle = Bundle::new("true");
+    bundle.spec["linux"]["resources"]["memory"] = json!({"limit": 1 << 20});
+    let (status, _, err) = bundle.run();
+    assert!(status == 1 && err.contains("controller memory") && err.contains("memory.max"), "{err}");
+    bundle.assert_gone();
+}
+
+#[test]
+fn a_user_namespace_maps_ids() {
+    let mut bundle = Bundle::new("id -u; cat /proc/self/uid_map; echo x > /dev/null");
+    bundle.spec["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({"type": "user"}));
+    for map in ["uidMappings", "gidMappings"] {
+        bundle.spec["linux"][map] = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    }
+    bundle.give_root_to(100_000);
+    let (status, out, err) = bundle.run();
+    assert_eq!(status, 0, "{err}");
+    assert_eq!(out.split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "65536"]);
+}
+
+#[test]
+fn a_time_namespace_has_offsets() {
+    let mut bundle = Bundle::new("cat /proc/uptime");
+    bundle.spec["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({"type": "time"}));
+    bundle.spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000_000}});
+    if is_corun() {
+        let (status, out, err) = bundle.run();
+        assert_eq!(status, 0, "{err}");
+        let uptime: f64 = out.split_whitespace().next().expect("a number").parse().expect("a number");
+        assert!(uptime > 1e9, "{uptime}");
+    }
+}
+
+#[test]
+fn hooks_run_in_order_with_the_state() {
+    let mut bundle = Bundle::new("echo program");
+    let log = bundle.folder.path().join("log");
+    let hook = |name: &str, to: &str| json!([{"path": "/bin/sh", "args": ["sh", "-c", format!("(echo {name}; cat; echo) >> {to}")]}]);
+    let host = log.to_str().expect("a path").to_string();
+    bundle.spec["root"]["readonly"] = false.into();
+    bundle.spec["hooks"] = json!({
+        "createRuntime": hook("createRuntime", &host),
+        "createContainer": hook("createContainer", &host),
+        "startContainer": hook("startContainer", "/log"),
+        "poststart": hook("poststart", &host),
+        "poststop": hook("poststop", &host),
+    });
+    let (status, _, err) = bundle.run();
+    assert_eq!(status, 0, "{err}");
+    let log = std::fs::read_to_string(log).expect("the hooks wrote");
+    let names: Vec<&str> = log.lines().filter(|line| !line.starts_with('{') && !line.is_empty()).collect();
+    assert_eq!(names, ["createRuntime", "createContainer", "poststart", "poststop"]);
+    assert!(log.contains(&format!("\"id\":\"{}\"", bundle.id)), "{log}");
+    let inside = std::fs::read_to_string(bundle.root().join("log")).expect("the hook wrote inside");
+    assert!(inside.starts_with("startContainer"), "{inside}");
+}
+
+#[test]
+fn seccomp_answers_as_the_profile_says() {
+    let mut bundle = Bundle::new("mkdir /tmp/x 2>&1; echo $?");
+    bundle.spec["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}],
+    });
+    for no_new_privileges in [true, false] {
+        bundle.spec["process"]["noNewPrivileges"] = no_new_privileges.into();
+        let (_, out, err) = bundle.run();
+        assert!(out.contains("No space left"), "{out} {err}");
+    }
+}
+
+#[test]
+fn the_configuration_is_applied() {
+    let mut bundle = Bundle::new(
+        "hostname; cat /proc/sys/net/ipv4/ip_forward; ulimit -n; umask; cat /proc/self/oom_score_adj; \
+         cat /tmp/file; touch /ro/x 2>/dev/null || echo read-only; grep -c . /proc/keys; id -G",
+    );
+    std::fs::write(bundle.folder.path().join("file"), "bound\n").expect("a file");
+    bundle.spec["hostname"] = "vessel".into();
+    bundle.spec["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"});
+    bundle.spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 78}]);
+    bundle.spec["process"]["user"] = json!({"uid": 0, "gid": 0, "umask": 0o27, "additionalGids": [5, 6]});
+    bundle.spec["process"]["oomScoreAdj"] = 500.into();
+    bundle.spec["root"]["readonly"] = false.into();
+    bundle.mount(json!({"destination": "/tmp/file", "type": "bind", "source": "file", "options": ["bind", "ro"]}));
+    bundle.mount(json!({"destination": "/ro", "type": "tmpfs", "source": "tmpfs", "options": ["ro"]}));
+    let (status, out, err) = bundle.run();
+    let got: Vec<&str> = out.lines().collect();
+    assert_eq!(got, ["vessel", "1", "77", "0027", "500", "bound", "read-only", "0", "0 5 6"], "{status} {err}");
+}
+
+#[test]
+fn copy_up_keeps_what_the_image_has() {
+    let mut bundle =
+        Bundle::new("cat /data/deep/file; readlink /data/link; stat -c %a /data/deep; echo new > /data/deep/file");
+    let deep = bundle.root().join("data/deep");
+    std::fs::create_dir_all(&deep).expect("a folder");
+    std::fs::write(deep.join("file"), "image\n").expect("a file");
+    std::os::unix::fs::symlink("deep/file", bundle.root().join("data/link")).expect("a link");
+    bundle.mount(json!({"destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]}));
+    let (status, out, err) = bundle.run();
+    assert_eq!((status, out.as_str()), (0, "image\ndeep/file\n755\n"), "{err}");
+    assert_eq!(std::fs::read_to_string(deep.join("file")).expect("a file"), "image\n");
+}
+
+#[test]
+fn namespaces_of_another_container_are_joined() {
+    let mut first = Bundle::new("sleep 100");
+    first.spec["hostname"] = "shared".into();
+    first.spec["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({"type": "user"}));
+    for map in ["uidMappings", "gidMappings"] {
+        first.spec["linux"][map] = json!([{"containerID": 0, "hostID": 200_000, "size": 65_536}]);
+    }
+    first.give_root_to(200_000);
+    first.ok(&["run", "-d", &first.id]);
+    let pid = first.state()["pid"].as_i64().expect("a number");
+    let mut second = Bundle::new("hostname; cat /proc/self/uid_map; sleep 0; ps | wc -l");
+    second.spec["hostname"] = json!(null);
+    for map in ["uidMappings", "gidMappings"] {
+        second.spec["linux"][map] = first.spec["linux"][map].clone();
+    }
+    second.spec["linux"]["namespaces"] = json!([
+        {"type": "user", "path": format!("/proc/{pid}/ns/user")},
+        {"type": "uts", "path": format!("/proc/{pid}/ns/uts")},
+        {"type": "network", "path": format!("/proc/{pid}/ns/net")},
+        {"type": "ipc", "path": format!("/proc/{pid}/ns/ipc")},
+        {"type": "pid"}, {"type": "mount"}, {"type": "cgroup"},
+    ]);
+    second.give_root_to(200_000);
+    let (status, out, err) = second.run();
+    assert_eq!(status, 0, "{err}");
+    let mut lines = out.lines();
+    assert_eq!(lines.next(), Some("shared"), "{out}");
+    assert!(lines.next().expect("a map").contains("200000"), "{out}");
+}

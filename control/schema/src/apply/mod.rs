@@ -111,13 +111,19 @@ pub struct Applied {
     pub changed: bool,
 }
 
+/// Checks that a configuration, as it was sent, fits the schema: fields, shapes, list keys. To be asked before anything is dropped
+/// from it; [`apply`] asks again.
+pub fn check(config: &Value, schema: &Schema) -> Result<(), ApplyError> {
+    typed::check(config, At::new(schema)).map_err(ApplyError::Typed)
+}
+
 /// Applies `config` to `live` (`{}` or an object without a UID when it is to be created).
 pub fn apply(live: &Value, config: &Value, force: bool, request: &Request<'_>) -> Result<Applied, ApplyError> {
     if config.pointer("/metadata/managedFields").is_some_and(|fields| !fields.is_null()) {
         return Err(ApplyError::BadRequest("metadata.managedFields must be nil".into()));
     }
     let at = At::new(request.schema);
-    typed::check(config, at, &mut String::new()).map_err(ApplyError::Typed)?;
+    typed::check(config, at).map_err(ApplyError::Typed)?;
     let mut owners = managers::read(live.pointer("/metadata/managedFields").unwrap_or(&Value::Null))
         .map_err(|error| ApplyError::Typed(format!("failed to decode managed fields: {error}")))?;
     let live = without_managed_fields(live);
@@ -151,7 +157,7 @@ pub fn apply(live: &Value, config: &Value, force: bool, request: &Request<'_>) -
 /// Atomic lists, maps and structs may not be part of it.
 pub fn overlay(object: &Value, config: &Value, schema: &Schema) -> Result<Value, ApplyError> {
     let at = At::new(schema);
-    typed::check(config, at, &mut String::new()).map_err(ApplyError::Typed)?;
+    typed::check(config, at).map_err(ApplyError::Typed)?;
     let mut found = Vec::new();
     typed::atomics(config, at, &mut String::new(), &mut found);
     if !found.is_empty() {

@@ -12,6 +12,9 @@ use super::set::{Element, Set};
 use crate::gofmt;
 use crate::schema::{Kind, ListType, Schema, SchemaRef};
 
+/// Most errors of one configuration that are listed.
+const MAX_ERRORS: usize = 100;
+
 /// Where a walk stands: the schema, if any, and whether the field makes it atomic.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct At<'a> {
@@ -470,31 +473,38 @@ pub(super) fn atomics(value: &Value, at: At<'_>, path: &mut String, found: &mut 
 }
 
 /// Says what of an applied configuration does not fit the schema, in the words of a typed value's check.
-pub(super) fn check(value: &Value, at: At<'_>, path: &mut String) -> Result<(), String> {
-    let Some(schema) = at.schema else {
-        return Ok(());
-    };
+pub(super) fn check(value: &Value, at: At<'_>) -> Result<(), String> {
+    let mut errors = Vec::new();
+    check_node(value, at, &mut String::new(), &mut errors);
+    match errors.as_slice() {
+        [] => Ok(()),
+        [one] => Err(one.clone()),
+        many => Err(format!("errors:\n  {}", many.join("\n  "))),
+    }
+}
+
+fn check_node(value: &Value, at: At<'_>, path: &mut String, errors: &mut Vec<String>) {
+    let Some(schema) = at.schema else { return };
     let base = path.len();
-    let shown = |path: &str| {
-        if path.is_empty() { String::new() } else { format!("{path}: ") }
-    };
+    let shown = |path: &str| if path.is_empty() { String::new() } else { format!("{path}: ") };
+    if errors.len() >= MAX_ERRORS {
+        return;
+    }
     match (schema.kind, value) {
-        (_, Value::Null) | (Kind::Any | Kind::Raw | Kind::FieldsV1 | Kind::Json, _) => Ok(()),
+        (_, Value::Null) | (Kind::Any | Kind::Raw | Kind::FieldsV1 | Kind::Json, _) => {}
         (Kind::Object, Value::Object(map)) => {
             for (name, inner) in map {
                 path.push('.');
                 path.push_str(name);
-                let known = schema.child(name).is_some()
-                    || schema.preserve_unknown
-                    || ((path.len() == name.len() + 1 || schema.embedded)
-                        && matches!(name.as_str(), "apiVersion" | "kind" | "metadata"));
-                if !known {
-                    return Err(format!("{}field not declared in schema", shown(path)));
+                let envelope =
+                    (base == 0 || schema.embedded) && matches!(name.as_str(), "apiVersion" | "kind" | "metadata");
+                if schema.child(name).is_some() || schema.preserve_unknown || envelope {
+                    check_node(inner, at.child(name), path, errors);
+                } else {
+                    errors.push(format!("{}field not declared in schema", shown(path)));
                 }
-                check(inner, at.child(name), path)?;
                 path.truncate(base);
             }
-            Ok(())
         }
         (Kind::List, Value::Array(items)) => {
             let mut seen = BTreeSet::new();
@@ -502,24 +512,33 @@ pub(super) fn check(value: &Value, at: At<'_>, path: &mut String) -> Result<(), 
                 let step = if schema.list == ListType::Atomic {
                     format!("i:{index}")
                 } else {
-                    let step = element(at, &schema.list, item)
-                        .map_err(|error| format!("{}element {index}: {error}", shown(path)))?;
-                    if !seen.insert(step.clone()) {
-                        return Err(format!("{}duplicate entries for key {}", shown(path), super::set::printed(&step)));
+                    match element(at, &schema.list, item) {
+                        Ok(step) => step,
+                        Err(error) => {
+                            errors.push(format!("{}element {index}: {error}", shown(path)));
+                            continue;
+                        }
                     }
-                    step
                 };
-                path.push_str(&super::set::printed(&step));
-                check(item, at.item(), path)?;
+                let printed = super::set::printed(&step);
+                if !seen.insert(step) {
+                    errors.push(format!("{}duplicate entries for key {printed}", shown(path)));
+                    continue;
+                }
+                path.push_str(&printed);
+                check_node(item, at.item(), path, errors);
                 path.truncate(base);
             }
-            Ok(())
         }
-        (Kind::Object, other) => Err(format!("{}expected map, got &{{{}}}", shown(path), gofmt::json(other))),
-        (Kind::List, other) => Err(format!("{}expected list, got &{{{}}}", shown(path), gofmt::json(other))),
+        (Kind::Object, other) => errors.push(format!("{}expected map, got &{{{}}}", shown(path), gofmt::json(other))),
+        (Kind::List, other) => errors.push(format!("{}expected list, got &{{{}}}", shown(path), gofmt::json(other))),
         (Kind::String, other) if !other.is_string() => {
-            Err(format!("{}expected string, got &value.valueUnstructured{{Value:{}}}", shown(path), gofmt::json(other)))
+            errors.push(format!(
+                "{}expected string, got &value.valueUnstructured{{Value:{}}}",
+                shown(path),
+                gofmt::json(other)
+            ));
         }
-        _ => Ok(()),
+        _ => {}
     }
 }

@@ -56,7 +56,15 @@ pub fn parse(bytes: &[u8], format: Format) -> Result<Decoded, DecodeError> {
 pub fn decode(bytes: &[u8], format: Format, schema: &Schema) -> Result<Decoded, DecodeError> {
     let mut decoded = parse(bytes, format)?;
     typed::conform(&mut decoded.value, schema, &mut decoded.warnings)?;
+    in_document_order(bytes, format, &mut decoded.warnings);
     Ok(decoded)
+}
+
+/// Puts the warnings of parsing and of conforming into the order in which the document has their fields.
+pub fn in_document_order(bytes: &[u8], format: Format, warnings: &mut [String]) {
+    if format == Format::Json && warnings.len() > 1 {
+        tree::sort_by_place(bytes, warnings);
+    }
 }
 
 /// The one error of strict field validation: `strict decoding error: unknown field "a", unknown field "b"`.

@@ -1,8 +1,9 @@
 //! JSON and YAML text to a value, with bounds on depth and size, noticing duplicate fields.
 
+use std::collections::HashMap;
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 use super::{DecodeError, Decoded, warn};
@@ -31,6 +32,7 @@ pub(super) fn json(bytes: &[u8]) -> Result<Decoded, DecodeError> {
 pub(super) fn yaml(bytes: &[u8]) -> Result<Decoded, DecodeError> {
     let text = String::from_utf8_lossy(bytes);
     let mut tree = Tree::new(MAX_YAML_NODES);
+    tree.yaml = true;
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_depth: MAX_DEPTH,
@@ -48,7 +50,23 @@ pub(super) fn yaml(bytes: &[u8]) -> Result<Decoded, DecodeError> {
             tree.breach.map_or_else(|| error.to_string().lines().next().unwrap_or_default().to_owned(), Into::into);
         DecodeError::Syntax(format!("error converting YAML to JSON: yaml: {words}"))
     })?;
-    Ok(Decoded { value, warnings: tree.warnings })
+    // Repeated keys of YAML are one complaint of its parser.
+    let warnings = if tree.repeated.is_empty() {
+        Vec::new()
+    } else {
+        vec![format!("yaml: unmarshal errors:\n  {}", tree.repeated.join("\n  "))]
+    };
+    Ok(Decoded { value, warnings })
+}
+
+/// Sorts warnings about a JSON document by where in it their fields stand.
+pub(super) fn sort_by_place(bytes: &[u8], warnings: &mut [String]) {
+    let text = String::from_utf8_lossy(bytes);
+    let mut tree = Tree::new(MAX_NODES);
+    tree.places = warnings.iter().map(|warning| (warning.clone(), usize::MAX)).collect();
+    // The document was read before, so this reads it again.
+    let _ = Node(&mut tree).deserialize(&mut serde_json::Deserializer::from_str(&text));
+    warnings.sort_by_key(|warning| tree.places.get(warning).copied());
 }
 
 /// serde_json's complaint in the words of Go's scanner.
@@ -94,13 +112,29 @@ struct Tree {
     max_nodes: usize,
     text_bytes: usize,
     warnings: Vec<String>,
+    /// YAML: keys carry their line; complaints about repeated ones.
+    yaml: bool,
+    repeated: Vec<String>,
+    /// Warnings whose places in the document are looked for.
+    places: HashMap<String, usize>,
     /// Which bound was broken.
     breach: Option<&'static str>,
 }
 
 impl Tree {
-    const fn new(max_nodes: usize) -> Self {
-        Self { path: String::new(), depth: 0, nodes: 0, max_nodes, text_bytes: 0, warnings: Vec::new(), breach: None }
+    fn new(max_nodes: usize) -> Self {
+        Self {
+            path: String::new(),
+            depth: 0,
+            nodes: 0,
+            max_nodes,
+            text_bytes: 0,
+            warnings: Vec::new(),
+            yaml: false,
+            repeated: Vec::new(),
+            places: HashMap::new(),
+            breach: None,
+        }
     }
 
     fn count<E: serde::de::Error>(&mut self, text_bytes: usize) -> Result<(), E> {
@@ -110,6 +144,15 @@ impl Tree {
             return self.fail("document contains excessive aliasing or too many values");
         }
         Ok(())
+    }
+
+    /// Notes where the field at the path stands, if something is said about it.
+    fn find_place(&mut self, repeated: bool) {
+        let words = if repeated { "duplicate" } else { "unknown" };
+        let text = format!("{words} field {}", gofmt::quote(&self.path));
+        if let Some(place) = self.places.get_mut(&text) {
+            *place = (*place).min(self.nodes);
+        }
     }
 
     fn enter<E: serde::de::Error>(&mut self) -> Result<(), E> {
@@ -211,12 +254,18 @@ impl<'de> Visitor<'de> for Node<'_> {
         tree.enter()?;
         let mut map = Map::new();
         let base = tree.path.len();
-        while let Some(key) = reader.next_key_seed(Key)? {
+        while let Some((key, line)) = reader.next_key_seed(Key { yaml: tree.yaml })? {
             tree.count(key.len())?;
             push_name(&mut tree.path, &key);
-            if map.contains_key(&key) {
-                let path = gofmt::quote(&tree.path);
-                warn(&mut tree.warnings, || format!("duplicate field {path}"));
+            if !tree.places.is_empty() {
+                tree.find_place(map.contains_key(&key));
+            } else if map.contains_key(&key) {
+                if tree.yaml {
+                    warn(&mut tree.repeated, || format!("line {line}: key {} already set in map", gofmt::quote(&key)));
+                } else {
+                    let path = gofmt::quote(&tree.path);
+                    warn(&mut tree.warnings, || format!("duplicate field {path}"));
+                }
             }
             let value = reader.next_value_seed(Node(tree))?;
             tree.path.truncate(base);
@@ -239,18 +288,36 @@ pub(super) fn push_index(path: &mut String, index: usize) {
     write!(path, "[{index}]").expect("writing to a String cannot fail");
 }
 
-/// A map's key; YAML's numbers and booleans become text.
-struct Key;
+/// A map's key and, in YAML, its line.
+struct Key {
+    yaml: bool,
+}
 
 impl<'de> DeserializeSeed<'de> for Key {
-    type Value = String;
+    type Value = (String, u64);
 
-    fn deserialize<D: Deserializer<'de>>(self, reader: D) -> Result<String, D::Error> {
-        reader.deserialize_any(self)
+    fn deserialize<D: Deserializer<'de>>(self, reader: D) -> Result<(String, u64), D::Error> {
+        if !self.yaml {
+            return Ok((reader.deserialize_any(KeyText)?, 0));
+        }
+        let key = serde_saphyr::Spanned::<AnyKey>::deserialize(reader)?;
+        Ok((key.value.0, key.referenced.line()))
     }
 }
 
-impl Visitor<'_> for Key {
+/// The text of a key of any type.
+struct AnyKey(String);
+
+impl<'de> Deserialize<'de> for AnyKey {
+    fn deserialize<D: Deserializer<'de>>(reader: D) -> Result<Self, D::Error> {
+        reader.deserialize_any(KeyText).map(Self)
+    }
+}
+
+/// YAML's numbers and booleans become text.
+struct KeyText;
+
+impl Visitor<'_> for KeyText {
     type Value = String;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -310,7 +377,7 @@ mod tests {
         assert_eq!(decoded.warnings, ["duplicate field \"spec.l[0].x\"", "duplicate field \"spec.a\""]);
         let decoded = yaml(b"a: 1\nmode: 0644\nyes: on\na: 2\n").expect("decodes");
         assert_eq!(decoded.value, json!({"a": 2, "mode": 420, "true": true}));
-        assert_eq!(decoded.warnings.len(), 1);
+        assert_eq!(decoded.warnings, ["yaml: unmarshal errors:\n  line 4: key \"a\" already set in map"]);
     }
 
     #[test]

@@ -383,6 +383,16 @@ mod tests {
     }
 
     #[test]
+    fn strict_errors_stand_in_document_order() {
+        let body = br#"{"spec": {"unknownField": "foo", "replicas": 2, "replicas": 3}, "metadata": {"x": 1}}"#;
+        let decoded = decode(body, Format::Json, &schema("io.k8s.api.apps.v1.Deployment")).expect("decodes");
+        assert_eq!(
+            strict_error(&decoded.warnings),
+            "strict decoding error: unknown field \"spec.unknownField\", duplicate field \"spec.replicas\", unknown field \"metadata.x\""
+        );
+    }
+
+    #[test]
     fn type_errors_are_gos() {
         let deployment = "io.k8s.api.apps.v1.Deployment";
         assert_eq!(

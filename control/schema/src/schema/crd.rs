@@ -54,19 +54,21 @@ impl Schema {
     pub fn from_openapi(schema: &Value, path: &Path) -> Result<Arc<Self>, Vec<FieldError>> {
         let mut builder = Builder { errors: Vec::new(), rules: Vec::new() };
         let mut root = builder.node(schema, path, Level::Root, 1);
-        let mut fields = std::mem::take(&mut root.fields);
-        fields.retain(|field| !matches!(field.name.as_ref(), "apiVersion" | "kind" | "metadata"));
-        for (name, definition) in [("apiVersion", ""), ("kind", ""), ("metadata", OBJECT_META)] {
-            let schema = match builtin::by_name(definition) {
-                Some(meta) => SchemaRef::Inline(meta),
-                None => SchemaRef::Inline(Arc::new(Self::of(Kind::String))),
-            };
-            fields.push(plain_field(name, schema));
-        }
-        root.set_fields(fields);
+        with_object_fields(&mut root);
         builder.check_costs(path);
         if builder.errors.is_empty() { Ok(Arc::new(root)) } else { Err(builder.errors) }
     }
+}
+
+/// Gives an object with metadata of its own the types of `apiVersion`, `kind` and `metadata`.
+fn with_object_fields(schema: &mut Schema) {
+    let mut fields = std::mem::take(&mut schema.fields);
+    fields.retain(|field| !matches!(field.name.as_ref(), "apiVersion" | "kind" | "metadata"));
+    for (name, definition) in [("apiVersion", ""), ("kind", ""), ("metadata", OBJECT_META)] {
+        let inner = builtin::by_name(definition).unwrap_or_else(|| Arc::new(Schema::of(Kind::String)));
+        fields.push(plain_field(name, SchemaRef::Inline(inner)));
+    }
+    schema.set_fields(fields);
 }
 
 fn plain_field(name: &str, schema: SchemaRef) -> Field {
@@ -130,6 +132,9 @@ impl Builder {
         schema.default = map.get("default").cloned();
         self.check_structure(map, &schema, path, level);
         self.children(map, &mut schema, path, level, multiplicity);
+        if schema.embedded && level != Level::Nested {
+            with_object_fields(&mut schema);
+        }
         let checks = self.checks(map, path, level, &schema, multiplicity);
         schema.checks = Some(Box::new(checks));
         if let Some(default) = &schema.default {

@@ -73,6 +73,7 @@ pub(crate) fn decode(bytes: &[u8], of: Format, kind: &Kind) -> Result<Decoded, S
         value["apiVersion"] = kind.api_version().into();
     }
     strict.extend(conform(&mut value, kind)?);
+    decoder::in_document_order(bytes, format(of), &mut strict);
     Ok(Decoded { value, strict })
 }
 

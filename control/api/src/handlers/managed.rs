@@ -36,8 +36,9 @@ pub(super) fn apply(call: &mut Call, applied: &Value, old: Option<&Value>) -> Re
         return Err(Status::bad_request(message));
     }
     super::write::namespace_matches(call, &mut config)?;
-    let strict = crate::wire::conform(&mut config, &kind)?;
-    call.strictness(&strict, "")?;
+    engine::check(&config, kind.schema()).map_err(|error| untyped(&config, &kind, &error))?;
+    // Values of the wrong type are refused; what is applied and owned is the configuration as it was sent.
+    crate::wire::conform(&mut config.clone(), &kind)?;
     if old.is_none() && !call.route.subresource.is_empty() {
         return Err(Status::not_found(&kind, &call.route.name));
     }
@@ -54,11 +55,21 @@ pub(super) fn apply(call: &mut Call, applied: &Value, old: Option<&Value>) -> Re
     let none = json!({});
     let applied = engine::apply(old.unwrap_or(&none), &config, call.query.flag("force"), &request).map_err(refused)?;
     let mut object = applied.value;
+    crate::wire::conform(&mut object, &kind)?;
     if old.is_none() {
         object["apiVersion"] = api_version.into();
         object["kind"] = kind.kind.clone().into();
     }
     Ok(object)
+}
+
+/// A configuration that does not fit its kind's schema.
+fn untyped(config: &Value, kind: &crate::kinds::Kind, error: &ApplyError) -> Status {
+    let (namespace, name) = (crate::object::namespace(config), crate::object::name(config));
+    let place = if namespace.is_empty() { format!("/{name}") } else { format!("{namespace}/{name}") };
+    let message =
+        format!("failed to create typed patch object ({place}; {}/{}, Kind={}): {error}", kind.group, kind.version, kind.kind);
+    Status::new(500, "", message)
 }
 
 fn refused(error: ApplyError) -> Status {

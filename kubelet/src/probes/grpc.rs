@@ -32,9 +32,13 @@ pub(super) async fn check(address: SocketAddr, service: &str) -> Answer {
 }
 
 /// The gRPC status and the serving status.
-async fn call(address: SocketAddr, service: &str) -> Result<(Option<String>, u8), Box<dyn std::error::Error + Send + Sync>> {
+async fn call(
+    address: SocketAddr,
+    service: &str,
+) -> Result<(Option<String>, u8), Box<dyn std::error::Error + Send + Sync>> {
     let stream = TcpStream::connect(address).await?;
-    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
     let driver = tokio::spawn(connection);
     let _stop = AbortOnDrop(driver.abort_handle());
     let request = Request::post(format!("http://{address}/grpc.health.v1.Health/Check"))
@@ -44,7 +48,8 @@ async fn call(address: SocketAddr, service: &str) -> Result<(Option<String>, u8)
     let response = sender.send_request(request).await?;
     let (head, body) = response.into_parts();
     let body = Limited::new(body, ANSWER_LIMIT_BYTES).collect().await?;
-    let status = |headers: &http::HeaderMap| headers.get("grpc-status").and_then(|code| code.to_str().ok()).map(str::to_owned);
+    let status =
+        |headers: &http::HeaderMap| headers.get("grpc-status").and_then(|code| code.to_str().ok()).map(str::to_owned);
     let code = body.trailers().and_then(status).or_else(|| status(&head.headers));
     Ok((code, serving(&body.to_bytes())))
 }

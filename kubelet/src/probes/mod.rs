@@ -55,10 +55,14 @@ pub struct Schedule {
 impl Schedule {
     /// The schedule of a probe.
     pub fn of(probe: &Probe) -> Self {
-        let count = |field: Option<i32>, default: u32| field.and_then(|value| u32::try_from(value).ok()).filter(|value| *value > 0).unwrap_or(default);
+        let count = |field: Option<i32>, default: u32| {
+            field.and_then(|value| u32::try_from(value).ok()).filter(|value| *value > 0).unwrap_or(default)
+        };
         let seconds = |field, default| Duration::from_secs(count(field, default).into());
         Self {
-            delay: Duration::from_secs(u64::try_from(probe.initial_delay_seconds.unwrap_or_default()).unwrap_or_default()),
+            delay: Duration::from_secs(
+                u64::try_from(probe.initial_delay_seconds.unwrap_or_default()).unwrap_or_default(),
+            ),
             period: seconds(probe.period_seconds, 10),
             timeout: seconds(probe.timeout_seconds, 1),
             successes: count(probe.success_threshold, 1),

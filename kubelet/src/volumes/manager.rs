@@ -105,6 +105,11 @@ impl Volumes {
         &self.0.objects
     }
 
+    /// What a container without limits may use.
+    pub(super) fn allocatable(&self) -> Allocatable {
+        self.0.config.allocatable()
+    }
+
     /// Makes every volume that a container of the pod mounts. Idempotent: called again after a failure, after a restart of
     /// the daemon, or when an ephemeral container came.
     ///

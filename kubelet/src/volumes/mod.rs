@@ -23,6 +23,7 @@ mod secret;
 mod token;
 mod writer;
 
+mod environment;
 mod live;
 mod manager;
 mod mounts;
@@ -30,6 +31,7 @@ mod ownership;
 mod subpath;
 
 pub use downward::{Allocatable, field_ref, resource_field_ref};
+pub use environment::{EnvironmentError, expand, service_environment};
 pub use error::VolumeError;
 pub use manager::{MountedVolume, PodVolumes, Volumes, VolumesConfig};
 pub use objects::{ObjectCache, ObjectData, ObjectKey, ObjectKind};

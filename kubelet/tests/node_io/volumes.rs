@@ -247,3 +247,50 @@ async fn what_is_missing_is_named() {
         assert!(error.to_string().contains(message), "{error}");
     }
 }
+
+#[tokio::test]
+async fn environments_come_from_objects_fields_and_services() {
+    let fixture = fixture();
+    fixture.api.put("configmaps", "ns", "settings", json!({ "data": { "KEY": "of-map", "bad=name": "x" } }));
+    fixture.api.put("secrets", "ns", "hidden", json!({ "data": { "password": "cw==" } }));
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": { "name": "web", "namespace": "ns", "uid": "u" },
+        "spec": { "containers": [{
+            "name": "c",
+            "resources": { "limits": { "cpu": "250m" } },
+            "envFrom": [{ "prefix": "P_", "configMapRef": { "name": "settings" } }, { "configMapRef": { "name": "none", "optional": true } }],
+            "env": [
+                { "name": "PLAIN", "value": "$(P_KEY)/$(MY_HOST)/$(NONE)" },
+                { "name": "SECRET", "valueFrom": { "secretKeyRef": { "name": "hidden", "key": "password" } } },
+                { "name": "ABSENT", "valueFrom": { "secretKeyRef": { "name": "hidden", "key": "none", "optional": true } } },
+                { "name": "IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } },
+                { "name": "CPU", "valueFrom": { "resourceFieldRef": { "resource": "limits.cpu", "divisor": "1m" } } },
+                { "name": "EMPTY" },
+            ],
+        }] },
+        "status": { "podIP": "10.1.2.3" },
+    }))
+    .expect("pod");
+    let services = [("MY_HOST".to_owned(), "10.0.0.1".to_owned())].into();
+    let container = &pod.spec.as_ref().expect("spec").containers[0];
+    let environment = fixture.volumes.environment(&pod, container, &services).await.expect("environment");
+    let expected = [
+        ("P_KEY", "of-map"),
+        ("PLAIN", "of-map/10.0.0.1/$(NONE)"),
+        ("SECRET", "s"),
+        ("IP", "10.1.2.3"),
+        ("CPU", "250"),
+        ("EMPTY", ""),
+        ("MY_HOST", "10.0.0.1"),
+    ];
+    assert_eq!(environment, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    let mut broken = container.clone();
+    broken.env = Some(vec![
+        serde_json::from_value(
+            json!({ "name": "X", "valueFrom": { "configMapKeyRef": { "name": "settings", "key": "none" } } }),
+        )
+        .expect("variable"),
+    ]);
+    let error = fixture.volumes.environment(&pod, &broken, &services).await.expect_err("no such key");
+    assert_eq!(error.to_string(), "couldn't find key none in ConfigMap ns/settings");
+}

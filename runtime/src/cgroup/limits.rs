@@ -134,7 +134,7 @@ pub(crate) fn weight_of_shares(shares: u64) -> u64 {
     const MAX_WEIGHT: u64 = 10_000;
     match shares {
         0 => 0,
-        ..=MIN_SHARES => 1,
+        1..=MIN_SHARES => 1,
         MAX_SHARES.. => MAX_WEIGHT,
         shares => {
             let log = (shares as f64).log2();

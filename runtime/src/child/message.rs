@@ -5,7 +5,8 @@ use coracle_sys::{Errno, channel};
 use std::ffi::CStr;
 use std::os::fd::BorrowedFd;
 
-pub(crate) const MESSAGE_BYTES: usize = 256;
+/// Small enough for a failure to be handed up by value.
+pub(crate) const MESSAGE_BYTES: usize = 112;
 const HEADER_BYTES: usize = 8;
 const TEXT_BYTES: usize = MESSAGE_BYTES - HEADER_BYTES;
 
@@ -60,9 +61,10 @@ pub(crate) struct Failure {
 impl Failure {
     pub(crate) fn new(step: Step, subject: &CStr, errno: Errno) -> Self {
         let bytes = subject.to_bytes();
+        // The end of a long path says more than its beginning.
         let length = bytes.len().min(TEXT_BYTES);
         let mut text = [0; TEXT_BYTES];
-        text[..length].copy_from_slice(&bytes[..length]);
+        text[..length].copy_from_slice(&bytes[bytes.len() - length..]);
         Self { step, errno: errno as i32, text, length }
     }
 }

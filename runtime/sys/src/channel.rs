@@ -11,11 +11,10 @@ const CONTROL_BYTES: usize = 24;
 /// Two connected ends.
 pub fn pair() -> Result<(OwnedFd, OwnedFd)> {
     let mut ends = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
     // SAFETY: ends has room for the two descriptors.
-    check(
-        unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) }
-            .into(),
-    )?;
+    let made = unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) };
+    check(made.into())?;
     // SAFETY: the kernel has just made both and nobody else knows them.
     Ok(unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) })
 }

@@ -140,9 +140,9 @@ pub fn detach(path: &CStr) -> Result<()> {
 
 /// The classic call, for the few things that the new interface lacks (moving the root without `pivot_root`).
 pub fn mount(source: &CStr, target: &CStr, filesystem: &CStr, flags: u64) -> Result<()> {
+    let data = std::ptr::null();
     // SAFETY: all are C strings; no data is passed.
-    check(
-        unsafe { libc::mount(source.as_ptr(), target.as_ptr(), filesystem.as_ptr(), flags, std::ptr::null()) }.into(),
-    )?;
+    let done = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), filesystem.as_ptr(), flags, data) };
+    check(done.into())?;
     Ok(())
 }

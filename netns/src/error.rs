@@ -28,6 +28,8 @@ pub enum Error {
     Uid { uid: String },
     #[error("host port {}/{:?} is taken by pod {owner}", port.host_port, port.protocol)]
     HostPortTaken { port: HostPort, owner: String },
+    #[error("a pod's link has no carrier after {waited:?}")]
+    NoCarrier { waited: std::time::Duration },
     #[error("cannot answer DNS at {address}: {source}")]
     Dns { address: std::net::SocketAddr, source: io::Error },
 }

@@ -182,3 +182,20 @@ fn pods_made_and_removed_at_the_same_time_do_not_meet() {
         assert_eq!(sh("ip -o link | grep -v ' lo:' || true"), "");
     });
 }
+
+#[test]
+fn the_first_packets_of_a_pod_are_not_lost() {
+    on_own_host(|| {
+        let node = Node::start(|_| ());
+        serve(std::path::Path::new("/proc/thread-self/ns/net"), 9090, "host");
+        // One packet each way, sent once: UDP is not repeated.
+        for n in 0..30 {
+            let pod = node.pod(&format!("p{n}"));
+            let answer = inside(&pod.netns, || ask_udp(socket("10.42.0.1:9090"), PATIENCE));
+            assert_eq!(answer.unwrap().1, pod.ips[0]);
+            serve(&pod.netns, 8080, "pod");
+            assert_eq!(ask_udp((pod.ips[0], 8080).into(), PATIENCE).unwrap().0, "pod");
+        }
+        node.network().destroy().unwrap();
+    });
+}

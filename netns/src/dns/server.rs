@@ -95,7 +95,20 @@ impl Server {
     }
 }
 
+/// Binds, giving an earlier daemon that is on its way out a moment to leave.
 fn bind(address: SocketAddr) -> io::Result<(StdUdp, StdTcp)> {
+    const TRIES: usize = 20;
+    const PAUSE: Duration = Duration::from_millis(50);
+    for _ in 1..TRIES {
+        match try_bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => std::thread::sleep(PAUSE),
+            result => return result,
+        }
+    }
+    try_bind(address)
+}
+
+fn try_bind(address: SocketAddr) -> io::Result<(StdUdp, StdTcp)> {
     let udp = StdUdp::bind(address)?;
     nix::sys::socket::setsockopt(&udp, nix::sys::socket::sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES)?;
     udp.set_nonblocking(true)?;

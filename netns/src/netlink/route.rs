@@ -29,6 +29,7 @@ const CREATE: u16 = 0x400;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_OPERSTATE: u16 = 16;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_GROUP: u16 = 27;
@@ -379,6 +380,21 @@ pub(crate) fn link_by_name(socket: &mut Socket, name: &str) -> Result<Link, Netl
         }
     })?;
     found.ok_or(NetlinkError::Refused { step: "find a link", errno: nix::errno::Errno::ENODEV })
+}
+
+/// Whether a link sends: up, with a carrier, its queue in place (`IF_OPER_UP`). Since Linux 6.9 the question itself makes the kernel put the queue in place
+/// if the carrier has come; before, it takes its own short time.
+pub(crate) fn is_operational(socket: &mut Socket, index: u32) -> Result<bool, NetlinkError> {
+    const IF_OPER_UP: u8 = 6;
+    let mut batch = Batch::default();
+    batch.push("ask for a link's state", RTM_GETLINK, REQUEST | ACK, &link_header(index, false), |_| ());
+    let mut up = false;
+    socket.request(&batch, |kind, payload| {
+        if kind == RTM_NEWLINK {
+            up = payload.get(16..).and_then(|attributes| find(attributes, IFLA_OPERSTATE)) == Some(&[IF_OPER_UP]);
+        }
+    })?;
+    Ok(up)
 }
 
 /// All links of the namespace.

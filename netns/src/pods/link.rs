@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use nix::errno::Errno;
@@ -25,6 +26,9 @@ use crate::{Config, Family};
 const POD_LINK: &str = "eth0";
 const POD_LINK_INDEX: u32 = 2;
 const LOOPBACK_INDEX: u32 = 1;
+/// How long the pod's end may take to get its carrier, and how often it is asked.
+const CARRIER_TIMEOUT: Duration = Duration::from_secs(3);
+const CARRIER_PAUSE: Duration = Duration::from_micros(200);
 /// A token bucket holds what the rate gives in this time, and no less than the largest packet.
 const BURST_MS: u64 = 10;
 const BURST_MIN_BYTES: u64 = 256 * 1024;
@@ -73,14 +77,17 @@ pub(crate) fn make(
     limit(&mut inside, POD_LINK_INDEX, record.net.egress_bandwidth_bits);
 
     // A thread of its own changes namespace and ends, so no thread of the daemon is ever anywhere else than the others.
-    thread::scope(|scope| {
+    let mut pod_socket = thread::scope(|scope| {
         let worker = thread::Builder::new().name("pod-netns".into()).spawn_scoped(scope, || {
             enter_new(pin)?;
-            Socket::route()?.execute(&inside).map_err(Error::from)
+            let mut socket = Socket::route()?;
+            socket.execute(&inside)?;
+            Ok::<Socket, Error>(socket)
         });
         let worker = worker.map_err(|source| Error::Thread { source })?;
         let ready = before_up();
-        worker.join().expect("the thread does not panic").and(ready)
+        let socket = worker.join().expect("the thread does not panic")?;
+        ready.map(|()| socket)
     })?;
 
     let mut socket = host.socket.lock();
@@ -104,6 +111,21 @@ pub(crate) fn make(
     }
     limit(&mut outside, index, record.net.ingress_bandwidth_bits);
     socket.execute(&outside)?;
+    drop(socket);
+    await_carrier(&mut pod_socket)
+}
+
+/// Waits until the pod's end sends. It came up before the host's end did, so its queue is put in place by the kernel's link watch, and what the pod sent
+/// before that would be lost: a second of delay for its first connection.
+fn await_carrier(pod: &mut Socket) -> Result<(), Error> {
+    let deadline = Instant::now() + CARRIER_TIMEOUT;
+    while !route::is_operational(pod, POD_LINK_INDEX)? {
+        if Instant::now() > deadline {
+            return Err(Error::NoCarrier { waited: CARRIER_TIMEOUT });
+        }
+        // Kernels before 6.9 do not tell when; it is a matter of a millisecond.
+        thread::sleep(CARRIER_PAUSE);
+    }
     Ok(())
 }
 

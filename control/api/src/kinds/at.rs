@@ -97,7 +97,7 @@ impl<'a> At<'a> {
             Value::Null => true,
             Value::Bool(b) => !b,
             Value::Number(n) => n.as_i64() == Some(0) || n.as_f64() == Some(0.0),
-            _ => self.len() == 0,
+            _ => self.is_empty(),
         }
     }
 

@@ -306,7 +306,7 @@ fn failure_policy(spec: &At<'_>, e: &mut Errs) {
             e.invalid(&r.at("action"), "requires the backoffLimitPerIndex to be set");
         }
         let codes = r.at("onExitCodes");
-        match (codes.is_set(), r.at("onPodConditions").len() > 0) {
+        match (codes.is_set(), !r.at("onPodConditions").is_empty()) {
             (true, true) => e.invalid(&r, "specifying both OnExitCodes and OnPodConditions is not supported"),
             (false, false) => e.invalid(&r, "specifying one of OnExitCodes and OnPodConditions is required"),
             _ => {}
@@ -314,7 +314,7 @@ fn failure_policy(spec: &At<'_>, e: &mut Errs) {
         if codes.is_set() {
             e.required_one_of(&codes.at("operator"), &["In", "NotIn"]);
             let values = codes.at("values");
-            if values.len() == 0 {
+            if values.is_empty() {
                 e.invalid(&values, "at least one value is required");
             }
             for (i, v) in values.items().enumerate() {

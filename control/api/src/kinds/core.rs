@@ -390,7 +390,7 @@ fn check_node(o: &At<'_>, e: &mut Errs) {
 
 fn change_node(new: &At<'_>, old: &At<'_>, e: &mut Errs) {
     let (n, o) = (new.at("spec"), old.at("spec"));
-    if o.at("podCIDRs").len() > 0 && !same(n.at("podCIDRs").v, o.at("podCIDRs").v) {
+    if !o.at("podCIDRs").is_empty() && !same(n.at("podCIDRs").v, o.at("podCIDRs").v) {
         e.forbidden(&n.at("podCIDRs"), "node updates may not change podCIDR except from \"\" to valid");
     }
     if !o.at("providerID").is_zero() && n.at("providerID").v != o.at("providerID").v {
@@ -463,7 +463,7 @@ fn event_words(o: &At<'_>, e: &mut Errs) {
 
 fn check_endpoints(o: &At<'_>, e: &mut Errs) {
     for s in o.at("subsets").items() {
-        if s.at("addresses").len() == 0 && s.at("notReadyAddresses").len() == 0 {
+        if s.at("addresses").is_empty() && s.at("notReadyAddresses").is_empty() {
             e.required(&s, "must specify `addresses` or `notReadyAddresses`");
         }
         for list in ["addresses", "notReadyAddresses"] {
@@ -561,7 +561,7 @@ fn check_limit_range(o: &At<'_>, e: &mut Errs) {
         }
         if pod {
             for f in ["default", "defaultRequest"] {
-                if item.at(f).len() > 0 {
+                if !item.at(f).is_empty() {
                     e.forbidden(&item.at(f), "may not be specified when `type` is 'Pod'");
                 }
             }
@@ -646,10 +646,10 @@ fn check_quota(o: &At<'_>, e: &mut Errs) {
         }
         let (op, values) = (m.at("operator"), m.at("values"));
         match op.str() {
-            "In" | "NotIn" if values.len() == 0 => {
+            "In" | "NotIn" if values.is_empty() => {
                 e.required(&values, "must be at least one value when `operator` is 'In' or 'NotIn' for scope selector");
             }
-            "Exists" | "DoesNotExist" if values.len() > 0 => {
+            "Exists" | "DoesNotExist" if !values.is_empty() => {
                 e.invalid(&values, "must be no value when `operator` is 'Exist' or 'DoesNotExist' for scope selector");
             }
             "In" | "NotIn" | "Exists" | "DoesNotExist" => {}

@@ -45,7 +45,7 @@ pub static ROWS: &[Row] = &[
         validate: |o, e| {
             check_policy(o, e);
             let s = o.at("spec");
-            if s.at("validations").len() == 0 && s.at("auditAnnotations").len() == 0 {
+            if s.at("validations").is_empty() && s.at("auditAnnotations").is_empty() {
                 e.required(&s.at("validations"), "validations or auditAnnotations must contain at least one item");
             }
             for v in s.at("validations").items() {
@@ -76,7 +76,7 @@ pub static ROWS: &[Row] = &[
         validate: |o, e| {
             check_policy(o, e);
             let m = o.at("spec").at("mutations");
-            if m.len() == 0 {
+            if m.is_empty() {
                 e.required(&m, "mutations must contain at least one item");
             }
             for x in m.items() {
@@ -109,7 +109,7 @@ pub static ROWS: &[Row] = &[
             }
             param_ref(&s.at("paramRef"), e);
             let actions = s.at("validationActions");
-            if actions.len() == 0 {
+            if actions.is_empty() {
                 e.required(&actions, "");
             }
             for a in actions.items() {
@@ -310,7 +310,7 @@ fn expression(at: &At<'_>, e: &mut Errs) {
 
 fn rule(r: &At<'_>, e: &mut Errs) {
     for (f, what) in [("operations", ""), ("apiGroups", ""), ("apiVersions", ""), ("resources", "")] {
-        if r.at(f).len() == 0 {
+        if r.at(f).is_empty() {
             e.required(&r.at(f), what);
         } else if f != "apiGroups" && f != "operations" && r.at(f).array().iter().any(|v| v == "") {
             e.required(&r.at(f), "");
@@ -378,7 +378,7 @@ fn webhooks(o: &At<'_>, e: &mut Errs) {
         client_config(&w.at("clientConfig"), e);
         conditions(&w.at("matchConditions"), e);
         let versions = w.at("admissionReviewVersions");
-        if versions.len() == 0 {
+        if versions.is_empty() {
             e.required(&versions, "must specify one of v1, v1beta1");
         } else if !versions.array().iter().any(|v| v == "v1" || v == "v1beta1") {
             e.invalid(&versions, "must include at least one of v1, v1beta1");
@@ -430,7 +430,7 @@ fn check_policy(o: &At<'_>, e: &mut Errs) {
     if !m.is_set() {
         e.required(&m, "");
     } else {
-        if m.at("resourceRules").len() == 0 {
+        if m.at("resourceRules").is_empty() {
             e.required(&m.at("resourceRules"), "");
         }
         for f in ["resourceRules", "excludeResourceRules"] {
@@ -566,7 +566,7 @@ fn check_crd(o: &At<'_>, e: &mut Errs) {
         } else {
             client_config(&w.at("clientConfig"), e);
         }
-        if w.at("conversionReviewVersions").len() == 0 {
+        if w.at("conversionReviewVersions").is_empty() {
             e.required(&w.at("conversionReviewVersions"), "");
         }
     }
@@ -608,7 +608,7 @@ fn check_claim(spec: &At<'_>, e: &mut Errs) {
             e.duplicate(&r.at("name"));
         }
         seen.push(r.at("name").str());
-        match (r.has("exactly"), r.at("firstAvailable").len() > 0) {
+        match (r.has("exactly"), !r.at("firstAvailable").is_empty()) {
             (false, false) => e.required(&r, "exactly one of `exactly` or `firstAvailable` is required"),
             (true, true) => {
                 e.invalid(&r, "exactly one of `exactly` or `firstAvailable` is required, but multiple fields are set")

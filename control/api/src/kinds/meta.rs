@@ -158,12 +158,12 @@ pub fn selector(at: &At<'_>, e: &mut Errs) {
         let values = x.at("values");
         match x.at("operator").str() {
             "In" | "NotIn" => {
-                if values.len() == 0 {
+                if values.is_empty() {
                     e.required(&values, "must be specified when `operator` is 'In' or 'NotIn'");
                 }
             }
             "Exists" | "DoesNotExist" => {
-                if values.len() > 0 {
+                if !values.is_empty() {
                     e.forbidden(&values, "may not be specified when `operator` is 'Exists' or 'DoesNotExist'");
                 }
             }

@@ -270,7 +270,7 @@ pub static ROWS: &[Row] = &[
                 e.invalid(&s.at("request"), "PEM block type must be CERTIFICATE REQUEST");
             }
             let usages = s.at("usages");
-            if usages.len() == 0 {
+            if usages.is_empty() {
                 e.required(&usages, "");
             }
             let signer = s.at("signerName");
@@ -324,10 +324,10 @@ pub static ROWS: &[Row] = &[
                 e.invalid(&p, "must not be greater than 10000");
             }
             for r in s.at("rules").items() {
-                if r.at("subjects").len() == 0 {
+                if r.at("subjects").is_empty() {
                     e.required(&r.at("subjects"), "subjects must contain at least one value");
                 }
-                if r.at("resourceRules").len() == 0 && r.at("nonResourceRules").len() == 0 {
+                if r.at("resourceRules").is_empty() && r.at("nonResourceRules").is_empty() {
                     e.required(&r, "at least one of resourceRules and nonResourceRules has to be non-empty");
                 }
                 for x in r.at("subjects").items() {

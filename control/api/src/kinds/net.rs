@@ -132,7 +132,7 @@ pub static ROWS: &[Row] = &[
         resource: "servicecidrs",
         validate: |o, e| {
             let c = o.at("spec").at("cidrs");
-            if c.len() == 0 {
+            if c.is_empty() {
                 return e.required(&c, "at least one CIDR required");
             }
             if c.len() > 2 {
@@ -189,7 +189,7 @@ fn domain_path(s: &str) -> bool {
 fn check_ingress(o: &At<'_>, e: &mut Errs) {
     let spec = o.at("spec");
     let (rules, backend) = (spec.at("rules"), spec.at("defaultBackend"));
-    if rules.len() == 0 && !backend.is_set() {
+    if rules.is_empty() && !backend.is_set() {
         e.invalid_value(&spec, rules.v.clone(), "either `defaultBackend` or `rules` must be specified");
     }
     if backend.is_set() {
@@ -208,7 +208,7 @@ fn check_ingress(o: &At<'_>, e: &mut Errs) {
             }
         }
         let paths = r.at("http").at("paths");
-        if r.has("http") && paths.len() == 0 {
+        if r.has("http") && paths.is_empty() {
             e.required(&paths, "");
         }
         for p in paths.items() {
@@ -411,7 +411,7 @@ fn check_slice(o: &At<'_>, e: &mut Errs) {
     }
     for x in endpoints.items() {
         let addresses = x.at("addresses");
-        if addresses.len() == 0 {
+        if addresses.is_empty() {
             e.required(&addresses, "must contain at least 1 address");
         } else if addresses.len() > 100 {
             e.too_many(&addresses, addresses.len(), 100);

@@ -29,7 +29,7 @@ pub static ROWS: &[Row] = &[
             let a = o.at("aggregationRule");
             if a.is_set() {
                 let s = a.at("clusterRoleSelectors");
-                if s.len() == 0 {
+                if s.is_empty() {
                     e.required(&s, "at least one clusterRoleSelector required if aggregationRule is non-nil");
                 }
                 for x in s.items() {
@@ -74,23 +74,23 @@ fn binding(o: &mut Value) {
 
 fn rules(at: &At<'_>, namespaced: bool, e: &mut Errs) {
     for r in at.items() {
-        if r.at("verbs").len() == 0 {
+        if r.at("verbs").is_empty() {
             e.required(&r.at("verbs"), "verbs must contain at least one value");
         }
         let (groups, resources, urls) = (r.at("apiGroups"), r.at("resources"), r.at("nonResourceURLs"));
-        if urls.len() > 0 {
+        if !urls.is_empty() {
             if namespaced {
                 e.invalid(&urls, "namespaced rules cannot apply to non-resource URLs");
             }
-            if groups.len() > 0 || resources.len() > 0 || r.at("resourceNames").len() > 0 {
+            if !groups.is_empty() || !resources.is_empty() || !r.at("resourceNames").is_empty() {
                 e.invalid(&urls, "rules cannot apply to both regular resources and non-resource URLs");
             }
             continue;
         }
-        if groups.len() == 0 {
+        if groups.is_empty() {
             e.required(&groups, "resource rules must supply at least one api group");
         }
-        if resources.len() == 0 {
+        if resources.is_empty() {
             e.required(&resources, "resource rules must supply at least one resource");
         }
     }

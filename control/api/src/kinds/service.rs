@@ -197,7 +197,7 @@ fn check(o: &At<'_>, e: &mut Errs) {
     let kind = spec.at("type");
     let headless = spec.at("clusterIP").str() == "None";
     let ports = spec.at("ports");
-    if ports.len() == 0 && !headless && kind.str() != "ExternalName" {
+    if ports.is_empty() && !headless && kind.str() != "ExternalName" {
         e.required(&ports, "");
     }
     match kind.str() {
@@ -273,7 +273,7 @@ fn check(o: &At<'_>, e: &mut Errs) {
     for r in spec.at("loadBalancerSourceRanges").items() {
         e.check(&r, names::cidr);
     }
-    if spec.at("loadBalancerSourceRanges").len() > 0 && kind.str() != "LoadBalancer" {
+    if !spec.at("loadBalancerSourceRanges").is_empty() && kind.str() != "LoadBalancer" {
         e.forbidden(&spec.at("loadBalancerSourceRanges"), "may only be used when `type` is 'LoadBalancer'");
     }
     if spec.at("allocateLoadBalancerNodePorts").is_set() && kind.str() != "LoadBalancer" {
@@ -340,7 +340,7 @@ fn port_conflicts(ports: &At<'_>, e: &mut Errs) {
 fn traffic_policies(spec: &At<'_>, e: &mut Errs) {
     let kind = spec.at("type").str();
     let external = spec.at("externalTrafficPolicy");
-    let reachable = matches!(kind, "NodePort" | "LoadBalancer") || spec.at("externalIPs").len() > 0;
+    let reachable = matches!(kind, "NodePort" | "LoadBalancer") || !spec.at("externalIPs").is_empty();
     if !external.is_zero() {
         if reachable {
             e.one_of(&external, &["Cluster", "Local"]);
@@ -398,14 +398,14 @@ fn change(new: &At<'_>, old: &At<'_>, e: &mut Errs) {
     let (n, o) = (new.at("spec"), old.at("spec"));
     let kept = n.at("type").str() != "ExternalName" && o.at("type").str() != "ExternalName";
     let (was, is) = (o.at("clusterIPs"), n.at("clusterIPs"));
-    if kept && was.len() > 0 {
-        if is.len() == 0 {
+    if kept && !was.is_empty() {
+        if is.is_empty() {
             e.invalid_value(&is.item(0), is.v.clone(), "primary clusterIP can not be unset");
         } else if was.array().first() != is.array().first() {
             e.invalid_value(&is.item(0), is.v.clone(), "may not change once set");
         }
     }
-    if kept && o.at("ipFamilies").len() > 0 && n.at("ipFamilies").array().first() != o.at("ipFamilies").array().first()
+    if kept && !o.at("ipFamilies").is_empty() && n.at("ipFamilies").array().first() != o.at("ipFamilies").array().first()
     {
         e.invalid(&n.at("ipFamilies").item(0), "may not change once set");
     }

@@ -93,7 +93,7 @@ pub static ROWS: &[Row] = &[
             let mut keys: Vec<&str> = Vec::new();
             for t in o.at("allowedTopologies").items() {
                 for x in t.at("matchLabelExpressions").items() {
-                    if x.at("values").len() == 0 {
+                    if x.at("values").is_empty() {
                         e.required(&x.at("values"), "");
                     }
                     e.check(&x.at("key"), names::qualified_name);
@@ -294,7 +294,7 @@ fn provisioner(at: &At<'_>, e: &mut Errs) {
 }
 
 fn modes(at: &At<'_>, e: &mut Errs) {
-    if at.len() == 0 {
+    if at.is_empty() {
         e.required(at, "");
     }
     let (mut single, mut other) = (false, false);

@@ -46,7 +46,7 @@ pub fn quantities_in_status(status: &mut Value) {
 pub fn check(spec: &At<'_>, volumes: &Volumes<'_>, claims: &[&str], e: &mut Errs) {
     let grace = spec.at("terminationGracePeriodSeconds").v.as_i64();
     let regular = spec.at("containers");
-    if regular.len() == 0 {
+    if regular.is_empty() {
         e.required(&regular, "");
     }
     let users = !spec.at("hostUsers").is_set() || spec.at("hostUsers").bool();
@@ -97,7 +97,7 @@ pub fn check(spec: &At<'_>, volumes: &Volumes<'_>, claims: &[&str], e: &mut Errs
                 e.forbidden(&c.at(f), "cannot be set for an Ephemeral Container");
             }
         }
-        if c.at("resources").len() > 0 {
+        if !c.at("resources").is_empty() {
             e.forbidden(&c.at("resources"), "cannot be set for an Ephemeral Container");
         }
         for m in c.at("volumeMounts").items() {

@@ -36,7 +36,7 @@ fn weight(at: &At<'_>, e: &mut Errs) {
 /// A `core.NodeSelector`: terms of expressions.
 pub fn node_selector(s: &At<'_>, e: &mut Errs) {
     let terms = s.at("nodeSelectorTerms");
-    if terms.len() == 0 {
+    if terms.is_empty() {
         return e.required(&terms, "must have at least one node selector term");
     }
     for t in terms.items() {
@@ -76,12 +76,12 @@ fn requirement(x: &At<'_>, e: &mut Errs) {
     let values = x.at("values");
     match x.at("operator").str() {
         "In" | "NotIn" => {
-            if values.len() == 0 {
+            if values.is_empty() {
                 e.required(&values, "must be specified when `operator` is 'In' or 'NotIn'");
             }
         }
         "Exists" | "DoesNotExist" => {
-            if values.len() > 0 {
+            if !values.is_empty() {
                 e.forbidden(&values, "may not be specified when `operator` is 'Exists' or 'DoesNotExist'");
             }
         }
@@ -107,7 +107,7 @@ fn pod_term(t: &At<'_>, e: &mut Errs) {
         e.check(&key, names::qualified_name);
     }
     for f in ["matchLabelKeys", "mismatchLabelKeys"] {
-        if t.at(f).len() > 0 && !t.at("labelSelector").is_set() {
+        if !t.at(f).is_empty() && !t.at("labelSelector").is_set() {
             e.forbidden(&t.at(f), "must not be specified when labelSelector is not set");
         }
         for k in t.at(f).items() {

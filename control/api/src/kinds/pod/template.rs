@@ -21,7 +21,7 @@ pub fn check(t: &At<'_>, e: &mut Errs) {
     meta::annotations(&m.at("annotations"), e);
     annotations(t, e);
     check_spec(&t.at("spec"), Place::Template, e);
-    if t.at("spec").at("ephemeralContainers").len() > 0 {
+    if !t.at("spec").at("ephemeralContainers").is_empty() {
         e.forbidden(&t.at("spec").at("ephemeralContainers"), "ephemeral containers not allowed in pod template");
     }
 }
@@ -165,7 +165,7 @@ fn dns_config(spec: &At<'_>, e: &mut Errs) {
         if !c.is_set() {
             return e.required(&c, "must provide `dnsConfig` when `dnsPolicy` is None");
         }
-        if servers.len() == 0 {
+        if servers.is_empty() {
             return e.required(&servers, "must provide at least one DNS nameserver when `dnsPolicy` is None");
         }
     }

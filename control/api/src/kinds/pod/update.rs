@@ -42,7 +42,7 @@ pub fn change(new: &At<'_>, old: &At<'_>, e: &mut Errs) {
     }
     tolerations(&n.at("tolerations"), &o.at("tolerations"), e);
     // Gates may go, never come; while any is there the pod may still be told where to run.
-    let gated = o.at("schedulingGates").len() > 0;
+    let gated = !o.at("schedulingGates").is_empty();
     for g in n.at("schedulingGates").items() {
         if !o.at("schedulingGates").array().contains(g.v) {
             e.forbidden(&g, "only deletion is allowed, but found new scheduling gate");

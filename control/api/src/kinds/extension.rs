@@ -41,6 +41,7 @@ pub static ROWS: &[Row] = &[
     Row {
         group: GROUP,
         resource: "validatingadmissionpolicies",
+        status_alone: true,
         default: policy,
         validate: |o, e| {
             check_policy(o, e);
@@ -140,6 +141,7 @@ pub static ROWS: &[Row] = &[
     Row {
         group: "apiextensions.k8s.io",
         resource: "customresourcedefinitions",
+        status_alone: true,
         default: crd,
         create: |_, o| {
             let stored: Vec<Value> = o
@@ -203,6 +205,7 @@ pub static ROWS: &[Row] = &[
     Row {
         group: DRA,
         resource: "resourceclaims",
+        status_alone: true,
         default: |o| claim_spec(child(o, "spec")),
         validate: |o, e| check_claim(&o.at("spec"), e),
         change: |n, o, e| e.immutable(&n.at("spec"), &o.at("spec")),
@@ -569,6 +572,10 @@ fn check_crd(o: &At<'_>, e: &mut Errs) {
         if w.at("conversionReviewVersions").is_empty() {
             e.required(&w.at("conversionReviewVersions"), "");
         }
+    }
+    // The schemas are judged by the engine that will use them.
+    for error in coracle_schema::Schema::from_crd(o.v).err().into_iter().flatten() {
+        e.0.push(error);
     }
 }
 

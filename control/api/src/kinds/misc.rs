@@ -245,11 +245,9 @@ pub static ROWS: &[Row] = &[
                     put(child(&mut kept, "metadata"), f, v);
                 }
             }
-            if !approval {
-                for f in ["labels", "annotations"] {
-                    if let Some(v) = new.pointer(&format!("/metadata/{f}")).cloned() {
-                        put(child(&mut kept, "metadata"), f, v);
-                    }
+            for f in ["labels", "annotations"] {
+                if let Some(v) = new.pointer(&format!("/metadata/{f}")).cloned() {
+                    put(child(&mut kept, "metadata"), f, v);
                 }
             }
             put(&mut kept, "status", now);
@@ -307,6 +305,7 @@ pub static ROWS: &[Row] = &[
     Row {
         group: FLOW,
         resource: "flowschemas",
+        status_alone: true,
         default: |o| {
             let spec = child(o, "spec");
             empty(spec, "matchingPrecedence", 1000);
@@ -342,6 +341,7 @@ pub static ROWS: &[Row] = &[
     Row {
         group: FLOW,
         resource: "prioritylevelconfigurations",
+        status_alone: true,
         default: |o| {
             let spec = child(o, "spec");
             each_field(spec, "limited", |l| {
@@ -388,6 +388,7 @@ pub static ROWS: &[Row] = &[
     Row {
         group: "apiregistration.k8s.io",
         resource: "apiservices",
+        status_alone: true,
         default: |o| {
             let spec = child(o, "spec");
             each_field(spec, "service", |s| unset(s, "port", 443));

@@ -47,6 +47,8 @@ pub struct Row {
     /// Members that `status` always has, as JSON; empty when the kind has no status.
     pub status: &'static str,
     pub generation: bool,
+    /// Whether a status update leaves all metadata alone; by default labels, annotations and the like may come with it.
+    pub status_alone: bool,
     pub spec_changed: Option<fn(&Value, &Value) -> bool>,
     pub labels: &'static [FieldLabel],
     pub unconditional: bool,
@@ -77,6 +79,7 @@ impl Row {
         name: names::dns1123_subdomain,
         status: "",
         generation: false,
+        status_alone: false,
         spec_changed: None,
         labels: &[],
         unconditional: true,
@@ -131,6 +134,14 @@ impl Row {
     }
 }
 
+/// Keeps everything of `old` but status and metadata, which for most kinds may change together.
+pub fn keep_all_but_status_and_metadata(new: &mut Value, old: &Value) {
+    let given = std::mem::replace(new, old.clone());
+    for field in ["metadata", "status"] {
+        crate::object::copy(new, &given, field);
+    }
+}
+
 /// The wrapper that makes a row a strategy.
 pub struct Rowed(pub &'static Row);
 
@@ -155,8 +166,13 @@ impl Strategy for Rowed {
     }
 
     fn prepare_subresource(&self, ctx: &Context, new: &mut Value, old: &Value) {
-        if !(self.0.subresource)(ctx, new, old) && ctx.subresource == "status" {
+        if (self.0.subresource)(ctx, new, old) || ctx.subresource != "status" {
+            return;
+        }
+        if self.0.status_alone {
             crate::object::keep_all_but_status(new, old);
+        } else {
+            keep_all_but_status_and_metadata(new, old);
         }
     }
 

@@ -29,7 +29,7 @@ pub static ROWS: &[Row] = &[
             if ctx.subresource != "status" {
                 return false;
             }
-            crate::object::keep_all_but_status(new, old);
+            crate::kinds::row::keep_all_but_status_and_metadata(new, old);
             if new.pointer("/status/phase") != old.pointer("/status/phase") {
                 put(child(new, "status"), "lastPhaseTransitionTime", ctx.now_text());
             }
@@ -118,6 +118,7 @@ pub static ROWS: &[Row] = &[
     Row {
         group: STORAGE,
         resource: "volumeattachments",
+        status_alone: true,
         default: |o| {
             child(child(o, "spec"), "source");
         },

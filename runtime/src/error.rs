@@ -62,8 +62,19 @@ pub(crate) trait StepResult<T> {
     fn step(self, step: Step, subject: impl std::fmt::Display) -> Result<T>;
 }
 
+/// Whether a test wants this step to fail after it was done: `CORUN_FAIL_STEP` holds its number. Debug builds only.
+pub(crate) fn injected(step: Step) -> bool {
+    static WANTED: std::sync::OnceLock<Option<u16>> = std::sync::OnceLock::new();
+    // Read by the parent at its first step; the new process finds it there.
+    cfg!(debug_assertions)
+        && *WANTED.get_or_init(|| std::env::var("CORUN_FAIL_STEP").ok()?.parse().ok()) == Some(step as u16)
+}
+
 impl<T> StepResult<T> for coracle_sys::Result<T> {
     fn step(self, step: Step, subject: impl std::fmt::Display) -> Result<T> {
+        if injected(step) {
+            return Err(Error::Step { step, subject: subject.to_string(), errno: Errno::EIO });
+        }
         self.map_err(|errno| Error::Step { step, subject: subject.to_string(), errno })
     }
 }

@@ -222,3 +222,31 @@ fn namespaces_of_another_container_are_joined() {
     assert_eq!(lines.next(), Some("shared"), "{out}");
     assert!(lines.next().expect("a map").contains("200000"), "{out}");
 }
+
+#[test]
+fn a_failure_after_any_step_leaves_nothing() {
+    if !is_corun() {
+        return;
+    }
+    let mut failed = 0;
+    for step in 0..coracle_runtime::Step::ALL.len() {
+        let mut bundle = Bundle::new("true");
+        bundle.environment = vec![("CORUN_FAIL_STEP".into(), step.to_string())];
+        bundle.spec["hostname"] = "vessel".into();
+        bundle.spec["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"});
+        bundle.spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
+        bundle.spec["process"]["oomScoreAdj"] = 500.into();
+        let (status, _, err) = bundle.run();
+        if status != 0 {
+            failed += 1;
+            let name = coracle_runtime::Step::ALL[step].to_string();
+            assert!(err.contains("I/O error") && err.contains(&name), "{name}: {err}");
+        }
+        bundle.assert_gone();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+        assert!(!mounts.contains(&*bundle.folder.path().to_string_lossy()), "a mount is left after step {step}");
+        let left = std::process::Command::new("ps").args(["-eo", "args"]).output().expect("ps");
+        assert!(!String::from_utf8_lossy(&left.stdout).contains(&bundle.id), "a process is left after step {step}");
+    }
+    assert!(failed >= 25, "only {failed} steps were reached");
+}

@@ -1,6 +1,6 @@
 //! What the new process and its parent say to each other: messages of one fixed size.
 
-use crate::error::Step;
+use crate::error::{Step, injected};
 use coracle_sys::{Errno, channel};
 use std::ffi::CStr;
 use std::os::fd::BorrowedFd;
@@ -82,6 +82,7 @@ impl<T> At<T> for coracle_sys::Result<T> {
 
     fn on(self, step: Step, subject: &CStr) -> Result<T, Failure> {
         match self {
+            Ok(_) if injected(step) => Err(Failure::new(step, subject, Errno::EIO)),
             Ok(value) => Ok(value),
             Err(errno) => Err(Failure::new(step, subject, errno)),
         }

@@ -23,6 +23,7 @@ pub(crate) struct Bundle {
     pub(crate) folder: tempfile::TempDir,
     pub(crate) id: String,
     pub(crate) spec: Value,
+    pub(crate) environment: Vec<(String, String)>,
 }
 
 impl Bundle {
@@ -42,7 +43,7 @@ impl Bundle {
         spec["process"]["terminal"] = false.into();
         spec["process"]["args"] = json!(["sh", "-c", script]);
         let id = format!("coracle-test-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        Self { folder, id, spec }
+        Self { folder, id, spec, environment: Vec::new() }
     }
 
     pub(crate) fn root(&self) -> PathBuf {
@@ -82,6 +83,7 @@ impl Bundle {
             .arg("--root")
             .arg(self.folder.path().join("state"))
             .args(words)
+            .envs(self.environment.iter().cloned())
             .current_dir(self.folder.path())
             .stdin(Stdio::null())
             .stdout(file("out"))

@@ -5,17 +5,18 @@ use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
+use tokio::io::unix::AsyncFd;
 
 use crate::dns::Server;
 use crate::error::{Error, PathExt};
 use crate::hosts::Hosts;
 use crate::model::{Change, Pod};
-use crate::netlink::Socket;
+use crate::netlink::{LinkEvents, Socket, route};
 use crate::pods::{self, Addresses, Host, PodKey, PodNet, PodNetwork, Record, Records, check_uid};
 use crate::policy::PolicyChange;
 use crate::rules::Rules;
@@ -44,6 +45,8 @@ struct Inner {
     hosts: Mutex<Hosts>,
     dns: Server,
     health: Mutex<HealthPorts>,
+    /// Heard by a task that the first update starts.
+    events: Mutex<Option<LinkEvents>>,
 }
 
 /// The pods of this node.
@@ -96,6 +99,7 @@ impl Network {
             hosts: Mutex::new(hosts),
             dns: Server::bind(&config)?,
             health: Mutex::new(HealthPorts::default()),
+            events: Mutex::new(Some(LinkEvents::open()?)),
             config,
         };
         inner.recover()?;
@@ -154,6 +158,9 @@ impl Network {
     /// Takes changes of the cluster in: when this returns, rules and routes say so. The first call must bring all there is, for it replaces the
     /// rules that an earlier daemon left.
     pub async fn update(&self, changes: Vec<Change>) -> Result<(), Error> {
+        if let Some(events) = self.inner.events.lock().take() {
+            tokio::spawn(follow_links(Arc::downgrade(&self.inner), events));
+        }
         let inner = Arc::clone(&self.inner);
         tokio::task::spawn_blocking(move || inner.update(changes))
             .await
@@ -198,6 +205,38 @@ impl Network {
             fs::remove_dir(folder).at("remove", folder)?;
         }
         Ok(())
+    }
+}
+
+/// Restores routes when a link of the host comes up, until the network is gone.
+async fn follow_links(network: Weak<Inner>, events: LinkEvents) {
+    let events = match AsyncFd::new(events) {
+        Ok(events) => events,
+        Err(error) => {
+            tracing::error!(%error, "cannot hear of links; routes are not restored after one was down");
+            return;
+        }
+    };
+    loop {
+        let Ok(mut ready) = events.readable().await else { return };
+        let Some(inner) = network.upgrade() else { return };
+        ready.clear_ready();
+        let mut up = false;
+        let result = events.get_ref().read(|kind, payload| {
+            // Our own links come and go all the time and carry no route to another node.
+            let ours = |name: &str| name.starts_with(&inner.config.link_prefix);
+            up |= route::came_up(kind, payload).is_some_and(|name| !ours(&name));
+        });
+        if let Err(error) = result {
+            tracing::error!(%error, "cannot hear of links any more");
+            return;
+        }
+        if up {
+            let restore = move || inner.hosts.lock().restore(&inner.config, &mut inner.host.socket.lock());
+            if let Err(error) = tokio::task::spawn_blocking(restore).await {
+                tracing::error!(%error, "restoring routes ended badly");
+            }
+        }
     }
 }
 

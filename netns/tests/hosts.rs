@@ -61,6 +61,16 @@ fn two_hosts(overlay: Overlay) {
             .unwrap();
         assert_eq!(ask(socket("10.43.0.80:80"), PATIENCE).unwrap().0, "p2");
         assert_eq!(inside(&one.netns, || ask(socket("10.43.0.80:80"), PATIENCE)).unwrap(), ("p2".into(), one.ips[0]));
+        // A link that was down takes the routes along; they come back with it.
+        sh("ip link set eth0 down; ip link set eth0 up");
+        hosts[0].1.block_on(async {
+            coracle_testkit::assert_eventually_async!(
+                5,
+                sh("ip route").contains("10.42.2.0/24"),
+                "the route comes back"
+            );
+        });
+        assert_eq!(inside(&one.netns, || ask((two.ips[0], 8080).into(), PATIENCE)).unwrap().0, "p2");
         // A node that claims our range gets no route; one that leaves loses its own.
         let thief = NodeModel { pod_cidrs: vec!["10.42.1.0/25".parse().unwrap()], ..node(2) };
         hosts[0].1.block_on(hosts[0].0.update(vec![Change::Node("node-3".into(), Some(thief))])).unwrap();

@@ -126,6 +126,17 @@ impl Hosts {
         Ok(())
     }
 
+    /// Makes the routes to other nodes again: those through a link that went down are gone, and nobody says so.
+    pub(crate) fn restore(&self, config: &Config, socket: &mut Socket) {
+        for (name, node) in &self.others {
+            let mut batch = Batch::default();
+            self.wanted(config, name, node).iter().for_each(|route| route::add_route(&mut batch, route));
+            if let Err(error) = socket.execute(&batch) {
+                tracing::warn!(node = %name, %error, "no way to the node; trying again when a link comes up");
+            }
+        }
+    }
+
     fn wanted(&self, config: &Config, name: &str, node: &Node) -> Vec<Route> {
         let mut routes = Vec::new();
         for range in &node.pod_cidrs {

@@ -6,4 +6,4 @@ mod socket;
 
 pub(crate) use message::{Attributes, Batch, attributes, find, messages};
 pub use socket::NetlinkError;
-pub(crate) use socket::Socket;
+pub(crate) use socket::{LinkEvents, Socket};

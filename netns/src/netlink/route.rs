@@ -397,6 +397,14 @@ pub(crate) fn is_operational(socket: &mut Socket, index: u32) -> Result<bool, Ne
     Ok(up)
 }
 
+/// The name of the link that an event says is up, with a carrier.
+pub(crate) fn came_up(kind: u16, payload: &[u8]) -> Option<String> {
+    const IFF_LOWER_UP: u32 = 1 << 16;
+    let wanted = IFF_UP | IFF_LOWER_UP;
+    let up = kind == RTM_NEWLINK && number(payload, 8)? & wanted == wanted;
+    up.then(|| parse_link(payload)).flatten().map(|link| link.name)
+}
+
 /// All links of the namespace.
 pub(crate) fn links(socket: &mut Socket) -> Result<Vec<Link>, NetlinkError> {
     let mut batch = Batch::default();

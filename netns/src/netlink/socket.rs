@@ -182,6 +182,42 @@ impl Socket {
     }
 }
 
+/// A socket that hears of changes of links, for an async runtime.
+pub(crate) struct LinkEvents(OwnedFd);
+
+impl LinkEvents {
+    /// Listens in the network namespace of the calling thread.
+    pub(crate) fn open() -> Result<Self, NetlinkError> {
+        const RTMGRP_LINK: u32 = 1;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)
+            .map_err(|errno| NetlinkError::Socket { call: "open a socket", errno })?;
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, RTMGRP_LINK))
+            .map_err(|errno| NetlinkError::Socket { call: "bind", errno })?;
+        Ok(Self(fd))
+    }
+
+    /// Hands the messages that have come to `each`; none is no error.
+    pub(crate) fn read(&self, mut each: impl FnMut(u16, &[u8])) -> Result<(), NetlinkError> {
+        let mut buffer = vec![0; READ_BYTES];
+        loop {
+            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(len) => messages(&buffer[..len]).for_each(|message| each(message.kind, message.payload)),
+                // ENOBUFS: more came than we read; what is read next tells enough.
+                Err(Errno::EINTR | Errno::ENOBUFS) => {}
+                Err(Errno::EAGAIN) => return Ok(()),
+                Err(errno) => return Err(NetlinkError::Socket { call: "receive", errno }),
+            }
+        }
+    }
+}
+
+impl AsRawFd for LinkEvents {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// The errno of an NLMSG_ERROR; `None` for an acknowledgement.
 fn error_of(payload: &[u8]) -> Option<Errno> {
     /// What parts of the kernel answer instead of EOPNOTSUPP; it has no name in user space.

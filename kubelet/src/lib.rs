@@ -17,6 +17,8 @@ pub mod pods;
 pub mod probes;
 pub mod server;
 pub mod streaming;
+pub mod cgroups;
+pub mod native;
 pub mod supervisor;
 pub mod volumes;
 

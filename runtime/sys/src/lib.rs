@@ -18,6 +18,7 @@ pub mod ring;
 pub mod schedule;
 pub mod seccomp;
 pub mod tty;
+pub mod pidfd;
 
 pub use nix::errno::Errno;
 

@@ -1,0 +1,460 @@
+//! From a CRI container configuration to an OCI runtime specification.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::user::User;
+use crate::cri::{ContainerConfig, NamespaceMode, Propagation, Resources, RuntimeError, SandboxConfig, SecurityProfile};
+
+/// Capabilities of a container that asks for none: what containerd and Docker grant.
+const DEFAULT_CAPABILITIES: [&str; 14] = [
+    "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP",
+    "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
+];
+/// All capabilities of Linux 6.1.
+const ALL_CAPABILITIES: [&str; 41] = [
+    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
+    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE",
+    "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME",
+    "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
+    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+];
+const MASKED_PATHS: [&str; 10] = [
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
+    "/proc/scsi", "/proc/timer_list", "/sys/firmware",
+];
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+/// `PATH` of a process whose image sets none.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What an image says about running it.
+#[derive(Clone, Debug, Default)]
+pub struct ImageDefaults {
+    /// Entry point.
+    pub entrypoint: Vec<String>,
+    /// Arguments.
+    pub cmd: Vec<String>,
+    /// Environment as `NAME=value`.
+    pub env: Vec<String>,
+    /// Working directory.
+    pub working_dir: String,
+}
+
+/// Where a pod's pinned namespaces and files are.
+#[derive(Clone, Debug, Default)]
+pub struct PodPaths {
+    /// Network namespace; `None`: the node's.
+    pub network: Option<PathBuf>,
+    /// IPC namespace; `None`: the node's.
+    pub ipc: Option<PathBuf>,
+    /// UTS namespace; `None`: the node's.
+    pub uts: Option<PathBuf>,
+    /// PID namespace to join; `None`: the node's or one of its own.
+    pub pid: Option<PathBuf>,
+    /// The pod's `/dev/shm`; `None`: the node's.
+    pub shm: Option<PathBuf>,
+    /// File of the host name.
+    pub hostname: PathBuf,
+    /// The resolver's file; `None`: the image's own stays.
+    pub resolv_conf: Option<PathBuf>,
+}
+
+/// What the cgroup hierarchy of this host can limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Controllers {
+    /// cpu
+    pub cpu: bool,
+    /// memory
+    pub memory: bool,
+    /// pids
+    pub pids: bool,
+    /// hugetlb
+    pub hugetlb: bool,
+}
+
+/// Everything that goes into the specification.
+pub struct Input<'a> {
+    /// The sandbox.
+    pub sandbox: &'a SandboxConfig,
+    /// The container.
+    pub container: &'a ContainerConfig,
+    /// The image.
+    pub image: &'a ImageDefaults,
+    /// Who it runs as.
+    pub user: &'a User,
+    /// Its root file system.
+    pub rootfs: &'a Path,
+    /// The pod's files.
+    pub paths: &'a PodPaths,
+    /// Its cgroup.
+    pub cgroup: &'a Path,
+    /// What can be limited.
+    pub controllers: Controllers,
+    /// The text of a `Localhost` seccomp profile, or of the default one; `None`: no filter.
+    pub seccomp: Option<Value>,
+    /// Devices of the host for a privileged container.
+    pub host_devices: Vec<PathBuf>,
+}
+
+/// Builds `config.json`.
+///
+/// # Errors
+/// When the container has no program to run.
+pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
+    let Input { sandbox, container, user, .. } = input;
+    let security = &container.security;
+    let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
+    let mut namespace = |kind: &str, mode: NamespaceMode, path: Option<&PathBuf>| match (mode, path) {
+        (NamespaceMode::Node, _) => {}
+        (NamespaceMode::Container, None) => namespaces.push(json!({"type": kind})),
+        (_, Some(path)) => namespaces.push(json!({"type": kind, "path": path})),
+        (NamespaceMode::Pod, None) => {}
+    };
+    namespace("network", sandbox.network, input.paths.network.as_ref());
+    namespace("ipc", sandbox.ipc, input.paths.ipc.as_ref());
+    namespace("uts", if input.paths.uts.is_some() { NamespaceMode::Pod } else { NamespaceMode::Node }, input.paths.uts.as_ref());
+    namespace("pid", sandbox.pid, input.paths.pid.as_ref());
+
+    let capabilities = capabilities(container);
+    // A process of another user than root starts without effective capabilities, as with execve(2) of a plain program.
+    let effective: &[String] = if user.uid == 0 { &capabilities } else { &[] };
+    let mut process = json!({
+        "terminal": container.stdio.tty,
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
+        "args": arguments(container, input.image)?,
+        "env": environment(input),
+        "cwd": first(&[&container.working_dir, &input.image.working_dir]).unwrap_or("/"),
+        "capabilities": {
+            "bounding": capabilities, "effective": effective, "permitted": effective, "inheritable": [], "ambient": [],
+        },
+        "noNewPrivileges": security.no_new_privs,
+        "oomScoreAdj": container.resources.oom_score_adj,
+    });
+    if let (SecurityProfile::Localhost(name), Some(process)) = (&security.apparmor, process.as_object_mut()) {
+        process.insert("apparmorProfile".into(), json!(name));
+    }
+    let masks = !security.privileged && !security.unmasked_proc;
+    let mut linux = json!({
+        "namespaces": namespaces,
+        "cgroupsPath": input.cgroup,
+        "resources": resources(&container.resources, input.controllers),
+        "maskedPaths": if masks { &MASKED_PATHS[..] } else { &[] },
+        "readonlyPaths": if masks { &READONLY_PATHS[..] } else { &[] },
+        "sysctl": sandbox.sysctls,
+        "devices": [],
+    });
+    let propagation = if container.mounts.iter().any(|m| m.propagation == Propagation::Bidirectional) { "shared" } else { "slave" };
+    linux["rootfsPropagation"] = json!(propagation);
+    linux["resources"]["devices"] = device_rules(container);
+    linux["devices"] = devices(input);
+    if let Some(seccomp) = &input.seccomp {
+        linux["seccomp"] = seccomp.clone();
+    }
+    Ok(json!({
+        "ociVersion": "1.2.0",
+        "process": process,
+        "root": {"path": input.rootfs, "readonly": security.readonly_rootfs},
+        "mounts": mounts(input),
+        "linux": linux,
+        "annotations": container.annotations,
+    }))
+}
+
+fn first<'a>(words: &[&'a str]) -> Option<&'a str> {
+    words.iter().copied().find(|word| !word.is_empty())
+}
+
+/// The command line: the pod's command replaces the image's entry point and arguments, its args only the arguments.
+fn arguments(container: &ContainerConfig, image: &ImageDefaults) -> Result<Vec<String>, RuntimeError> {
+    let line = match (container.command.is_empty(), container.args.is_empty()) {
+        (false, _) => [&container.command[..], &container.args].concat(),
+        (true, false) => [&image.entrypoint[..], &container.args].concat(),
+        (true, true) => [&image.entrypoint[..], &image.cmd].concat(),
+    };
+    if line.is_empty() {
+        return Err(RuntimeError::Invalid(format!("no command specified for image {}", container.image)));
+    }
+    Ok(line)
+}
+
+/// The environment: the image's, then the pod's; of one name the last counts.
+fn environment(input: &Input<'_>) -> Vec<String> {
+    let mut list: Vec<(String, String)> = Vec::new();
+    let mut at: BTreeMap<String, usize> = BTreeMap::new();
+    let mut set = |name: &str, value: &str| match at.get(name) {
+        Some(&index) => list[index].1 = value.to_owned(),
+        None => {
+            at.insert(name.to_owned(), list.len());
+            list.push((name.to_owned(), value.to_owned()));
+        }
+    };
+    set("PATH", DEFAULT_PATH);
+    if !input.sandbox.hostname.is_empty() {
+        set("HOSTNAME", &input.sandbox.hostname);
+    }
+    if input.container.stdio.tty {
+        set("TERM", "xterm");
+    }
+    for entry in &input.image.env {
+        if let Some((name, value)) = entry.split_once('=') {
+            set(name, value);
+        }
+    }
+    for (name, value) in &input.container.envs {
+        set(name, value);
+    }
+    set_default(&mut list, "HOME", &input.user.home);
+    list.into_iter().map(|(name, value)| format!("{name}={value}")).collect()
+}
+
+fn set_default(list: &mut Vec<(String, String)>, name: &str, value: &str) {
+    if !list.iter().any(|(n, _)| n == name) {
+        list.push((name.to_owned(), value.to_owned()));
+    }
+}
+
+/// The capabilities with their `CAP_` names: defaults, plus added, minus dropped, in the order of the kernel.
+pub fn capabilities(container: &ContainerConfig) -> Vec<String> {
+    let security = &container.security;
+    let plain = |list: &[String]| -> Vec<String> {
+        list.iter().map(|c| c.to_uppercase().trim_start_matches("CAP_").to_owned()).collect()
+    };
+    let (add, drop) = (plain(&security.add_capabilities), plain(&security.drop_capabilities));
+    let all = |list: &[String]| list.iter().any(|c| c == "ALL");
+    ALL_CAPABILITIES
+        .iter()
+        .filter(|name| {
+            let listed = |list: &[String]| list.iter().any(|c| c == *name);
+            if security.privileged {
+                return true;
+            }
+            // ALL in one list is overruled by a name in the other, as containerd does.
+            if all(&drop) {
+                return listed(&add) && !listed(&drop);
+            }
+            if all(&add) {
+                return !listed(&drop);
+            }
+            (DEFAULT_CAPABILITIES.contains(name) || listed(&add)) && !listed(&drop)
+        })
+        .map(|name| format!("CAP_{name}"))
+        .collect()
+}
+
+/// `linux.resources` with only what this host can limit; the node says elsewhere what it cannot.
+pub fn resources(wanted: &Resources, can: Controllers) -> Value {
+    let mut out = Map::new();
+    if can.cpu {
+        let mut cpu = Map::new();
+        if wanted.cpu_shares > 0 {
+            cpu.insert("shares".into(), json!(wanted.cpu_shares));
+        }
+        if wanted.cpu_quota > 0 {
+            cpu.insert("quota".into(), json!(wanted.cpu_quota));
+            cpu.insert("period".into(), json!(wanted.cpu_period));
+        }
+        out.insert("cpu".into(), cpu.into());
+    }
+    if can.memory && wanted.memory_limit_in_bytes > 0 {
+        out.insert("memory".into(), json!({"limit": wanted.memory_limit_in_bytes}));
+    }
+    let unified: Map<String, Value> = wanted
+        .unified
+        .iter()
+        .filter(|(file, _)| match file.split('.').next() {
+            Some("memory") => can.memory,
+            Some("cpu") => can.cpu,
+            Some("pids") => can.pids,
+            _ => true,
+        })
+        .map(|(file, value)| (file.clone(), json!(value)))
+        .collect();
+    if !unified.is_empty() {
+        out.insert("unified".into(), unified.into());
+    }
+    if can.hugetlb && !wanted.hugepage_limits.is_empty() {
+        let limits: Vec<_> = wanted.hugepage_limits.iter().map(|(size, limit)| json!({"pageSize": size, "limit": limit})).collect();
+        out.insert("hugepageLimits".into(), json!(limits));
+    }
+    out.into()
+}
+
+fn device_rules(container: &ContainerConfig) -> Value {
+    if container.security.privileged {
+        return json!([{"allow": true, "access": "rwm"}]);
+    }
+    let allow = |kind: &str, major: Option<i64>, minor: Option<i64>, access: &str| {
+        let mut rule = json!({"allow": true, "type": kind, "access": access});
+        if let Some(major) = major {
+            rule["major"] = json!(major);
+        }
+        if let Some(minor) = minor {
+            rule["minor"] = json!(minor);
+        }
+        rule
+    };
+    let mut rules = vec![json!({"allow": false, "access": "rwm"}), allow("c", None, None, "m"), allow("b", None, None, "m")];
+    // null, zero, full, random, urandom, tty; ptmx and pts.
+    for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)] {
+        rules.push(allow("c", Some(major), Some(minor), "rwm"));
+    }
+    rules.push(allow("c", Some(136), None, "rwm"));
+    for device in &container.devices {
+        if let Some((kind, major, minor)) = device_numbers(&device.host_path) {
+            rules.push(allow(kind, Some(major), Some(minor), &device.permissions));
+        }
+    }
+    json!(rules)
+}
+
+fn devices(input: &Input<'_>) -> Value {
+    let given = input.container.devices.iter().map(|d| (d.container_path.clone(), d.host_path.clone()));
+    let host = input.host_devices.iter().map(|path| (path.clone(), path.clone()));
+    let list: Vec<Value> = given
+        .chain(host)
+        .filter_map(|(path, host)| {
+            let (kind, major, minor) = device_numbers(&host)?;
+            let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&host).ok()?) & 0o7777;
+            Some(json!({"path": path, "type": kind, "major": major, "minor": minor, "fileMode": mode}))
+        })
+        .collect();
+    json!(list)
+}
+
+fn device_numbers(path: &Path) -> Option<(&'static str, i64, i64)> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let metadata = std::fs::metadata(path).ok()?;
+    let kind = match metadata.file_type() {
+        t if t.is_char_device() => "c",
+        t if t.is_block_device() => "b",
+        _ => return None,
+    };
+    let device = metadata.rdev();
+    let number = |n: u64| i64::try_from(n).ok();
+    Some((kind, number(nix::sys::stat::major(device))?, number(nix::sys::stat::minor(device))?))
+}
+
+fn mounts(input: &Input<'_>) -> Value {
+    let Input { container, sandbox, paths, .. } = input;
+    let privileged = container.security.privileged;
+    let access = if privileged { "rw" } else { "ro" };
+    let special = |path: &str, kind: &str, options: &[&str]| json!({"destination": path, "type": kind, "source": kind, "options": options});
+    let bind = |path: &str, source: &Path, options: &[&str]| {
+        let options = [&["rbind"], options].concat();
+        json!({"destination": path, "type": "bind", "source": source, "options": options})
+    };
+    let mut list = vec![
+        special("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+        special("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        special("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        special("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+    ];
+    match sandbox.network {
+        // sysfs shows the network namespace of its mounter, which must own it.
+        NamespaceMode::Node if !input.sandbox.id_mappings.is_empty() => list.push(bind("/sys", Path::new("/sys"), &["nosuid", "noexec", "nodev", access])),
+        _ => list.push(special("/sys", "sysfs", &["nosuid", "noexec", "nodev", access])),
+    }
+    list.push(special("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]));
+    list.push(bind("/dev/shm", paths.shm.as_deref().unwrap_or(Path::new("/dev/shm")), &["rw"]));
+    if sandbox.network != NamespaceMode::Node {
+        list.push(bind("/etc/hostname", &paths.hostname, &[if container.security.readonly_rootfs { "ro" } else { "rw" }]));
+    }
+    if let Some(resolv) = &paths.resolv_conf {
+        list.push(bind("/etc/resolv.conf", resolv, &[if container.security.readonly_rootfs { "ro" } else { "rw" }]));
+    }
+    let destination = |mount: &Value| mount["destination"].as_str().map(PathBuf::from);
+    list.retain(|default| !container.mounts.iter().any(|m| destination(default).as_deref() == Some(m.container_path.as_path())));
+    let mut own: Vec<_> = container.mounts.iter().collect();
+    // A mount below another comes after it; equals keep their order.
+    own.sort_by_key(|m| m.container_path.components().count());
+    for mount in own {
+        let mut options = vec![match (mount.readonly, mount.recursive_read_only) {
+            (_, true) => "rro",
+            (true, false) => "ro",
+            (false, false) => "rw",
+        }];
+        options.push(match mount.propagation {
+            Propagation::Private => "rprivate",
+            Propagation::HostToContainer => "rslave",
+            Propagation::Bidirectional => "rshared",
+        });
+        if mount.id_mapped {
+            options.push("ridmap");
+        }
+        list.push(bind(&mount.container_path.to_string_lossy(), &mount.host_path, &options));
+    }
+    json!(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cri::Mount;
+
+    fn names(container: &ContainerConfig) -> Vec<String> {
+        capabilities(container).iter().map(|c| c.trim_start_matches("CAP_").to_owned()).collect()
+    }
+
+    #[test]
+    fn capabilities_are_added_and_dropped_like_containerd() {
+        let with = |add: &[&str], drop: &[&str]| {
+            let mut container = ContainerConfig::default();
+            container.security.add_capabilities = add.iter().map(|s| (*s).to_owned()).collect();
+            container.security.drop_capabilities = drop.iter().map(|s| (*s).to_owned()).collect();
+            names(&container)
+        };
+        assert_eq!(with(&[], &[]).len(), 14);
+        assert_eq!(with(&["NET_BIND_SERVICE"], &["ALL"]), ["NET_BIND_SERVICE"]);
+        assert!(with(&["SYS_TIME"], &["KILL"]).contains(&"SYS_TIME".to_owned()));
+        assert!(!with(&["SYS_TIME"], &["KILL"]).contains(&"KILL".to_owned()));
+        assert_eq!(with(&["ALL"], &["MKNOD"]).len(), 40);
+    }
+
+    #[test]
+    fn the_pods_command_replaces_the_images() {
+        let image = ImageDefaults { entrypoint: vec!["/entry".into()], cmd: vec!["a".into()], ..ImageDefaults::default() };
+        let line = |command: &[&str], args: &[&str]| {
+            let container = ContainerConfig {
+                command: command.iter().map(|s| (*s).to_owned()).collect(),
+                args: args.iter().map(|s| (*s).to_owned()).collect(),
+                ..ContainerConfig::default()
+            };
+            arguments(&container, &image).expect("arguments").join(" ")
+        };
+        // The table of kubernetes.io, "Define a Command and Arguments for a Container".
+        assert_eq!(line(&[], &[]), "/entry a");
+        assert_eq!(line(&["/c"], &[]), "/c");
+        assert_eq!(line(&[], &["x"]), "/entry x");
+        assert_eq!(line(&["/c"], &["x"]), "/c x");
+    }
+
+    #[test]
+    fn what_the_pod_mounts_replaces_the_default_and_deeper_mounts_come_later() {
+        let mount = |path: &str| Mount { container_path: path.into(), host_path: "/h".into(), ..Mount::default() };
+        let container = ContainerConfig {
+            command: vec!["/c".into()],
+            mounts: vec![mount("/a/b"), mount("/dev/shm"), mount("/a")],
+            ..ContainerConfig::default()
+        };
+        let spec = build(&Input {
+            sandbox: &SandboxConfig::default(),
+            container: &container,
+            image: &ImageDefaults::default(),
+            user: &User::default(),
+            rootfs: Path::new("/r"),
+            paths: &PodPaths::default(),
+            cgroup: Path::new("/kubepods/x"),
+            controllers: Controllers::default(),
+            seccomp: None,
+            host_devices: Vec::new(),
+        })
+        .expect("spec");
+        let places: Vec<_> = spec["mounts"].as_array().expect("list").iter().map(|m| m["destination"].as_str().expect("text")).collect();
+        assert_eq!(places.iter().filter(|p| **p == "/dev/shm").count(), 1);
+        let at = |path: &str| places.iter().position(|p| *p == path).expect("there");
+        assert!(at("/a") < at("/a/b"));
+        serde_json::from_value::<oci_spec::runtime::Spec>(spec).expect("a specification");
+    }
+}

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::digest::Digest;
 use super::error::{ImageError, IoContext};
@@ -40,7 +41,72 @@ pub struct Usage {
     pub inodes_free: u64,
 }
 
+/// When images are collected: the kubelet's `imageGC…` settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GcPolicy {
+    /// `imageGCHighThresholdPercent`: from this use of the disk on, images are removed …
+    pub high_percent: u64,
+    /// `imageGCLowThresholdPercent`: … until this is reached.
+    pub low_percent: u64,
+    /// `imageMinimumGCAge`: younger ones stay.
+    pub min_age: Duration,
+    /// `imageMaximumGCAge`: images unused for longer go in any case.
+    pub max_age: Option<Duration>,
+}
+
+impl Default for GcPolicy {
+    fn default() -> Self {
+        Self { high_percent: 85, low_percent: 80, min_age: Duration::from_secs(120), max_age: None }
+    }
+}
+
 impl ImageStore {
+    /// Removes unused images, the least recently used first, when the disk is as full as the policy says. What it could not
+    /// free shows in [`ImageStore::usage`].
+    ///
+    /// # Errors
+    /// When the disk cannot be looked at or files cannot be removed.
+    pub async fn collect_garbage(self: &Arc<Self>, policy: GcPolicy) -> Result<Removed, ImageError> {
+        let usage = self.usage().await?;
+        let used_percent =
+            100 - (usage.available_bytes * 100).checked_div(usage.capacity_bytes).unwrap_or(100).min(100);
+        let mut wanted = 0;
+        if used_percent >= policy.high_percent {
+            let target = usage.capacity_bytes / 100 * (100 - policy.low_percent.min(100));
+            wanted = target.saturating_sub(usage.available_bytes);
+        }
+        let in_use: BTreeSet<String> = self.snapshots()?.into_iter().map(|(_, image)| image).collect();
+        let now = jiff::Timestamp::now().as_second();
+        let mut candidates: Vec<_> = {
+            let last_used = self.last_used.lock();
+            let idle = |id: &str| last_used.get(id).unwrap_or(&self.opened_at).elapsed();
+            let unused = self.list()?.into_iter().filter(|image| !image.pinned && !in_use.contains(&image.id));
+            unused.map(|image| (idle(&image.id), image)).collect()
+        };
+        candidates.sort_by_key(|(idle, _)| std::cmp::Reverse(*idle));
+        let mut removed = Removed::default();
+        for (idle, image) in candidates {
+            let age = Duration::from_secs(u64::try_from(now.saturating_sub(image.added_at)).unwrap_or(0));
+            let too_old = policy.max_age.is_some_and(|limit| idle >= limit && age >= limit);
+            let needed = removed.freed_bytes < wanted && age >= policy.min_age && idle >= policy.min_age.min(age);
+            if !(too_old || needed) {
+                continue;
+            }
+            match self.remove(&image.id).await {
+                Ok(more) => {
+                    removed.untagged.extend(more.untagged);
+                    removed.deleted.extend(more.deleted);
+                    removed.freed_bytes += more.freed_bytes;
+                    self.last_used.lock().remove(&image.id);
+                }
+                // Taken by a container, or removed by somebody else, since we looked.
+                Err(ImageError::InUse { .. } | ImageError::NotFound { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(removed)
+    }
+
     /// Removes a name; with the last name goes the image. Given an ID, removes all names. Refused while a container
     /// uses the image.
     ///

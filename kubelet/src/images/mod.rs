@@ -36,7 +36,8 @@ mod pull;
 pub mod registry;
 
 pub use error::ImageError;
-pub use gc::{Removed, Usage};
+pub(crate) use gc::disk_usage;
+pub use gc::{GcPolicy, Removed, Usage};
 pub use guard::LayerLimits;
 pub use import::ImportSource;
 pub use layers::fuzz_unpack;

@@ -67,6 +67,9 @@ impl ImageStore {
         progress: Arc<dyn Progress>,
     ) -> Result<Arc<Image>, ImageError> {
         let reference: Reference = reference.parse()?;
+        // Pods that start together often want the same image: the first brings it, the others find its blobs there.
+        let turn = self.pull_turn(&reference.to_string());
+        let _turn = turn.lock().await;
         let endpoints = self.client.endpoints(&reference)?;
         let mut last = None;
         for endpoint in &endpoints {
@@ -101,6 +104,18 @@ impl ImageStore {
             host: reference.registry.clone(),
             reason: "no endpoint is configured".into(),
         }))
+    }
+
+    fn pull_turn(&self, reference: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut pulling = self.pulling.lock();
+        if let Some(turn) = pulling.get(reference).and_then(std::sync::Weak::upgrade) {
+            return turn;
+        }
+        // As many entries as pulls under way.
+        pulling.retain(|_, turn| turn.strong_count() > 0);
+        let turn = Arc::new(tokio::sync::Mutex::default());
+        pulling.insert(reference.to_owned(), Arc::downgrade(&turn));
+        turn
     }
 
     async fn pull_from(

@@ -55,6 +55,7 @@ impl ImageStore {
         check_container(container)?;
         let id: Digest = image.id.parse()?;
         let _adding = self.layout.adding()?;
+        self.last_used.lock().insert(image.id.clone(), std::time::Instant::now());
         let folder = self.layout.snapshots().join(container);
         let snapshot = Snapshot {
             lowerdirs: image.layers.iter().rev().cloned().collect(),

@@ -1,8 +1,9 @@
 //! The store as others see it: names in, images and snapshots out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use oci_spec::image::ImageConfiguration;
 use parking_lot::Mutex;
@@ -63,6 +64,11 @@ pub struct ImageStore {
     /// Changes of the table within this process take turns; across processes the file lock does the same.
     pub(super) writing: Mutex<()>,
     pub(super) client: super::registry::Client,
+    /// One pull of a reference at a time.
+    pub(super) pulling: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
+    /// When a container last took an image, as far as this process knows: the order of garbage collection.
+    pub(super) last_used: Mutex<BTreeMap<String, Instant>>,
+    pub(super) opened_at: Instant,
 }
 
 impl ImageStore {
@@ -75,7 +81,16 @@ impl ImageStore {
         let table = Arc::new(layout.read_table()?);
         let cache = Cache { version: None, table, layers: layout.read_layers()?, images: BTreeMap::new() };
         let client = super::registry::Client::new(options.registries.clone())?;
-        Ok(Arc::new(Self { layout, options, cache: Mutex::new(cache), writing: Mutex::new(()), client }))
+        Ok(Arc::new(Self {
+            layout,
+            options,
+            cache: Mutex::new(cache),
+            writing: Mutex::new(()),
+            client,
+            pulling: Mutex::default(),
+            last_used: Mutex::default(),
+            opened_at: Instant::now(),
+        }))
     }
 
     /// The image that a reference means: a name with tag or digest, or an image ID, complete or shortened.

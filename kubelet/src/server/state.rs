@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use crate::cri::ContainerRuntime;
 use crate::images::ImageStore;
+use crate::volumes::Volumes;
 
 /// The node behind the server.
 pub trait NodeState: Send + Sync + 'static {
@@ -15,6 +16,10 @@ pub trait NodeState: Send + Sync + 'static {
     fn runtime(&self) -> Arc<dyn ContainerRuntime>;
     /// The images, for their disk use; `None` where there are none to count.
     fn images(&self) -> Option<Arc<ImageStore>> {
+        None
+    }
+    /// The volumes, for their disk use.
+    fn volumes(&self) -> Option<Volumes> {
         None
     }
     /// What `/configz` shows: `{"kubeletconfig": …}`.

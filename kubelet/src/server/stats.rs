@@ -275,6 +275,32 @@ pub(super) async fn summary(State(node): State<Arc<Node>>) -> Result<Json<Value>
         },
         "pods": usage.pods.iter().map(pod_summary).collect::<Vec<_>>(),
     });
+    if let Some(volumes) = node.state.volumes() {
+        for (pod, entry) in usage.pods.iter().zip(summary["pods"].as_array_mut().into_iter().flatten()) {
+            let known = volumes.usage(&pod.key.uid).await.unwrap_or_else(|error| {
+                tracing::debug!(pod = %pod.key, %error, "cannot read usage of volumes");
+                BTreeMap::new()
+            });
+            let layers =
+                pod.containers.iter().filter_map(|container| container.stats.writable_layer_bytes).sum::<u64>();
+            let ephemeral =
+                known.values().filter(|volume| volume.counts_as_ephemeral).map(|volume| volume.used_bytes).sum::<u64>();
+            entry["ephemeral-storage"] = json!({ "time": time(host.timestamp), "usedBytes": layers + ephemeral });
+            entry["volume"] = known
+                .into_iter()
+                .map(|(name, volume)| {
+                    json!({
+                        "time": time(host.timestamp),
+                        "name": name,
+                        "usedBytes": volume.used_bytes,
+                        "inodesUsed": volume.inodes_used,
+                        "capacityBytes": volume.capacity_bytes,
+                        "availableBytes": volume.available_bytes,
+                    })
+                })
+                .collect();
+        }
+    }
     if let Some(images) = node.state.images() {
         let disk = images.usage().await.map_err(Refused::internal)?;
         summary["node"]["fs"] = file_system(&disk);

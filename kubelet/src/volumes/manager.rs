@@ -47,6 +47,21 @@ pub struct MountedVolume {
     pub read_only: bool,
 }
 
+/// What one volume takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VolumeUsage {
+    /// Bytes in use.
+    pub used_bytes: u64,
+    /// Inodes in use.
+    pub inodes_used: u64,
+    /// Size of the file system.
+    pub capacity_bytes: u64,
+    /// Free for use.
+    pub available_bytes: u64,
+    /// An emptyDir on the node's disk, which counts against limits of ephemeral storage and `sizeLimit`.
+    pub counts_as_ephemeral: bool,
+}
+
 /// A pod's volumes by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodVolumes {
@@ -255,6 +270,50 @@ impl Volumes {
             }
         }
         Ok(())
+    }
+
+    /// How much a pod's volumes take, by name. Volumes with a file system of their own (in memory, NFS) tell its size;
+    /// those on the node's disk are walked, and tell the disk's.
+    ///
+    /// # Errors
+    /// When a folder cannot be read.
+    pub async fn usage(&self, uid: &str) -> Result<BTreeMap<String, VolumeUsage>, VolumeError> {
+        let folder = self.0.config.layout.pod(uid).join("volumes");
+        blocking(move || {
+            let list = |folder: &std::path::Path| -> Result<Vec<PathBuf>, VolumeError> {
+                match fs::read_dir(folder) {
+                    Ok(entries) => entries.map(|entry| Ok(entry.step("read folder", folder)?.path())).collect(),
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+                    Err(error) => Err(error).step("read folder", folder),
+                }
+            };
+            let mut usage = BTreeMap::new();
+            for kind in list(&folder)? {
+                let on_disk = kind.ends_with("kubernetes.io~empty-dir");
+                for volume in list(&kind)? {
+                    let name = volume.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                    let disk = nix::sys::statvfs::statvfs(&volume).step("look at file system of", &volume)?;
+                    let own = mounts::is_mount_point(&volume)?;
+                    let (used_bytes, inodes_used) = if own {
+                        ((disk.blocks() - disk.blocks_free()) * disk.fragment_size(), disk.files() - disk.files_free())
+                    } else {
+                        crate::images::disk_usage(&volume)?
+                    };
+                    usage.insert(
+                        name,
+                        VolumeUsage {
+                            used_bytes,
+                            inodes_used,
+                            capacity_bytes: disk.blocks() * disk.fragment_size(),
+                            available_bytes: disk.blocks_available() * disk.fragment_size(),
+                            counts_as_ephemeral: on_disk && !own,
+                        },
+                    );
+                }
+            }
+            Ok(usage)
+        })
+        .await
     }
 
     /// UIDs of pods that have a folder on this node: what a restarted daemon must set up again or tear down.

@@ -33,6 +33,6 @@ mod subpath;
 pub use downward::{Allocatable, field_ref, resource_field_ref};
 pub use environment::{EnvironmentError, expand, service_environment};
 pub use error::VolumeError;
-pub use manager::{MountedVolume, PodVolumes, Volumes, VolumesConfig};
+pub use manager::{MountedVolume, PodVolumes, VolumeUsage, Volumes, VolumesConfig};
 pub use objects::{ObjectCache, ObjectData, ObjectKey, ObjectKind};
 pub use quantity::Quantity;

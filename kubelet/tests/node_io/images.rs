@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use coracle_kubelet::images::{ImageError, ImageStore, ImportSource, LayerLimits, StoreOptions};
+use coracle_kubelet::images::{GcPolicy, ImageError, ImageStore, ImportSource, LayerLimits, StoreOptions};
 use coracle_testkit::need;
 use nix::mount::{MsFlags, mount};
 use serde_json::json;
@@ -389,4 +389,22 @@ async fn work_that_a_crash_left_is_cleared() {
     assert!(!root.join("staging/dead").exists());
     store.prune(false).await.expect("prune");
     assert!(!root.join("layers/7").exists() && !root.join("snapshots/half").exists());
+}
+
+#[tokio::test]
+async fn garbage_is_collected_only_when_and_what_the_policy_says() {
+    let fixture = fixture(LayerLimits::default());
+    let used = fixture.import(&[tar_of(&[Entry::File("used", 0o644, b"x")])]).await.expect("import");
+    fixture.store.snapshot("c1", &used).expect("snapshot");
+    let archive = fixture.dir.path().join("other.tar");
+    docker_archive(&archive, "test.example/other:v1", &[tar_of(&[Entry::File("other", 0o644, b"y")])], None);
+    let other = fixture.store.import(ImportSource::Path(archive), None).await.expect("import").remove(0);
+    let young = std::time::Duration::from_secs(3600);
+    let full = GcPolicy { high_percent: 0, low_percent: 0, min_age: std::time::Duration::ZERO, max_age: None };
+    for kept in [GcPolicy { high_percent: 101, ..full }, GcPolicy { min_age: young, ..full }] {
+        assert_eq!(fixture.store.collect_garbage(kept).await.expect("collect").deleted, Vec::<String>::new());
+    }
+    let removed = fixture.store.collect_garbage(full).await.expect("collect");
+    assert_eq!(removed.deleted, std::slice::from_ref(&other.id));
+    assert!(fixture.store.resolve(&used.id).expect("valid").is_some());
 }

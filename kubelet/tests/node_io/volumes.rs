@@ -195,6 +195,11 @@ fn folders_claims_and_images() {
         fs::write(path("memory").join("kept"), "x").expect("write");
         fixture.volumes.setup(&pod).await.expect("again");
         assert!(path("disk").join("kept").exists() && path("memory").join("kept").exists());
+        let usage = fixture.volumes.usage("uid-1").await.expect("usage");
+        assert_eq!(usage["memory"].capacity_bytes, 8 << 20);
+        assert!(
+            usage["disk"].used_bytes > 0 && usage["disk"].counts_as_ephemeral && !usage["memory"].counts_as_ephemeral
+        );
         // Sub-paths: made, bound, and not led astray.
         std::os::unix::fs::symlink("/etc", path("disk").join("evil")).expect("link");
         let mounts = |sub: Value| -> Vec<k8s_openapi::api::core::v1::VolumeMount> {

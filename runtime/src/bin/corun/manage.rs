@@ -59,10 +59,11 @@ fn signal_number(text: &str) -> Result<i32> {
 }
 
 pub(crate) fn kill(context: &Context) -> Result<i32> {
-    let mut context = Context { root: context.root.clone(), flags: Default::default(), words: context.words.clone() };
-    // `--all` is accepted wherever it stands; a container without a PID namespace is always killed whole.
-    let all = context.words.iter().any(|word| word == "--all" || word == "-a") || context.flags.has("all");
-    context.words.retain(|word| word != "--all" && word != "-a" && word != "--");
+    // `--all` is accepted wherever it stands.
+    let is_flag = |word: &String| ["--all", "-a", "--"].contains(&word.as_str());
+    let all = context.flags.has("all") || context.words.iter().any(is_flag);
+    let words: Vec<String> = context.words.iter().filter(|word| !is_flag(word)).cloned().collect();
+    let context = Context { root: context.root.clone(), flags: crate::args::Flags::default(), words };
     let (folder, state) = context.container()?;
     let signal = signal_number(context.words.get(1).map_or("TERM", String::as_str))?;
     let status = state.status(&folder);

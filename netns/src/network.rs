@@ -10,13 +10,12 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
-use tokio::io::unix::AsyncFd;
 
 use crate::dns::Server;
 use crate::error::{Error, PathExt};
 use crate::hosts::Hosts;
 use crate::model::{Change, Pod};
-use crate::netlink::{LinkEvents, Socket, route};
+use crate::netlink::{LinkEvents, Socket, messages, route};
 use crate::pods::{self, Addresses, Host, PodKey, PodNet, PodNetwork, Record, Records, check_uid};
 use crate::policy::PolicyChange;
 use crate::rules::Rules;
@@ -210,32 +209,23 @@ impl Network {
 
 /// Restores routes when a link of the host comes up, until the network is gone.
 async fn follow_links(network: Weak<Inner>, events: LinkEvents) {
-    let events = match AsyncFd::new(events) {
-        Ok(events) => events,
-        Err(error) => {
-            tracing::error!(%error, "cannot hear of links; routes are not restored after one was down");
-            return;
-        }
-    };
+    if let Err(error) = try_follow_links(network, events).await {
+        tracing::error!(%error, "cannot hear of links; routes are not restored after one was down");
+    }
+}
+
+async fn try_follow_links(network: Weak<Inner>, events: LinkEvents) -> io::Result<()> {
+    let mut events = events.start()?;
     loop {
-        let Ok(mut ready) = events.readable().await else { return };
-        let Some(inner) = network.upgrade() else { return };
-        ready.clear_ready();
-        let mut up = false;
-        let result = events.get_ref().read(|kind, payload| {
-            // Our own links come and go all the time and carry no route to another node.
-            let ours = |name: &str| name.starts_with(&inner.config.link_prefix);
-            up |= route::came_up(kind, payload).is_some_and(|name| !ours(&name));
-        });
-        if let Err(error) = result {
-            tracing::error!(%error, "cannot hear of links any more");
-            return;
-        }
+        let bytes = events.next().await?;
+        let Some(inner) = network.upgrade() else { return Ok(()) };
+        // Our own links come and go all the time and carry no route to another node.
+        let ours = |name: &str| name.starts_with(&inner.config.link_prefix);
+        let up = messages(bytes)
+            .any(|message| route::came_up(message.kind, message.payload).is_some_and(|name| !ours(&name)));
         if up {
             let restore = move || inner.hosts.lock().restore(&inner.config, &mut inner.host.socket.lock());
-            if let Err(error) = tokio::task::spawn_blocking(restore).await {
-                tracing::error!(%error, "restoring routes ended badly");
-            }
+            tokio::task::spawn_blocking(restore).await.map_err(io::Error::other)?;
         }
     }
 }

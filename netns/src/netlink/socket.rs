@@ -1,6 +1,8 @@
 //! A netlink socket that sends a batch and reads what became of each message.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -183,7 +185,7 @@ impl Socket {
 }
 
 /// A socket that hears of changes of links, for an async runtime.
-pub(crate) struct LinkEvents(OwnedFd);
+pub(crate) struct LinkEvents(UnixDatagram);
 
 impl LinkEvents {
     /// Listens in the network namespace of the calling thread.
@@ -194,27 +196,33 @@ impl LinkEvents {
             .map_err(|errno| NetlinkError::Socket { call: "open a socket", errno })?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, RTMGRP_LINK))
             .map_err(|errno| NetlinkError::Socket { call: "bind", errno })?;
-        Ok(Self(fd))
+        // A datagram socket is received from in the same way whatever its family; the runtime has a type for this one.
+        Ok(Self(UnixDatagram::from(fd)))
     }
 
-    /// Hands the messages that have come to `each`; none is no error.
-    pub(crate) fn read(&self, mut each: impl FnMut(u16, &[u8])) -> Result<(), NetlinkError> {
-        let mut buffer = vec![0; READ_BYTES];
-        loop {
-            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(len) => messages(&buffer[..len]).for_each(|message| each(message.kind, message.payload)),
-                // ENOBUFS: more came than we read; what is read next tells enough.
-                Err(Errno::EINTR | Errno::ENOBUFS) => {}
-                Err(Errno::EAGAIN) => return Ok(()),
-                Err(errno) => return Err(NetlinkError::Socket { call: "receive", errno }),
-            }
-        }
+    /// The socket for the runtime that this is called in.
+    pub(crate) fn start(self) -> io::Result<LinkEventStream> {
+        Ok(LinkEventStream { socket: tokio::net::UnixDatagram::from_std(self.0)?, buffer: vec![0; READ_BYTES] })
     }
 }
 
-impl AsRawFd for LinkEvents {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.as_raw_fd()
+/// [`LinkEvents`] in a runtime.
+pub(crate) struct LinkEventStream {
+    socket: tokio::net::UnixDatagram,
+    buffer: Vec<u8>,
+}
+
+impl LinkEventStream {
+    /// The messages that come next.
+    pub(crate) async fn next(&mut self) -> io::Result<&[u8]> {
+        loop {
+            match self.socket.recv(&mut self.buffer).await {
+                Ok(len) => return Ok(&self.buffer[..len]),
+                // More came than we read; what is read next tells enough.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

@@ -2,11 +2,11 @@
 
 use bytes::Bytes;
 use coracle_schema::decode::{self as decoder, DecodeError, typed};
-use coracle_schema::{Schema, openapi, protobuf};
+use coracle_schema::{Schema, protobuf};
 use serde_json::{Value, json};
 
 use crate::http::Format;
-use crate::kinds::{Kind, Scope};
+use crate::kinds::Kind;
 use crate::status::Status;
 
 /// Bytes of a body that an error message shows.

@@ -369,7 +369,8 @@ fn one(
                 coracle_schema::patch::json::apply(object, &bytes).map_err(|e| e.to_string())
             } else {
                 // Lists merge by their keys, as server-side apply merges them.
-                coracle_schema::patch::strategic::apply(object, patch, ctx.kind.schema()).map_err(|e| e.to_string())
+                let merged = coracle_schema::apply::overlay(object, &patch, ctx.kind.schema());
+                merged.map(|merged| *object = merged).map_err(|e| e.to_string())
             }
         });
         if let Err(why) = applied {

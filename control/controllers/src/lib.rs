@@ -22,6 +22,7 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(cluster::accounts::Accounts::new(&api)));
     running.spawn(machine::run(cluster::root_ca::RootCa::new(&api)));
     running.spawn(machine::run(cluster::namespaces::Namespaces::new(&api)));
+    running.spawn(machine::run(cluster::quota::Quotas::new(&api)));
     running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
     running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api)));
     running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));

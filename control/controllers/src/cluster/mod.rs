@@ -5,3 +5,4 @@ pub(crate) mod namespaces;
 pub(crate) mod node_ipam;
 pub(crate) mod node_lifecycle;
 pub(crate) mod root_ca;
+pub(crate) mod quota;

@@ -117,6 +117,11 @@ impl<C: Controller> Sources<C> {
         });
     }
 
+    /// Runs a source of another kind until the controller ends.
+    pub(crate) fn spawn(&mut self, source: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(source);
+    }
+
     /// Queues a key at a fixed interval, for work that time alone makes due.
     pub(crate) fn every(&mut self, interval: Duration, key: Key) {
         let queue = self.queue.clone();

@@ -9,7 +9,7 @@ mod set;
 mod table;
 
 #[cfg(test)]
-pub(crate) mod walk;
+pub(crate) mod tests;
 
 pub(crate) use encode::{delete_table, purge, table_exists};
 pub(crate) use expression::{

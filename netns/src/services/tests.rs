@@ -10,7 +10,7 @@ use super::layout;
 use super::proxy::{Proxy, ProxyChange};
 use crate::model::{Endpoint, EndpointPort, EndpointSlice, ObjectKey, Protocol, Service, ServicePort, TrafficPolicy};
 use crate::nft::Table;
-use crate::nft::walk::{Outcome, Packet, walk};
+use crate::nft::tests::{Outcome, Packet, walk};
 use crate::{Config, Family};
 
 const NAMES: usize = 3;

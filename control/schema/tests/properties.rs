@@ -288,3 +288,24 @@ proptest! {
         fuzz::expression(format!("{}{tail}", pieces[piece]).as_bytes());
     }
 }
+
+/// The seeds that the fuzzers start from pass, and are not empty.
+#[test]
+fn the_fuzzers_seeds_pass() {
+    type Target = fn(&[u8]);
+    let targets: [(&str, Target); 5] = [
+        ("api_object", fuzz::object),
+        ("schema_patches", fuzz::patches),
+        ("schema_applies", fuzz::applies),
+        ("schema_custom", fuzz::custom),
+        ("schema_expression", fuzz::expression),
+    ];
+    for (name, target) in targets {
+        let folder = format!("{}/../../fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
+        let files: Vec<_> = std::fs::read_dir(&folder).expect("the corpus is checked in").collect();
+        assert!(!files.is_empty(), "{folder} is empty");
+        for file in files {
+            target(&std::fs::read(file.expect("listed").path()).expect("readable"));
+        }
+    }
+}

@@ -22,5 +22,8 @@ pub mod native;
 pub mod supervisor;
 pub mod volumes;
 
+mod agent;
+
+pub use agent::{AgentError, Kubelet};
 pub use config::Config;
 pub use names::{ContainerId, Layout, PodKey};

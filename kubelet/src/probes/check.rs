@@ -51,7 +51,7 @@ impl Target {
 }
 
 /// Asks once.
-pub(super) async fn check(probe: &Probe, target: &Target, timeout: Duration) -> Answer {
+pub async fn check(probe: &Probe, target: &Target, timeout: Duration) -> Answer {
     if let Some(exec) = &probe.exec {
         return command(exec.command.as_deref().unwrap_or_default(), target, timeout).await;
     }

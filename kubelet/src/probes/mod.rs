@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Probe;
 
-pub use check::{Answer, Target};
+pub use check::{Answer, Target, check as ask};
 pub use tracker::{Standing, Tracker};
 
 /// What a probe decides.

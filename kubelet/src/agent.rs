@@ -1,0 +1,231 @@
+//! The node agent put together: supervisor, images, volumes, pod workers, the node's own API, its object in the cluster.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use coracle_netns::Network;
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{NodeCondition, Pod, Service};
+use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::{WatchStreamExt, reflector, watcher};
+use kube::{Api, Client};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::cgroups::Hierarchy;
+use crate::cri::{ContainerRuntime, RuntimeError};
+use crate::images::{ImageStore, StoreOptions};
+use crate::native::Native;
+use crate::native::network::{PodNetwork, PodNetworks};
+use crate::names::PodKey;
+use crate::node::status::condition;
+use crate::node::{Facts, Health, NodeAgent};
+use crate::pods::{Context, PodManager, PodTable};
+use crate::server::{NodeServer, NodeState, ServerConfig};
+use crate::supervisor::client::{Client as Supervisor, Launch};
+use crate::supervisor::logfile::Limits;
+use crate::volumes::{Allocatable, ObjectCache, Volumes, VolumesConfig};
+use crate::{Config, network};
+
+/// Pulls at once (`maxParallelImagePulls`).
+const MAX_PULLS: usize = 4;
+
+/// What keeps a node from starting.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A folder, file or address of the host.
+    #[error("{step}: {source}")]
+    Host {
+        /// What was done.
+        step: String,
+        /// The errno.
+        source: std::io::Error,
+    },
+    /// The supervisor of containers.
+    #[error("start the supervisor of containers: {0}")]
+    Supervisor(#[from] crate::supervisor::client::ClientError),
+    /// The image store.
+    #[error("open the image store: {0}")]
+    Images(#[from] crate::images::ImageError),
+    /// What an earlier daemon left.
+    #[error("take over the containers that run: {0}")]
+    Runtime(#[from] RuntimeError),
+}
+
+fn host(step: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
+    let step = step.into();
+    move |source| AgentError::Host { step, source }
+}
+
+/// The node agent of this host.
+pub struct Kubelet {
+    node: NodeAgent,
+    context: Arc<Context>,
+    server: NodeServer,
+    listener: TcpListener,
+    network: Arc<Network>,
+}
+
+/// The pods' network as the container verbs ask for it.
+struct Networks(Arc<Network>);
+
+#[async_trait]
+impl PodNetworks for Networks {
+    async fn setup(&self, pod: &PodKey, net: coracle_netns::PodNet) -> crate::cri::Result<PodNetwork> {
+        let key = coracle_netns::PodKey { uid: pod.uid.clone(), namespace: pod.namespace.clone(), name: pod.name.clone() };
+        let made = self.0.setup_pod(key, net).await;
+        let made = made.map_err(|error| RuntimeError::Network { pod: pod.clone(), message: error.to_string() })?;
+        Ok(PodNetwork { namespace: made.netns, ips: made.ips })
+    }
+
+    async fn teardown(&self, pod: &PodKey) -> crate::cri::Result<()> {
+        self.0.teardown_pod(&pod.uid);
+        Ok(())
+    }
+}
+
+impl Kubelet {
+    /// Takes over what an earlier daemon left, listens on `address`, and is ready to run pods.
+    ///
+    /// # Errors
+    /// When the supervisor, the image store, cgroups or the listener cannot be had.
+    pub async fn new(
+        config: Config,
+        client: Client,
+        network: Arc<Network>,
+        facts: Facts,
+        server: ServerConfig,
+        address: SocketAddr,
+    ) -> Result<Self, AgentError> {
+        let listener = TcpListener::bind(address).await.map_err(host(format!("listen on {address} for the node's API (is another kubelet running? choose another with --kubelet-port)")))?;
+        let port = listener.local_addr().map_err(host("ask for the node API's address"))?.port();
+        let config = Arc::new(Config { port, ..config });
+        let layout = config.layout.clone();
+        let cgroups = Hierarchy::open(&config.cgroup_root).map_err(host("make the cgroup of all pods (coracle check tells what lacks)"))?;
+        let launch = Launch { executable: config.executable.clone(), arguments: config.supervisor_arguments.clone() };
+        let supervisor = Supervisor::start(layout.clone(), launch).await?;
+        let folder = layout.data.join("images");
+        let images = tokio::task::spawn_blocking(move || ImageStore::open(&folder, StoreOptions::default()))
+            .await
+            .map_err(|error| host("open the image store")(std::io::Error::other(error)))??;
+        let limits = Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
+        let networks = Arc::new(Networks(network.clone()));
+        let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
+        let runtime: Arc<dyn ContainerRuntime> = Arc::new(native);
+        let allocatable = Allocatable {
+            cpu_millis: facts.cpu_millis.saturating_sub(config.reserved_cpu_millis),
+            memory_bytes: facts.memory_bytes.saturating_sub(config.reserved_memory_bytes),
+            ephemeral_storage_bytes: facts.disk_bytes,
+        };
+        let volumes = Volumes::new(
+            VolumesConfig { layout, images: images.clone(), allocatable: Arc::new(move || allocatable.clone()) },
+            ObjectCache::new(client.clone()),
+        );
+        let reporter = Reporter { controller: "kubelet".into(), instance: Some(config.node_name.clone()) };
+        let (services, writer) = reflector::store::<Service>();
+        let stream = watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).default_backoff();
+        tokio::spawn(reflector(writer, stream).for_each(|_| std::future::ready(())));
+        let context = Arc::new(Context {
+            client: client.clone(),
+            runtime,
+            images,
+            volumes,
+            table: Arc::new(PodTable::default()),
+            cgroups,
+            facts: facts.clone(),
+            recorder: Recorder::new(client.clone(), reporter),
+            services,
+            pulls: Semaphore::new(MAX_PULLS),
+            image_ids: Default::default(),
+            config: config.clone(),
+        });
+        let server = NodeServer::new(server, client.clone(), Arc::new(State(context.clone()))).map_err(host("prepare the node's API"))?;
+        Ok(Self { node: NodeAgent::new(config, client, facts), context, server, listener, network })
+    }
+
+    /// Runs the node until the future is dropped; containers run on.
+    pub async fn run(self) {
+        let mut parts = JoinSet::new();
+        let (context, client) = (self.context.clone(), self.context.client.clone());
+        parts.spawn(network::follow(client, self.network));
+        parts.spawn(context.volumes.clone().run());
+        let (server, listener) = (self.server, self.listener);
+        parts.spawn(async move {
+            if let Err(error) = server.serve(listener).await {
+                tracing::error!(%error, "the node's API ended");
+            }
+        });
+        parts.spawn(PodManager::new(context.clone()).run());
+        let health = Arc::new(State(context));
+        parts.spawn(async move { self.node.run(health).await });
+        while let Some(ended) = parts.join_next().await {
+            match ended {
+                Ok(()) => tracing::error!("a part of the node agent ended"),
+                Err(error) if error.is_panic() => tracing::error!(%error, "a part of the node agent failed"),
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// The agent as its API and its object in the cluster see it.
+struct State(Arc<Context>);
+
+impl NodeState for State {
+    fn pods(&self) -> Vec<Arc<Pod>> {
+        self.0.table.list().iter().map(|entry| entry.pod.clone()).collect()
+    }
+
+    fn runtime(&self) -> Arc<dyn ContainerRuntime> {
+        self.0.runtime.clone()
+    }
+
+    fn images(&self) -> Option<Arc<ImageStore>> {
+        Some(self.0.images.clone())
+    }
+
+    fn configz(&self) -> serde_json::Value {
+        let config = &self.0.config;
+        serde_json::json!({"kubeletconfig": {
+            "kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "port": config.port, "maxPods": config.max_pods, "clusterDomain": config.cluster_domain,
+            "clusterDNS": config.cluster_dns, "cgroupDriver": "cgroupfs", "seccompDefault": config.seccomp_default,
+            "containerLogMaxFiles": config.container_log_max_files,
+            "containerLogMaxSize": config.container_log_max_size_bytes.to_string(),
+            "allowedUnsafeSysctls": config.allowed_unsafe_sysctls,
+        }})
+    }
+}
+
+impl Health for State {
+    fn conditions(&self) -> Vec<NodeCondition> {
+        let missing = self.0.cgroups.missing();
+        if missing.is_empty() {
+            return Vec::new();
+        }
+        let message = format!("the host lacks the cgroup v2 controllers {}: their limits are not enforced", missing.join(", "));
+        vec![condition("CgroupControllersMissing", "True", "HostLacksControllers", &message)]
+    }
+
+    fn images(&self) -> Vec<(Vec<String>, i64)> {
+        let mut images: Vec<_> = self
+            .0
+            .images
+            .list()
+            .unwrap_or_default()
+            .iter()
+            .map(|image| {
+                let names = image.repo_digests.iter().chain(&image.repo_tags).cloned().collect();
+                (names, i64::try_from(image.size_bytes).unwrap_or(i64::MAX))
+            })
+            .collect();
+        images.sort_by_key(|(_, size)| std::cmp::Reverse(*size));
+        images
+    }
+
+    fn volumes_in_use(&self) -> Vec<String> {
+        Vec::new()
+    }
+}

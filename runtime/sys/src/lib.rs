@@ -12,13 +12,13 @@ pub mod namespace;
 pub mod net;
 pub mod packet;
 pub mod path;
+pub mod pidfd;
 pub mod pipe;
 pub mod process;
 pub mod ring;
 pub mod schedule;
 pub mod seccomp;
 pub mod tty;
-pub mod pidfd;
 
 pub use nix::errno::Errno;
 

@@ -3,7 +3,7 @@
 //! `cargo run --release -p coracle-netns --example measure`
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,35 @@ fn main() {
     println!("{PODS} pods removed: asked for in {asked:?}, gone after {:?}", start.elapsed());
 
     throughput(&network, &runtime);
+    let pod = runtime
+        .block_on(network.setup_pod(
+            PodKey { uid: "uid-z".into(), namespace: "default".into(), name: "z".into() },
+            PodNet::default(),
+        ))
+        .expect("a pod");
+    names(&network, &runtime, &pod.netns);
+    let listener = inside(&pod.netns, || TcpListener::bind((pod.ips[0], 8080)).expect("a port"));
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    let front = vec![
+        Change::Service(
+            ObjectKey::new("default", "front"),
+            Some(Service {
+                cluster_ips: vec![FRONT.into()],
+                ports: vec![ServicePort { port: 80, ..ServicePort::default() }],
+                ..Service::default()
+            }),
+        ),
+        Change::Slice(
+            ObjectKey::new("default", "front"),
+            Some(EndpointSlice {
+                service: ObjectKey::new("default", "front"),
+                ports: vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: 8080 }],
+                endpoints: vec![Endpoint::ready(pod.ips[0], Some("node"))],
+            }),
+        ),
+    ];
+    runtime.block_on(network.update(front)).expect("the rules");
+    let with_one = connections();
     let before = resident_kib();
     let all: Vec<Change> = (0..SERVICES).flat_map(|n| [service(n), slice(n, 0)]).collect();
     let start = Instant::now();
@@ -53,6 +82,11 @@ fn main() {
         "{SERVICES} services x {ENDPOINTS} endpoints, first sync: {:?}; memory grew by {} KiB",
         start.elapsed(),
         resident_kib() - before
+    );
+    let with_all = connections();
+    println!(
+        "new connections a second: {with_one:.0} with one service, {with_all:.0} with {SERVICES} (ratio {:.2})",
+        with_all / with_one
     );
     let mut change = Vec::new();
     for n in 0..CHANGES {
@@ -102,6 +136,69 @@ fn resident_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or_default()
+}
+
+/// The Service that is connected to.
+const FRONT: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 2);
+
+/// New connections a second through the Service, one after the other: the median of some runs.
+fn connections() -> f64 {
+    let mut all: Vec<f64> = (0..RUNS)
+        .map(|_| {
+            let (start, mut count) = (Instant::now(), 0_u32);
+            while start.elapsed() < RUN {
+                drop(TcpStream::connect((FRONT, 80)).expect("a connection"));
+                count += 1;
+            }
+            f64::from(count) / start.elapsed().as_secs_f64()
+        })
+        .collect();
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
+}
+
+/// Questions to the DNS from inside of a pod, some at a time.
+fn names(network: &std::sync::Arc<Network>, runtime: &tokio::runtime::Runtime, pod: &Path) {
+    const WINDOW: usize = 32;
+    runtime.block_on(network.update(vec![service(0)])).expect("the rules");
+    let serving = std::sync::Arc::clone(network);
+    let server = runtime.spawn(async move { serving.serve_dns().await });
+    let mut question = vec![0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in ["service-0", "default", "svc", "cluster", "local", ""] {
+        question.push(u8::try_from(label.len()).expect("short"));
+        question.extend(label.bytes());
+    }
+    question.extend([0, 1, 0, 1]);
+    let waits = inside(pod, || {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+        socket.connect("10.43.0.10:53").expect("an address");
+        let mut buffer = [0; 512];
+        let start = Instant::now();
+        let mut count = 0;
+        while start.elapsed() < RUN * 2 {
+            for _ in 0..WINDOW {
+                socket.send(&question).expect("sent");
+            }
+            for _ in 0..WINDOW {
+                socket.recv(&mut buffer).expect("an answer");
+            }
+            count += WINDOW;
+        }
+        println!(
+            "DNS: {:.0} answers a second, asker and server on two cores",
+            count as f64 / start.elapsed().as_secs_f64()
+        );
+        let mut one = Vec::new();
+        for _ in 0..5000 {
+            let sent = Instant::now();
+            socket.send(&question).expect("sent");
+            socket.recv(&mut buffer).expect("an answer");
+            one.push(sent.elapsed());
+        }
+        one
+    });
+    report("DNS question from a pod, one after the other", waits);
+    server.abort();
 }
 
 /// Runs of each kind, taking turns.

@@ -3,8 +3,10 @@
 
 mod eventually;
 mod image;
+mod kubectl;
 mod need;
 
 pub use eventually::{Deadline, eventually};
 pub use image::Image;
+pub use kubectl::kubectl;
 pub use need::need;

@@ -26,7 +26,7 @@ pub fn need(program: &str, package: &str) -> PathBuf {
     find(program).unwrap_or_else(|| panic!("package {package} is installed but has no program {program}"))
 }
 
-fn find(program: &str) -> Option<PathBuf> {
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from))

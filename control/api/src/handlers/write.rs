@@ -52,10 +52,6 @@ async fn review(call: &mut Call, mut object: Value) -> Result<Response, Status> 
     for plugin in plugins(&ctx) {
         plugin.validate(&ctx, &object, None).await?;
     }
-    let errors = call.kind.strategy.validate(&ctx, &object);
-    if !errors.is_empty() {
-        return Err(Status::invalid(&call.kind, "", &errors));
-    }
     let answered = match (call.kind.group.as_str(), call.kind.resource.as_str()) {
         ("authentication.k8s.io", _) => crate::authn::review(&ctx, object).await?,
         ("", "bindings") => {

@@ -231,7 +231,7 @@ async fn bad_bodies_get_a_status() {
     };
     assert_eq!(send(vec![b' '; 4 << 20], "application/json").await, 413);
     assert_eq!(send(b"[".repeat(100_000), "application/json").await, 400);
-    assert_eq!(send(b"{\"kind\":\"ConfigMap\",\"metadata\":{\"name\":\"\xff\"}}".to_vec(), "application/json").await, 400);
+    assert_eq!(send(b"{\"kind\":\"ConfigMap\",\"metadata\":{\"name\":\"\xff\"}}".to_vec(), "application/json").await, 422);
     assert_eq!(send(b"a: &a [*a, *a]".to_vec(), "application/yaml").await / 100, 4);
     assert_eq!(send(b"k8s\0\xff\xff\xff".to_vec(), "application/vnd.kubernetes.protobuf").await, 400);
     assert_eq!(send(b"x".to_vec(), "text/plain").await, 415);

@@ -33,11 +33,22 @@ pub(crate) fn discovered(_api: &ApiServer) -> Vec<Value> {
 }
 
 /// Passes a request on.
-pub(crate) async fn pass_on(_api: &Arc<ApiServer>, _user: &UserInfo, _target: &Target, _parts: http::request::Parts, _body: ReqBody) -> Result<Response, Status> {
+pub(crate) async fn pass_on(
+    _api: &Arc<ApiServer>,
+    _user: &UserInfo,
+    _target: &Target,
+    _parts: http::request::Parts,
+    _body: ReqBody,
+) -> Result<Response, Status> {
     Err(Status::unavailable("service unavailable"))
 }
 
 /// Resources of an aggregated group version.
-pub(crate) async fn discovery(_api: &Arc<ApiServer>, _target: &Target, _group: &str, _version: &str) -> Result<Response, Status> {
+pub(crate) async fn discovery(
+    _api: &Arc<ApiServer>,
+    _target: &Target,
+    _group: &str,
+    _version: &str,
+) -> Result<Response, Status> {
     Err(Status::unavailable("service unavailable"))
 }

@@ -6,301 +6,209 @@ use async_trait::async_trait;
 use serde_json::{Map, Value, json};
 
 use crate::kinds::Conversion;
+use crate::object;
 use crate::status::Status;
 
-type Object = Map<String, Value>;
+/// Annotations in which a v1 autoscaler carries what v1 has no fields for.
+const METRICS: &str = "autoscaling.alpha.kubernetes.io/metrics";
+const BEHAVIOR: &str = "autoscaling.alpha.kubernetes.io/behavior";
+const CURRENT: &str = "autoscaling.alpha.kubernetes.io/current-metrics";
+const CONDITIONS: &str = "autoscaling.alpha.kubernetes.io/conditions";
 
 /// The conversion of a built-in resource, `None` for those with one version.
-pub(crate) fn builtin(_group: &str, resource: &str) -> Option<Arc<dyn Conversion>> {
-    match resource {
-        "events" => Some(Arc::new(Pure(event))),
-        "horizontalpodautoscalers" => Some(Arc::new(Pure(autoscaler))),
+pub(crate) fn builtin(group: &str, resource: &str) -> Option<Arc<dyn Conversion>> {
+    match (group, resource) {
+        ("" | "events.k8s.io", "events") => Some(Arc::new(Table { convert: event })),
+        ("autoscaling", "horizontalpodautoscalers") => Some(Arc::new(Table { convert: autoscaler })),
         _ => None,
     }
 }
 
-/// A conversion that needs nobody: a function from an object and a version to the object in that version.
-struct Pure(fn(&mut Object, &str));
+/// A conversion by a function from an object and a wanted `apiVersion`.
+struct Table {
+    convert: fn(Value, &str) -> Result<Value, Status>,
+}
 
 #[async_trait]
-impl Conversion for Pure {
-    async fn convert(&self, mut objects: Vec<Value>, api_version: &str) -> Result<Vec<Value>, Status> {
-        for object in objects.iter_mut().filter_map(Value::as_object_mut) {
-            if object.get("apiVersion").and_then(Value::as_str) != Some(api_version) {
-                (self.0)(object, api_version);
-                object.insert("apiVersion".into(), api_version.into());
-            }
-        }
-        Ok(objects)
+impl Conversion for Table {
+    async fn convert(&self, objects: Vec<Value>, api_version: &str) -> Result<Vec<Value>, Status> {
+        objects
+            .into_iter()
+            .map(|mut object| {
+                if object["apiVersion"].as_str() == Some(api_version) {
+                    return Ok(object);
+                }
+                object = (self.convert)(object, api_version)?;
+                object["apiVersion"] = api_version.into();
+                Ok(object)
+            })
+            .collect()
     }
 }
 
-/// Fields of events in the core group and in `events.k8s.io`; all others have one name.
-const EVENT_FIELDS: [(&str, &str); 7] = [
+/// Members of an event: `v1`, `events.k8s.io/v1`.
+const EVENT_MEMBERS: [(&str, &str); 8] = [
     ("involvedObject", "regarding"),
     ("message", "note"),
+    ("reportingComponent", "reportingController"),
     ("source", "deprecatedSource"),
     ("firstTimestamp", "deprecatedFirstTimestamp"),
     ("lastTimestamp", "deprecatedLastTimestamp"),
     ("count", "deprecatedCount"),
-    ("reportingComponent", "reportingController"),
+    ("reportingInstance", "reportingInstance"),
 ];
 
-fn event(object: &mut Object, api_version: &str) {
-    for (core, events) in EVENT_FIELDS {
-        let (from, to) = if api_version == "v1" { (events, core) } else { (core, events) };
-        if let Some(value) = object.remove(from) {
-            object.insert(to.into(), value);
+fn event(mut object: Value, api_version: &str) -> Result<Value, Status> {
+    let members = object::members(&mut object);
+    for (core, grouped) in EVENT_MEMBERS {
+        let (from, to) = if api_version == "v1" { (grouped, core) } else { (core, grouped) };
+        if let Some(value) = members.remove(from) {
+            members.insert(to.into(), value);
         }
     }
+    Ok(object)
 }
 
-/// Where version 1 of autoscalers keeps what only version 2 has fields for.
-const METRICS: &str = "autoscaling.alpha.kubernetes.io/metrics";
-const CURRENT_METRICS: &str = "autoscaling.alpha.kubernetes.io/current-metrics";
-const CONDITIONS: &str = "autoscaling.alpha.kubernetes.io/conditions";
-const BEHAVIOR: &str = "autoscaling.alpha.kubernetes.io/behavior";
-
-fn autoscaler(object: &mut Object, api_version: &str) {
+fn autoscaler(mut object: Value, api_version: &str) -> Result<Value, Status> {
     if api_version == "autoscaling/v1" {
-        autoscaler_to_v1(object);
+        to_v1(&mut object)
     } else {
-        autoscaler_to_v2(object);
+        to_v2(&mut object)?
     }
+    Ok(object)
 }
 
-fn autoscaler_to_v1(object: &mut Object) {
-    let mut kept = Vec::new();
-    if let Some(Value::Object(spec)) = object.get_mut("spec") {
-        let (cpu, others) = split_cpu(spec.remove("metrics"), &Names::SPEC);
-        spec.extend(cpu.map(|percent| ("targetCPUUtilizationPercentage".to_owned(), percent)));
-        kept.push((METRICS, others));
-        kept.push((BEHAVIOR, spec.remove("behavior")));
+/// What v1 cannot say goes into annotations, as text.
+fn to_v1(object: &mut Value) {
+    let mut notes: Vec<(&str, Value)> = Vec::new();
+    if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
+        let metrics = spec.remove("metrics").and_then(|m| m.as_array().cloned()).unwrap_or_default();
+        let (cpu, others): (Vec<Value>, Vec<Value>) = metrics.into_iter().partition(is_cpu_utilization);
+        let mut cpu = cpu.into_iter();
+        if let Some(metric) = cpu.next() {
+            spec.insert(
+                "targetCPUUtilizationPercentage".into(),
+                metric["resource"]["target"]["averageUtilization"].clone(),
+            );
+        }
+        let rest: Vec<Value> = cpu.chain(others).collect();
+        if !rest.is_empty() {
+            notes.push((METRICS, rest.into()));
+        }
+        if let Some(behavior) = spec.remove("behavior") {
+            notes.push((BEHAVIOR, behavior));
+        }
     }
-    if let Some(Value::Object(status)) = object.get_mut("status") {
-        let (cpu, others) = split_cpu(status.remove("currentMetrics"), &Names::STATUS);
-        status.extend(cpu.map(|percent| ("currentCPUUtilizationPercentage".to_owned(), percent)));
-        kept.push((CURRENT_METRICS, others));
-        kept.push((CONDITIONS, status.remove("conditions")));
+    if let Some(status) = object.get_mut("status").and_then(Value::as_object_mut) {
+        let current = status.remove("currentMetrics").and_then(|m| m.as_array().cloned()).unwrap_or_default();
+        let (cpu, rest): (Vec<Value>, Vec<Value>) = current.into_iter().partition(|metric| {
+            metric["type"] == "Resource"
+                && metric["resource"]["name"] == "cpu"
+                && metric["resource"]["current"]["averageUtilization"].is_number()
+        });
+        if let Some(metric) = cpu.first() {
+            status.insert(
+                "currentCPUUtilizationPercentage".into(),
+                metric["resource"]["current"]["averageUtilization"].clone(),
+            );
+        }
+        if !rest.is_empty() {
+            notes.push((CURRENT, rest.into()));
+        }
+        if let Some(conditions) = status.remove("conditions") {
+            notes.push((CONDITIONS, conditions));
+        }
     }
-    for (name, value) in kept {
-        if let Some(value) =
-            value.filter(|value| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()))
-        {
-            annotations(object).insert(name.into(), value.to_string().into());
+    if !notes.is_empty() {
+        let annotations = object::members(object::metadata(object).entry("annotations").or_insert_with(|| json!({})));
+        for (name, value) in notes {
+            annotations.insert(name.into(), value.to_string().into());
         }
     }
 }
 
-fn autoscaler_to_v2(object: &mut Object) {
-    let mut take = |name: &str| {
-        let annotations = object.get_mut("metadata")?.get_mut("annotations")?.as_object_mut()?;
-        let value = serde_json::from_str(annotations.remove(name)?.as_str()?).ok();
+fn is_cpu_utilization(metric: &Value) -> bool {
+    metric["type"] == "Resource"
+        && metric["resource"]["name"] == "cpu"
+        && metric["resource"]["target"]["type"] == "Utilization"
+}
+
+/// The way back; text that is not JSON is refused.
+fn to_v2(object: &mut Value) -> Result<(), Status> {
+    let mut notes = Map::new();
+    if let Some(annotations) = object::metadata(object).get_mut("annotations").and_then(Value::as_object_mut) {
+        for name in [METRICS, BEHAVIOR, CURRENT, CONDITIONS] {
+            if let Some(text) = annotations.remove(name) {
+                let value = serde_json::from_str(text.as_str().unwrap_or_default())
+                    .map_err(|error| Status::bad_request(format!("annotation {name}: {error}")))?;
+                notes.insert(name.into(), value);
+            }
+        }
         if annotations.is_empty() {
-            object.get_mut("metadata")?.as_object_mut()?.remove("annotations");
-        }
-        value
-    };
-    let [metrics, current, conditions, behavior]: [Option<Value>; 4] =
-        [METRICS, CURRENT_METRICS, CONDITIONS, BEHAVIOR].map(&mut take);
-    if let Some(Value::Object(spec)) = object.get_mut("spec") {
-        let cpu = spec.remove("targetCPUUtilizationPercentage");
-        let all = join_cpu(cpu, metrics, &Names::SPEC);
-        if !all.is_empty() {
-            spec.insert("metrics".into(), all.into());
-        }
-        spec.extend(behavior.map(|value| ("behavior".to_owned(), value)));
-    }
-    if let Some(Value::Object(status)) = object.get_mut("status") {
-        let cpu = status.remove("currentCPUUtilizationPercentage");
-        let all = join_cpu(cpu, current, &Names::STATUS);
-        status.insert("currentMetrics".into(), if all.is_empty() { Value::Null } else { all.into() });
-        status.extend(conditions.map(|value| ("conditions".to_owned(), value)));
-    }
-}
-
-fn annotations(object: &mut Object) -> &mut Object {
-    fn child<'a>(object: &'a mut Object, name: &str) -> &'a mut Object {
-        let value = object.entry(name).or_insert_with(|| Value::Object(Object::new()));
-        if !value.is_object() {
-            *value = Value::Object(Object::new());
-        }
-        value.as_object_mut().expect("it was just made an object")
-    }
-    child(child(object, "metadata"), "annotations")
-}
-
-/// How the two versions name a metric's figures in a spec and in a status.
-struct Names {
-    /// Field of version 2 that holds the figures.
-    figures: &'static str,
-    utilization: &'static str,
-    average: &'static str,
-    value: &'static str,
-}
-
-impl Names {
-    const SPEC: Self = Self {
-        figures: "target",
-        utilization: "targetAverageUtilization",
-        average: "targetAverageValue",
-        value: "targetValue",
-    };
-    const STATUS: Self = Self {
-        figures: "current",
-        utilization: "currentAverageUtilization",
-        average: "currentAverageValue",
-        value: "currentValue",
-    };
-}
-
-/// The first metric of CPU utilisation as a percentage, and the others in version 1's form.
-fn split_cpu(metrics: Option<Value>, names: &Names) -> (Option<Value>, Option<Value>) {
-    let Some(Value::Array(metrics)) = metrics else { return (None, None) };
-    let (mut cpu, mut others) = (None, Vec::new());
-    for metric in metrics {
-        let percent = metric.get("resource").filter(|resource| resource["name"] == "cpu");
-        let percent = percent.and_then(|resource| resource.get(names.figures)?.get("averageUtilization"));
-        match percent {
-            Some(percent) if cpu.is_none() => cpu = Some(percent.clone()),
-            _ => others.push(metric_to_v1(metric, names)),
+            object::metadata(object).remove("annotations");
         }
     }
-    (cpu, Some(Value::Array(others)))
-}
-
-fn join_cpu(cpu: Option<Value>, others: Option<Value>, names: &Names) -> Vec<Value> {
-    let others = match others {
-        Some(Value::Array(list)) => list,
-        _ => Vec::new(),
-    };
-    let mut all: Vec<Value> = others.into_iter().map(|metric| metric_to_v2(metric, names)).collect();
-    if let Some(percent) = cpu.filter(|percent| !percent.is_null()) {
-        let mut figures = json!({"averageUtilization": percent});
-        if names.figures == "target" {
-            figures["type"] = "Utilization".into();
-        }
-        all.push(json!({"type": "Resource", "resource": {"name": "cpu", (names.figures): figures}}));
+    let spec = object::members(object::members(object).entry("spec").or_insert_with(|| json!({})));
+    let mut metrics = Vec::new();
+    if let Some(percent) = spec.remove("targetCPUUtilizationPercentage").filter(Value::is_number) {
+        let target = json!({"type": "Utilization", "averageUtilization": percent});
+        metrics.push(json!({"type": "Resource", "resource": {"name": "cpu", "target": target}}));
     }
-    all
-}
-
-/// The source of a metric: the field named after its type.
-fn source(metric: &mut Value) -> Option<&mut Object> {
-    const SOURCES: [(&str, &str); 5] = [
-        ("Resource", "resource"),
-        ("ContainerResource", "containerResource"),
-        ("Pods", "pods"),
-        ("Object", "object"),
-        ("External", "external"),
-    ];
-    let name = SOURCES.iter().find(|(kind, _)| metric["type"] == *kind)?.1;
-    metric.get_mut(name)?.as_object_mut()
-}
-
-fn metric_to_v1(mut metric: Value, names: &Names) -> Value {
-    let kind = metric["type"].clone();
-    let Some(source) = source(&mut metric) else { return metric };
-    if let Some(Value::Object(mut figures)) = source.remove(names.figures) {
-        let average = if kind == "Object" { "averageValue" } else { names.average };
-        for (from, to) in [("averageUtilization", names.utilization), ("averageValue", average), ("value", names.value)]
-        {
-            source.extend(figures.remove(from).map(|value| (to.to_owned(), value)));
-        }
+    if let Some(Value::Array(rest)) = notes.remove(METRICS) {
+        metrics.extend(rest);
     }
-    if let Some(Value::Object(mut which)) = source.remove("metric") {
-        let selector = if kind == "External" { "metricSelector" } else { "selector" };
-        source.extend(which.remove("name").map(|name| ("metricName".to_owned(), name)));
-        source.extend(which.remove("selector").map(|value| (selector.to_owned(), value)));
+    if !metrics.is_empty() {
+        spec.insert("metrics".into(), metrics.into());
     }
-    if let Some(target) = source.remove("describedObject") {
-        source.insert("target".into(), target);
+    if let Some(behavior) = notes.remove(BEHAVIOR) {
+        spec.insert("behavior".into(), behavior);
     }
-    metric
-}
-
-fn metric_to_v2(mut metric: Value, names: &Names) -> Value {
-    let kind = metric["type"].clone();
-    let Some(source) = source(&mut metric) else { return metric };
-    if let Some(target) = source.remove("target").filter(|_| kind == "Object") {
-        source.insert("describedObject".into(), target);
+    let Some(status) = object.get_mut("status").and_then(Value::as_object_mut) else { return Ok(()) };
+    let mut current = Vec::new();
+    if let Some(percent) = status.remove("currentCPUUtilizationPercentage").filter(Value::is_number) {
+        let value = json!({"averageUtilization": percent});
+        current.push(json!({"type": "Resource", "resource": {"name": "cpu", "current": value}}));
     }
-    if let Some(name) = source.remove("metricName") {
-        let mut which = json!({"name": name});
-        let selector = source.remove("metricSelector").or_else(|| source.remove("selector"));
-        if let Some(selector) = selector {
-            which["selector"] = selector;
-        }
-        source.insert("metric".into(), which);
+    if let Some(Value::Array(rest)) = notes.remove(CURRENT) {
+        current.extend(rest);
     }
-    let average = if kind == "Object" { "averageValue" } else { names.average };
-    let mut figures = Object::new();
-    let mut mode = "Value";
-    for (from, to, word) in [
-        (names.value, "value", "Value"),
-        (average, "averageValue", "AverageValue"),
-        (names.utilization, "averageUtilization", "Utilization"),
-    ] {
-        if let Some(value) = source.remove(from) {
-            figures.insert(to.into(), value);
-            mode = word;
-        }
+    if !current.is_empty() {
+        status.insert("currentMetrics".into(), current.into());
     }
-    if names.figures == "target" {
-        figures.insert("type".into(), mode.into());
+    if let Some(conditions) = notes.remove(CONDITIONS) {
+        status.insert("conditions".into(), conditions);
     }
-    source.insert(names.figures.into(), Value::Object(figures));
-    metric
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn converted(object: &Value, convert: fn(&mut Object, &str), api_version: &str) -> Value {
-        let mut object = object.clone();
-        convert(object.as_object_mut().expect("object"), api_version);
-        object["apiVersion"] = api_version.into();
-        object
-    }
-
     #[test]
-    fn events_change_names_and_come_back() {
-        let core = json!({
-            "apiVersion": "v1", "metadata": {"name": "e"}, "involvedObject": {"kind": "Pod"}, "message": "m", "count": 2, "reason": "r",
-            "source": {"component": "c"}, "firstTimestamp": null, "lastTimestamp": null, "reportingComponent": "c", "reportingInstance": "i"
-        });
-        let there = converted(&core, event, "events.k8s.io/v1");
-        assert_eq!(there["regarding"]["kind"], "Pod");
-        assert_eq!(there["note"], "m");
-        assert_eq!(there["deprecatedCount"], 2);
-        assert_eq!(there["reportingController"], "c");
-        assert!(there.get("involvedObject").is_none());
-        assert_eq!(converted(&there, event, "v1"), core);
-    }
-
-    #[test]
-    fn autoscalers_keep_everything_in_version_1() {
+    fn autoscalers_go_there_and_back() {
         let v2 = json!({
-            "apiVersion": "autoscaling/v2", "metadata": {"name": "h"},
-            "spec": {
-                "maxReplicas": 3,
-                "metrics": [
-                    {"type": "Pods", "pods": {"metric": {"name": "q"}, "target": {"type": "AverageValue", "averageValue": "10"}}},
-                    {"type": "Object", "object": {"describedObject": {"kind": "Service", "name": "s"}, "metric": {"name": "r"}, "target": {"type": "Value", "value": "1k"}}},
-                    {"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}}
-                ],
-                "behavior": {"scaleDown": {"stabilizationWindowSeconds": 5}}
-            },
-            "status": {"desiredReplicas": 1, "conditions": [{"type": "AbleToScale", "status": "True"}],
-                "currentMetrics": [{"type": "Resource", "resource": {"name": "cpu", "current": {"averageUtilization": 40}}}]}
+            "apiVersion": "autoscaling/v2", "metadata": {"name": "a"},
+            "spec": {"maxReplicas": 3, "behavior": {"scaleUp": {}}, "metrics": [
+                {"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 50}}},
+                {"type": "Resource", "resource": {"name": "memory", "target": {"type": "AverageValue", "averageValue": "1Gi"}}},
+            ]},
+            "status": {"conditions": [{"type": "AbleToScale"}]},
         });
-        let v1 = converted(&v2, autoscaler, "autoscaling/v1");
-        assert_eq!(v1["spec"]["targetCPUUtilizationPercentage"], 70);
-        assert_eq!(v1["status"]["currentCPUUtilizationPercentage"], 40);
-        let metrics: Value =
-            serde_json::from_str(v1["metadata"]["annotations"][METRICS].as_str().expect("annotation")).expect("JSON");
-        assert_eq!(metrics[0], json!({"type": "Pods", "pods": {"metricName": "q", "targetAverageValue": "10"}}));
-        assert_eq!(converted(&v1, autoscaler, "autoscaling/v2"), v2);
+        let v1 = autoscaler(v2.clone(), "autoscaling/v1").expect("it converts");
+        assert_eq!(v1["spec"]["targetCPUUtilizationPercentage"], 50);
+        assert!(v1["spec"].get("metrics").is_none());
+        assert_eq!(autoscaler(v1, "autoscaling/v2").expect("it converts"), v2);
+    }
+
+    #[test]
+    fn events_go_there_and_back() {
+        let core = json!({"involvedObject": {"name": "p"}, "message": "m", "count": 2, "reportingInstance": "i"});
+        let grouped = event(core.clone(), "events.k8s.io/v1").expect("it converts");
+        assert_eq!(
+            (&grouped["regarding"]["name"], &grouped["note"], &grouped["deprecatedCount"]),
+            (&json!("p"), &json!("m"), &json!(2))
+        );
+        assert_eq!(event(grouped, "v1").expect("it converts"), core);
     }
 }

@@ -33,7 +33,10 @@ pub(crate) async fn evict(call: &mut Call, sub: &Subresource, body: ReqBody) -> 
         charge(call, &pod).await?;
     }
     handlers::delete_pod(call, &options).await?;
-    Ok(json_response(201, &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201})))
+    Ok(json_response(
+        201,
+        &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}),
+    ))
 }
 
 /// Takes one disruption from the pod's budget; 429 when there is none left.
@@ -50,12 +53,15 @@ async fn charge(call: &Call, pod: &Value) -> Result<(), Status> {
     let budget = match budgets.as_slice() {
         [] => return Ok(()),
         [one] => object::name(one).to_owned(),
-        _ => return Err(Status::internal("This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.")),
+        _ => {
+            return Err(Status::internal(
+                "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.",
+            ));
+        }
     };
-    let unready = pod
-        .pointer("/status/conditions")
-        .and_then(Value::as_array)
-        .is_none_or(|list| !list.iter().any(|c| object::text(c, "/type") == "Ready" && object::text(c, "/status") == "True"));
+    let unready = pod.pointer("/status/conditions").and_then(Value::as_array).is_none_or(|list| {
+        !list.iter().any(|c| object::text(c, "/type") == "Ready" && object::text(c, "/status") == "True")
+    });
     for _ in 0..TRIES {
         let key = row.key(namespace, &budget);
         let Some(entry) = call.api.store.get(&key).await? else { return Ok(()) };
@@ -68,17 +74,28 @@ async fn charge(call: &Call, pod: &Value) -> Result<(), Status> {
             return Ok(());
         }
         if number(&object, "/status/observedGeneration") < number(&object, "/metadata/generation") {
-            return Err(blocked(&budget, "Cannot evict pod as it would violate the pod's disruption budget.".into(), &format!("The disruption budget {budget} is still being processed by the server."), 10));
+            return Err(blocked(
+                &budget,
+                "Cannot evict pod as it would violate the pod's disruption budget.".into(),
+                &format!("The disruption budget {budget} is still being processed by the server."),
+                10,
+            ));
         }
         let allowed = number(&object, "/status/disruptionsAllowed");
-        let disrupted = object.pointer("/status/disruptedPods").and_then(Value::as_object).map_or(0, serde_json::Map::len);
+        let disrupted =
+            object.pointer("/status/disruptedPods").and_then(Value::as_object).map_or(0, serde_json::Map::len);
         if allowed <= 0 || disrupted > DISRUPTED {
             let why = format!(
                 "The disruption budget {budget} needs {} healthy pods and has {} currently",
                 number(&object, "/status/desiredHealthy"),
                 number(&object, "/status/currentHealthy")
             );
-            return Err(blocked(&budget, "Cannot evict pod as it would violate the pod's disruption budget.".into(), &why, 0));
+            return Err(blocked(
+                &budget,
+                "Cannot evict pod as it would violate the pod's disruption budget.".into(),
+                &why,
+                0,
+            ));
         }
         if call.dry_run {
             return Ok(());

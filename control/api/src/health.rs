@@ -98,7 +98,9 @@ fn arch() -> &'static str {
 async fn metrics(api: &ApiServer) -> Response {
     let mut text = api.limits.metrics();
     if let Ok(revision) = api.store.revision().await {
-        text.push_str("# HELP coracle_store_revision Newest revision of the store.\n# TYPE coracle_store_revision counter\n");
+        text.push_str(
+            "# HELP coracle_store_revision Newest revision of the store.\n# TYPE coracle_store_revision counter\n",
+        );
         text.push_str(&format!("coracle_store_revision {revision}\n"));
     }
     bytes_response(200, "text/plain; version=0.0.4; charset=utf-8", text)

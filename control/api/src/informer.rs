@@ -21,7 +21,8 @@ const RETRY: Duration = Duration::from_millis(200);
 
 /// A type whose objects can be cached.
 pub trait Cached: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
-impl<K> Cached for K where K: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
+impl<K> Cached for K where K: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + Sync + 'static
+{}
 
 /// What happened to an object: `old` and `new` are the decoded versions, shared with the cache.
 #[derive(Debug)]
@@ -79,7 +80,8 @@ struct State<K> {
 impl<K: Cached> Informer<K> {
     fn start(store: SharedStore, prefix: &str) -> Arc<Self> {
         let state = State { objects: BTreeMap::new(), feeds: Vec::new(), indexes: Vec::new() };
-        let informer = Arc::new(Self { prefix: prefix.into(), state: RwLock::new(state), revision: watch::Sender::new(0) });
+        let informer =
+            Arc::new(Self { prefix: prefix.into(), state: RwLock::new(state), revision: watch::Sender::new(0) });
         let weak = Arc::downgrade(&informer);
         tokio::spawn(async move {
             loop {
@@ -142,7 +144,11 @@ impl<K: Cached> Informer<K> {
     }
 
     fn key(&self, namespace: &str, name: &str) -> String {
-        if namespace.is_empty() { format!("{}{name}", self.prefix) } else { format!("{}{namespace}/{name}", self.prefix) }
+        if namespace.is_empty() {
+            format!("{}{name}", self.prefix)
+        } else {
+            format!("{}{namespace}/{name}", self.prefix)
+        }
     }
 
     /// An object by namespace (empty for cluster-scoped kinds) and name.
@@ -160,7 +166,12 @@ impl<K: Cached> Informer<K> {
         let folder = self.key(namespace, "");
         let state = self.state.read();
         let from = (Bound::Included(&*folder), Bound::Unbounded);
-        state.objects.range::<str, _>(from).take_while(|(key, _)| key.starts_with(&folder)).map(|(_, object)| object.clone()).collect()
+        state
+            .objects
+            .range::<str, _>(from)
+            .take_while(|(key, _)| key.starts_with(&folder))
+            .map(|(_, object)| object.clone())
+            .collect()
     }
 
     /// How many objects there are.
@@ -186,7 +197,10 @@ impl<K: Cached> Informer<K> {
 
     /// The deltas from now on, the objects that exist first.
     pub fn subscribe(&self) -> Deltas<K> {
-        let feed = Arc::new(Feed { pending: Mutex::new(Pending { order: VecDeque::new(), deltas: HashMap::new() }), more: Notify::new() });
+        let feed = Arc::new(Feed {
+            pending: Mutex::new(Pending { order: VecDeque::new(), deltas: HashMap::new() }),
+            more: Notify::new(),
+        });
         let mut state = self.state.write();
         for (key, object) in &state.objects {
             feed.push(key, &Delta { old: None, new: Some(object.clone()) });

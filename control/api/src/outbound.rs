@@ -44,7 +44,8 @@ impl Endpoint {
         let service = &config["service"];
         let (namespace, name) = (object::text(service, "/namespace"), object::text(service, "/name"));
         let port = service["port"].as_u64().unwrap_or(443);
-        let (address, port) = crate::proxy::endpoint(api, namespace, name, &port.to_string()).await.map_err(|s| s.message)?;
+        let (address, port) =
+            crate::proxy::endpoint(api, namespace, name, &port.to_string()).await.map_err(|s| s.message)?;
         let path = match object::text(service, "/path") {
             "" => "/".to_owned(),
             path => path.to_owned(),
@@ -89,9 +90,16 @@ pub(crate) async fn post_json(api: &Arc<ApiServer>, client_config: &Value, body:
         .map_err(|error| error.to_string())?;
     let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
     let code = response.status();
-    let body = Limited::new(response.into_body(), BODY_LIMIT_BYTES).collect().await.map_err(|error| error.to_string())?.to_bytes();
+    let body = Limited::new(response.into_body(), BODY_LIMIT_BYTES)
+        .collect()
+        .await
+        .map_err(|error| error.to_string())?
+        .to_bytes();
     if !code.is_success() {
-        return Err(format!("the server responded with {code}: {}", String::from_utf8_lossy(&body[..body.len().min(200)])));
+        return Err(format!(
+            "the server responded with {code}: {}",
+            String::from_utf8_lossy(&body[..body.len().min(200)])
+        ));
     }
     serde_json::from_slice(&body).map_err(|error| format!("the answer is not JSON: {error}"))
 }

@@ -100,11 +100,11 @@ pub struct Pki {
 impl Pki {
     /// Opens the folder, making what is missing.
     pub fn open(dir: &Path) -> Result<Self, PkiError> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(|source| PkiError::File { step: "make the folder", path: dir.into(), source })?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| PkiError::File {
+            step: "make the folder",
+            path: dir.into(),
+            source,
+        })?;
         let (cert, key) = (dir.join("ca.crt"), dir.join("ca.key"));
         if !cert.exists() || !key.exists() {
             let pair = KeyPair::generate().map_err(|e| crypto("make the CA's key")(&e))?;
@@ -120,8 +120,8 @@ impl Pki {
             let pair = KeyPair::generate().map_err(|e| crypto("make the token key")(&e))?;
             write(&token_path, &pair.serialize_pem(), 0o600)?;
         }
-        let pair = KeyPair::from_pem(&read(&token_path)?)
-            .map_err(|e| crypto(format!("read {}", token_path.display()))(&e))?;
+        let pair =
+            KeyPair::from_pem(&read(&token_path)?).map_err(|e| crypto(format!("read {}", token_path.display()))(&e))?;
         Ok(Self { dir: dir.into(), ca_pem, ca, ca_key_pem, token_key: Arc::new(pair.serialize_der()) })
     }
 
@@ -176,8 +176,11 @@ impl Pki {
     /// Writes a kubeconfig with mode 0600, in one step.
     pub fn write_kubeconfig(&self, path: &Path, server: &str, user: &Identity) -> Result<(), PkiError> {
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent)
-                .map_err(|source| PkiError::File { step: "make the folder", path: parent.into(), source })?;
+            fs::create_dir_all(parent).map_err(|source| PkiError::File {
+                step: "make the folder",
+                path: parent.into(),
+                source,
+            })?;
         }
         write(path, &self.kubeconfig(server, user), 0o600)
     }
@@ -268,17 +271,16 @@ fn read(path: &Path) -> Result<String, PkiError> {
 /// Writes a file in one step: a crash leaves the old one or the new one.
 fn write(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
     let temporary = path.with_extension("tmp");
-    let fail = |step| { let path = path.to_path_buf(); move |source| PkiError::File { step, path, source } };
+    let fail = |step| {
+        let path = path.to_path_buf();
+        move |source| PkiError::File { step, path, source }
+    };
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(fail("clear")(error)),
         _ => {}
     }
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(&temporary)
-        .map_err(fail("create"))?;
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(fail("create"))?;
     file.write_all(text.as_bytes()).map_err(fail("write"))?;
     file.sync_all().map_err(fail("flush"))?;
     fs::rename(&temporary, path).map_err(fail("rename"))

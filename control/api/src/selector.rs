@@ -116,7 +116,9 @@ impl LabelSelector {
             let value = label(&requirement.key);
             let among = || value.is_some_and(|value| requirement.values.iter().any(|v| v == value));
             let compare = |wanted: std::cmp::Ordering| {
-                let numbers = value.and_then(|v| v.parse::<i64>().ok()).zip(requirement.values.first().and_then(|v| v.parse().ok()));
+                let numbers = value
+                    .and_then(|v| v.parse::<i64>().ok())
+                    .zip(requirement.values.first().and_then(|v| v.parse().ok()));
                 numbers.is_some_and(|(have, limit): (i64, i64)| have.cmp(&limit) == wanted)
             };
             match requirement.operator {
@@ -196,7 +198,10 @@ fn requirement(lexer: &mut Lexer<'_>) -> Result<Requirement, String> {
         _ => vec![exact(lexer)?],
     };
     if matches!(operator, Operator::Greater | Operator::Less) && values[0].parse::<i64>().is_err() {
-        return Err(format!("values[0][{key}]: Invalid value: {:?}: for 'Gt', 'Lt' operators, the value must be an integer", values[0]));
+        return Err(format!(
+            "values[0][{key}]: Invalid value: {:?}: for 'Gt', 'Lt' operators, the value must be an integer",
+            values[0]
+        ));
     }
     Ok(Requirement { key, operator, values })
 }
@@ -276,9 +281,8 @@ impl FieldSelector {
             if part.is_empty() {
                 continue;
             }
-            let (label, value, equal) = term(&part).ok_or_else(|| {
-                Status::bad_request(format!("invalid selector: '{text}'; can't understand '{part}'"))
-            })?;
+            let (label, value, equal) = term(&part)
+                .ok_or_else(|| Status::bad_request(format!("invalid selector: '{text}'; can't understand '{part}'")))?;
             let pointer = match label.as_str() {
                 "metadata.name" => "/metadata/name".to_owned(),
                 "metadata.namespace" => "/metadata/namespace".to_owned(),

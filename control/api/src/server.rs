@@ -112,7 +112,11 @@ pub struct ApiServer {
 impl ApiServer {
     /// Opens keys, builds admission and authorisation, takes in the CRDs and makes the objects that every cluster has.
     /// Background work ends with `shutdown`.
-    pub async fn new(config: Config, store: Arc<dyn Store>, shutdown: CancellationToken) -> Result<Arc<Self>, StartError> {
+    pub async fn new(
+        config: Config,
+        store: Arc<dyn Store>,
+        shutdown: CancellationToken,
+    ) -> Result<Arc<Self>, StartError> {
         let pki = Pki::open(&config.tls_dir)?;
         let authn = Authenticator::new(&config, &pki)?;
         let api = Arc::new_cyclic(|me| Self {
@@ -155,9 +159,10 @@ impl ApiServer {
 
     /// Names and addresses of the serving certificate.
     fn sans(&self) -> Vec<String> {
-        let mut sans: Vec<String> = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", "127.0.0.1", "::1"]
-            .map(str::to_owned)
-            .into();
+        let mut sans: Vec<String> =
+            ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost", "127.0.0.1", "::1"]
+                .map(str::to_owned)
+                .into();
         sans.push(format!("kubernetes.default.svc.{}", self.config.cluster_domain));
         sans.push(self.config.advertise.ip().to_string());
         sans.extend(crate::net::first_address(&self.config.service_cidr).map(|ip| ip.to_string()));

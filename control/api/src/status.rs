@@ -224,10 +224,8 @@ impl Status {
     /// 500; the cause is for the operator, so it must not hold secrets.
     pub fn internal(why: impl std::fmt::Display) -> Self {
         let why = why.to_string();
-        Self::new(500, "InternalError", format!("Internal error occurred: {why}")).with(Details {
-            causes: vec![Cause { message: why, ..Cause::default() }],
-            ..Details::default()
-        })
+        Self::new(500, "InternalError", format!("Internal error occurred: {why}"))
+            .with(Details { causes: vec![Cause { message: why, ..Cause::default() }], ..Details::default() })
     }
 
     /// 503.
@@ -269,7 +267,9 @@ impl Status {
 impl From<coracle_store::Error> for Status {
     fn from(error: coracle_store::Error) -> Self {
         match error {
-            coracle_store::Error::Compacted { .. } => Self::expired("The resourceVersion for the provided watch is too old."),
+            coracle_store::Error::Compacted { .. } => {
+                Self::expired("The resourceVersion for the provided watch is too old.")
+            }
             other => Self::internal(other),
         }
     }

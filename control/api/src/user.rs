@@ -54,11 +54,7 @@ impl UserInfo {
 
     /// The user of requests without credentials.
     pub fn anonymous() -> Self {
-        Self {
-            name: SYSTEM_ANONYMOUS.into(),
-            groups: vec![SYSTEM_UNAUTHENTICATED.into()],
-            ..Self::default()
-        }
+        Self { name: SYSTEM_ANONYMOUS.into(), groups: vec![SYSTEM_UNAUTHENTICATED.into()], ..Self::default() }
     }
 
     /// Whether the user is in a group.

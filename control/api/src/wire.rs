@@ -53,7 +53,11 @@ pub(crate) fn parse(bytes: &[u8], of: Format) -> Result<Decoded, String> {
 pub(crate) fn decode(bytes: &[u8], of: Format, kind: &Kind) -> Result<Decoded, Status> {
     let unrecognised = |why: &str| {
         let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN_BYTES)]);
-        let hint = if of == Format::Json { format!("couldn't get version/kind; json parse error: {why} ({shown})") } else { why.to_owned() };
+        let hint = if of == Format::Json {
+            format!("couldn't get version/kind; json parse error: {why} ({shown})")
+        } else {
+            why.to_owned()
+        };
         Status::bad_request(format!("the object provided is unrecognized (must be of type {}): {hint}", kind.kind))
     };
     let parsed = decoder::parse(bytes, format(of)).map_err(|error| unrecognised(&error.to_string()))?;

@@ -85,7 +85,11 @@ async fn kubectl_works() {
         assert!(!success && text.contains("unknown field \"spec.replicaz\""), "{text}");
         ok(&["apply", "-f", "-"], DEFINITION, "boats.example.com created");
         ok(&["wait", "--for=condition=Established", "crd/boats.example.com", "--timeout=10s"], "", "met");
-        ok(&["create", "-f", "-"], "apiVersion: example.com/v1\nkind: Boat\nmetadata: {name: a}\nspec: {}\n", "boat.example.com/a created");
+        ok(
+            &["create", "-f", "-"],
+            "apiVersion: example.com/v1\nkind: Boat\nmetadata: {name: a}\nspec: {}\n",
+            "boat.example.com/a created",
+        );
         ok(&["get", "bo"], "", "CREW");
         ok(&["scale", "boat", "a", "--replicas=3"], "", "scaled");
         let (success, text) = run(&server, &["scale", "boat", "a", "--replicas=9"], "");

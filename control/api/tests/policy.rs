@@ -537,13 +537,23 @@ async fn webhooks_mutate_deny_and_fail_as_configured() {
 async fn status_updates_change_status_and_annotations_only() {
     let s = Server::start().await;
     let path = "/apis/apps/v1/namespaces/n/deployments";
-    let made = object("apps/v1", "Deployment", "d", json!({"spec": {"selector": {"matchLabels": {"a": "b"}},
-        "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}}}));
+    let made = object(
+        "apps/v1",
+        "Deployment",
+        "d",
+        json!({"spec": {"selector": {"matchLabels": {"a": "b"}},
+        "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}}}),
+    );
     s.ok("POST", path, made).await;
     let patch = json!({"metadata": {"annotations": {"seen": "yes"}}, "spec": {"replicas": 9}, "status": {"replicas": 1, "observedGeneration": 1}});
     let now = s.ok("PATCH", &format!("{path}/d/status"), patch).await;
     assert_eq!(
-        (&now["spec"]["replicas"], &now["status"]["replicas"], &now["metadata"]["annotations"]["seen"], &now["metadata"]["generation"]),
+        (
+            &now["spec"]["replicas"],
+            &now["status"]["replicas"],
+            &now["metadata"]["annotations"]["seen"],
+            &now["metadata"]["generation"]
+        ),
         (&json!(1), &json!(1), &json!("yes"), &json!(1))
     );
     let pods = s.ok("POST", PODS, pod("p", json!({}))).await;
@@ -557,9 +567,16 @@ async fn status_updates_change_status_and_annotations_only() {
 async fn definitions_with_bad_schemas_are_refused() {
     let s = Server::start().await;
     let path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
-    let crd = |schema: Value| object("apiextensions.k8s.io/v1", "CustomResourceDefinition", "foos.example.com", json!({"spec": {
+    let crd = |schema: Value| {
+        object(
+            "apiextensions.k8s.io/v1",
+            "CustomResourceDefinition",
+            "foos.example.com",
+            json!({"spec": {
         "group": "example.com", "scope": "Namespaced", "names": {"plural": "foos", "kind": "Foo"},
-        "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": schema}}]}}));
+        "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": schema}}]}}),
+        )
+    };
     let refused = s.refused("POST", path, crd(json!({"properties": {"spec": {"type": "object"}}}))).await;
     assert!(refused.message.contains("must not be empty at the root"), "{}", refused.message);
     s.ok("POST", path, crd(json!({"type": "object", "properties": {"spec": {"type": "object"}}}))).await;

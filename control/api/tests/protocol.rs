@@ -10,11 +10,13 @@ use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 fn map(name: &str) -> ConfigMap {
-    serde_json::from_value(json!({"metadata": {"name": name, "labels": {"n": name}}, "data": {"a": "1"}})).expect("a ConfigMap")
+    serde_json::from_value(json!({"metadata": {"name": name, "labels": {"n": name}}, "data": {"a": "1"}}))
+        .expect("a ConfigMap")
 }
 
 async fn get(client: &kube::Client, path: &str, accept: &str) -> (u16, bytes::Bytes) {
-    let request = http::Request::get(path).header("accept", accept).body(kube::client::Body::empty()).expect("a request");
+    let request =
+        http::Request::get(path).header("accept", accept).body(kube::client::Body::empty()).expect("a request");
     let response = client.send(request).await.expect("an answer");
     let code = response.status().as_u16();
     (code, response.into_body().collect_bytes().await.expect("a body"))
@@ -22,7 +24,10 @@ async fn get(client: &kube::Client, path: &str, accept: &str) -> (u16, bytes::By
 
 async fn json_of(client: &kube::Client, path: &str) -> (u16, Value) {
     let (code, bytes) = get(client, path, "application/json").await;
-    (code, serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{path}: {e}: {}", String::from_utf8_lossy(&bytes))))
+    (
+        code,
+        serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{path}: {e}: {}", String::from_utf8_lossy(&bytes))),
+    )
 }
 
 #[tokio::test]
@@ -34,15 +39,25 @@ async fn objects_live_and_die() {
         assert!(made.metadata.uid.is_some() && made.metadata.resource_version.is_some());
         let taken = maps.create(&PostParams::default(), &map("a")).await.expect_err("it is there");
         assert!(matches!(taken, kube::Error::Api(s) if s.code == 409 && s.reason == "AlreadyExists"));
-        let merged = maps.patch("a", &PatchParams::default(), &Patch::Merge(json!({"data": {"b": "2"}}))).await.expect("patched");
+        let merged = maps
+            .patch("a", &PatchParams::default(), &Patch::Merge(json!({"data": {"b": "2"}})))
+            .await
+            .expect("patched");
         assert_eq!(merged.data.as_ref().map(|d| d.len()), Some(2));
         let stale = maps.replace("a", &PostParams::default(), &made).await.expect_err("it is stale");
         assert!(matches!(stale, kube::Error::Api(s) if s.code == 409 && s.reason == "Conflict"));
-        let same = maps.patch("a", &PatchParams::default(), &Patch::Merge(json!({"data": {"b": "2"}}))).await.expect("patched");
-        assert_eq!(same.metadata.resource_version, merged.metadata.resource_version, "a patch that changes nothing writes nothing");
+        let same = maps
+            .patch("a", &PatchParams::default(), &Patch::Merge(json!({"data": {"b": "2"}})))
+            .await
+            .expect("patched");
+        assert_eq!(
+            same.metadata.resource_version, merged.metadata.resource_version,
+            "a patch that changes nothing writes nothing"
+        );
         let apply = Patch::Apply(json!({"apiVersion": "v1", "kind": "ConfigMap", "data": {"c": "3"}}));
         let applied = maps.patch("a", &PatchParams::apply("me"), &apply).await.expect("applied");
-        let managers: Vec<_> = applied.metadata.managed_fields.iter().flatten().filter_map(|m| m.manager.clone()).collect();
+        let managers: Vec<_> =
+            applied.metadata.managed_fields.iter().flatten().filter_map(|m| m.manager.clone()).collect();
         assert!(managers.contains(&"me".into()), "{managers:?}");
         maps.delete("a", &DeleteParams::default()).await.expect("deleted");
         assert!(maps.get_opt("a").await.expect("an answer").is_none());
@@ -66,7 +81,16 @@ async fn lists_come_in_pages_and_selections() {
     assert_eq!(names, ["m2", "m3", "m4"], "a list is of one revision");
     for selector in ["n in (m1, m3)", "n=m1", "!n", "n notin (m0),n"] {
         let got = maps.list(&ListParams::default().labels(selector)).await.expect("a list").items.len();
-        assert_eq!(got, match selector { "n=m1" => 1, "!n" => 0, "n notin (m0),n" => 5, _ => 2 }, "{selector}");
+        assert_eq!(
+            got,
+            match selector {
+                "n=m1" => 1,
+                "!n" => 0,
+                "n notin (m0),n" => 5,
+                _ => 2,
+            },
+            "{selector}"
+        );
     }
     let one = maps.list(&ListParams::default().fields("metadata.name=m3")).await.expect("a list");
     assert_eq!(one.items.len(), 1);
@@ -81,7 +105,9 @@ async fn watches_have_initial_events_and_no_gap() {
     let path = "/api/v1/namespaces/default/configmaps?watch=1&allowWatchBookmarks=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=20";
     let request = http::Request::get(path).body(Vec::new()).expect("a request");
     let mut lines = client.request_stream(request).await.expect("a stream").lines();
-    let mut next = async || -> Value { serde_json::from_str(&lines.try_next().await.expect("a line").expect("a line")).expect("JSON") };
+    let mut next = async || -> Value {
+        serde_json::from_str(&lines.try_next().await.expect("a line").expect("a line")).expect("JSON")
+    };
     let first = next().await;
     assert_eq!((first["type"].as_str(), first["object"]["metadata"]["name"].as_str()), (Some("ADDED"), Some("old")));
     let bookmark = next().await;
@@ -90,11 +116,16 @@ async fn watches_have_initial_events_and_no_gap() {
     maps.delete("old", &DeleteParams::default()).await.expect("deleted");
     let (modified, deleted) = (next().await, next().await);
     assert_eq!((modified["type"].as_str(), deleted["type"].as_str()), (Some("MODIFIED"), Some("DELETED")));
-    let version = |event: &Value| event["object"]["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse::<u64>().ok());
+    let version =
+        |event: &Value| event["object"]["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse::<u64>().ok());
     assert!(version(&deleted) > version(&modified), "a deletion has a revision of its own");
     let events = "/api/v1/namespaces/default/configmaps?watch=1&resourceVersion=1&timeoutSeconds=1";
     let (_, body) = get(&client, events, "application/json").await;
-    assert!(body.starts_with(b"{\"type\":\"ADDED\"") || body.starts_with(b"{\"type\":\"ERROR\""), "{}", String::from_utf8_lossy(&body));
+    assert!(
+        body.starts_with(b"{\"type\":\"ADDED\"") || body.starts_with(b"{\"type\":\"ERROR\""),
+        "{}",
+        String::from_utf8_lossy(&body)
+    );
 }
 
 #[tokio::test]
@@ -102,13 +133,21 @@ async fn pods_are_scaled_bound_and_evicted() {
     let server = Server::start().await;
     let client = server.client().await;
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");
-    let pod: Pod = serde_json::from_value(json!({"metadata": {"generateName": "p-"}, "spec": {"containers": [{"name": "c", "image": "i"}]}})).expect("a pod");
+    let pod: Pod = serde_json::from_value(
+        json!({"metadata": {"generateName": "p-"}, "spec": {"containers": [{"name": "c", "image": "i"}]}}),
+    )
+    .expect("a pod");
     let made = pods.create(&PostParams::default(), &pod).await.expect("created");
     let name = made.metadata.name.expect("a name");
     assert!(name.starts_with("p-") && name.len() == 7, "{name}");
     let binding = json!({"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": {"kind": "Node", "name": "n1"}});
     let path = format!("/api/v1/namespaces/default/pods/{name}/binding");
-    let post = |path: &str, body: &Value| http::Request::post(path).header("content-type", "application/json").body(body.to_string().into_bytes()).expect("a request");
+    let post = |path: &str, body: &Value| {
+        http::Request::post(path)
+            .header("content-type", "application/json")
+            .body(body.to_string().into_bytes())
+            .expect("a request")
+    };
     let _: Value = client.request(post(&path, &binding)).await.expect("bound");
     let bound = pods.get(&name).await.expect("the pod");
     assert_eq!(bound.spec.expect("a spec").node_name.as_deref(), Some("n1"));
@@ -116,14 +155,22 @@ async fn pods_are_scaled_bound_and_evicted() {
     assert!(matches!(again, kube::Error::Api(s) if s.code == 409));
     let log = get(&client, &format!("/api/v1/namespaces/default/pods/{name}/log?tailLines=3"), "*/*").await;
     assert_eq!(log.1, format!("/containerLogs/default/{name}/c?tailLines=3"));
-    let deleted = pods.delete(&name, &DeleteParams::default()).await.expect("an answer").left().expect("it waits for its grace period");
+    let deleted = pods
+        .delete(&name, &DeleteParams::default())
+        .await
+        .expect("an answer")
+        .left()
+        .expect("it waits for its grace period");
     assert_eq!(deleted.metadata.deletion_grace_period_seconds, Some(30));
     pods.delete(&name, &DeleteParams::default().grace_period(0)).await.expect("deleted");
     assert!(pods.get_opt(&name).await.expect("an answer").is_none());
     let deployments: Api<Deployment> = Api::namespaced(client, "default");
     let deployment: Deployment = serde_json::from_value(json!({"metadata": {"name": "d"}, "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}})).expect("a deployment");
     deployments.create(&PostParams::default(), &deployment).await.expect("created");
-    let scale = deployments.patch_scale("d", &PatchParams::default(), &Patch::Merge(json!({"spec": {"replicas": 3}}))).await.expect("scaled");
+    let scale = deployments
+        .patch_scale("d", &PatchParams::default(), &Patch::Merge(json!({"spec": {"replicas": 3}})))
+        .await
+        .expect("scaled");
     assert_eq!(scale.spec.and_then(|s| s.replicas), Some(3));
     assert_eq!(deployments.get("d").await.expect("it").metadata.generation, Some(2));
 }
@@ -134,7 +181,8 @@ async fn upgrades_pass_byte_for_byte() {
     let server = Server::start().await;
     let client = server.client().await;
     let pods: Api<Pod> = Api::namespaced(client, "default");
-    let pod = json!({"metadata": {"name": "p"}, "spec": {"nodeName": "n1", "containers": [{"name": "c", "image": "i"}]}});
+    let pod =
+        json!({"metadata": {"name": "p"}, "spec": {"nodeName": "n1", "containers": [{"name": "c", "image": "i"}]}});
     pods.create(&PostParams::default(), &serde_json::from_value(pod).expect("a pod")).await.expect("created");
     let admin = server.api.pki.admin().expect("an identity");
     let (certs, key) = admin.rustls().expect("readable");
@@ -142,15 +190,17 @@ async fn upgrades_pass_byte_for_byte() {
     for cert in rustls_pki_types::pem::PemObject::pem_slice_iter(server.api.pki.ca_pem.as_bytes()) {
         roots.add(cert.expect("a certificate")).expect("a root");
     }
-    let tls = rustls::ClientConfig::builder_with_provider(std::sync::Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .expect("versions")
-        .with_root_certificates(roots)
-        .with_client_auth_cert(certs, key)
-        .expect("a client");
+    let tls =
+        rustls::ClientConfig::builder_with_provider(std::sync::Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots)
+            .with_client_auth_cert(certs, key)
+            .expect("a client");
     let socket = tokio::net::TcpStream::connect(server.url.trim_start_matches("https://")).await.expect("connected");
     let name = rustls_pki_types::ServerName::try_from("localhost").expect("a name");
-    let mut stream = tokio_rustls::TlsConnector::from(std::sync::Arc::new(tls)).connect(name, socket).await.expect("TLS");
+    let mut stream =
+        tokio_rustls::TlsConnector::from(std::sync::Arc::new(tls)).connect(name, socket).await.expect("TLS");
     let head = "POST /api/v1/namespaces/default/pods/p/exec?command=sh&stdin=true HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: SPDY/3.1\r\ncontent-length: 0\r\n\r\n";
     stream.write_all(head.as_bytes()).await.expect("sent");
     let mut answer = Vec::new();
@@ -171,7 +221,8 @@ async fn tokens_tell_who_somebody_is() {
     let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), "default");
     let account = serde_json::from_value(json!({"metadata": {"name": "robot"}})).expect("an account");
     accounts.create(&PostParams::default(), &account).await.expect("created");
-    let request = serde_json::from_value(json!({"spec": {"audiences": [], "expirationSeconds": 600}})).expect("a request");
+    let request =
+        serde_json::from_value(json!({"spec": {"audiences": [], "expirationSeconds": 600}})).expect("a request");
     let answer = accounts.create_token_request("robot", &PostParams::default(), &request).await.expect("a token");
     let token = answer.status.expect("a status").token;
     let robot = server
@@ -180,9 +231,16 @@ async fn tokens_tell_who_somebody_is() {
         })
         .await;
     let forbidden = Api::<Namespace>::all(robot.clone()).list(&ListParams::default()).await.expect_err("it may not");
-    assert!(matches!(&forbidden, kube::Error::Api(s) if s.message == "namespaces is forbidden: User \"system:serviceaccount:default:robot\" cannot list resource \"namespaces\" in API group \"\" at the cluster scope"), "{forbidden}");
-    let review = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token.clone()}});
-    let post = http::Request::post("/apis/authentication.k8s.io/v1/tokenreviews").header("content-type", "application/json").body(review.to_string().into_bytes()).expect("a request");
+    assert!(
+        matches!(&forbidden, kube::Error::Api(s) if s.message == "namespaces is forbidden: User \"system:serviceaccount:default:robot\" cannot list resource \"namespaces\" in API group \"\" at the cluster scope"),
+        "{forbidden}"
+    );
+    let review =
+        json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token.clone()}});
+    let post = http::Request::post("/apis/authentication.k8s.io/v1/tokenreviews")
+        .header("content-type", "application/json")
+        .body(review.to_string().into_bytes())
+        .expect("a request");
     let reviewed: Value = client.request(post).await.expect("reviewed");
     assert_eq!(reviewed["status"]["user"]["username"], "system:serviceaccount:default:robot");
     accounts.delete("robot", &DeleteParams::default()).await.expect("deleted");
@@ -196,7 +254,10 @@ async fn tokens_tell_who_somebody_is() {
 async fn documents_have_forms_and_tags() {
     let server = Server::start().await;
     let client = server.client().await;
-    Api::<ConfigMap>::namespaced(client.clone(), "default").create(&PostParams::default(), &map("a")).await.expect("created");
+    Api::<ConfigMap>::namespaced(client.clone(), "default")
+        .create(&PostParams::default(), &map("a"))
+        .await
+        .expect("created");
     let path = "/api/v1/namespaces/default/configmaps/a";
     let (_, protobuf) = get(&client, path, "application/vnd.kubernetes.protobuf").await;
     assert!(protobuf.starts_with(b"k8s\0"));
@@ -208,12 +269,19 @@ async fn documents_have_forms_and_tags() {
     assert_eq!(get(&client, path, "text/html").await.0, 406);
     let (code, groups) = json_of(&client, "/apis").await;
     assert_eq!((code, groups["kind"].as_str()), (200, Some("APIGroupList")));
-    let (_, aggregated) = get(&client, "/apis", "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList").await;
+    let (_, aggregated) =
+        get(&client, "/apis", "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList").await;
     let aggregated: Value = serde_json::from_slice(&aggregated).expect("JSON");
     assert_eq!(aggregated["kind"], "APIGroupDiscoveryList");
-    let document = client.send(http::Request::get("/openapi/v3/apis/apps/v1").body(kube::client::Body::empty()).expect("a request")).await.expect("an answer");
+    let document = client
+        .send(http::Request::get("/openapi/v3/apis/apps/v1").body(kube::client::Body::empty()).expect("a request"))
+        .await
+        .expect("an answer");
     let tag = document.headers()["etag"].clone();
-    let again = http::Request::get("/openapi/v3/apis/apps/v1").header("if-none-match", tag).body(kube::client::Body::empty()).expect("a request");
+    let again = http::Request::get("/openapi/v3/apis/apps/v1")
+        .header("if-none-match", tag)
+        .body(kube::client::Body::empty())
+        .expect("a request");
     assert_eq!(client.send(again).await.expect("an answer").status(), 304);
     let anonymous = server.client_with(|config| config.auth_info = Default::default()).await;
     assert_eq!(get(&anonymous, "/readyz", "*/*").await.0, 200);
@@ -226,12 +294,18 @@ async fn bad_bodies_get_a_status() {
     let client = server.client().await;
     let path = "/api/v1/namespaces/default/configmaps";
     let send = async |body: Vec<u8>, kind: &'static str| {
-        let request = http::Request::post(path).header("content-type", kind).body(kube::client::Body::from(body)).expect("a request");
+        let request = http::Request::post(path)
+            .header("content-type", kind)
+            .body(kube::client::Body::from(body))
+            .expect("a request");
         client.send(request).await.expect("an answer").status().as_u16()
     };
     assert_eq!(send(vec![b' '; 4 << 20], "application/json").await, 413);
     assert_eq!(send(b"[".repeat(100_000), "application/json").await, 400);
-    assert_eq!(send(b"{\"kind\":\"ConfigMap\",\"metadata\":{\"name\":\"\xff\"}}".to_vec(), "application/json").await, 422);
+    assert_eq!(
+        send(b"{\"kind\":\"ConfigMap\",\"metadata\":{\"name\":\"\xff\"}}".to_vec(), "application/json").await,
+        422
+    );
     assert_eq!(send(b"a: &a [*a, *a]".to_vec(), "application/yaml").await / 100, 4);
     assert_eq!(send(b"k8s\0\xff\xff\xff".to_vec(), "application/vnd.kubernetes.protobuf").await, 400);
     assert_eq!(send(b"x".to_vec(), "text/plain").await, 415);

@@ -1,18 +1,18 @@
 //! Admission: the chain of plugins that every write passes.
 
-pub mod plugin;
+pub mod call;
+pub mod guards;
 pub mod lifecycle;
 pub mod limits;
-pub mod service_account;
-pub mod guards;
-pub mod pods;
-pub mod storage;
-pub mod pod_security;
 pub mod matching;
-pub mod call;
-pub mod webhook;
+pub mod plugin;
+pub mod pod_security;
+pub mod pods;
 pub mod policy;
 pub mod quota;
+pub mod service_account;
+pub mod storage;
+pub mod webhook;
 
 use std::sync::Arc;
 

@@ -100,7 +100,9 @@ impl Keys {
 /// Whether a key of a set signed this; `kid` picks the key when it is given.
 pub(super) fn verify_with(jwks: &Value, algorithm: &str, kid: &str, signed: &[u8], signature: &[u8]) -> bool {
     let keys = jwks.get("keys").and_then(Value::as_array).into_iter().flatten();
-    let bytes = |key: &Value, member: &str| key.get(member).and_then(Value::as_str).and_then(|s| URL_SAFE_NO_PAD.decode(s).ok());
+    let bytes = |key: &Value, member: &str| {
+        key.get(member).and_then(Value::as_str).and_then(|s| URL_SAFE_NO_PAD.decode(s).ok())
+    };
     keys.filter(|key| kid.is_empty() || key["kid"].as_str().is_none_or(|id| id == kid)).any(|key| match algorithm {
         "ES256" => {
             let (Some(x), Some(y)) = (bytes(key, "x"), bytes(key, "y")) else { return false };

@@ -69,7 +69,8 @@ impl Authenticator {
         audiences: &[String],
     ) -> Result<(Arc<UserInfo>, Vec<String>), Status> {
         let given = token.as_bytes();
-        if let Some((_, user)) = self.static_tokens.iter().find(|(known, _)| bool::from(known.as_slice().ct_eq(given))) {
+        if let Some((_, user)) = self.static_tokens.iter().find(|(known, _)| bool::from(known.as_slice().ct_eq(given)))
+        {
             return Ok((user.clone(), Vec::new()));
         }
         if token.matches('.').count() == 2 {
@@ -82,7 +83,12 @@ impl Authenticator {
     }
 
     /// The user that a request asks to act as, when it may.
-    pub(crate) fn impersonate(&self, api: &ApiServer, user: Arc<UserInfo>, headers: &HeaderMap) -> Result<Arc<UserInfo>, Status> {
+    pub(crate) fn impersonate(
+        &self,
+        api: &ApiServer,
+        user: Arc<UserInfo>,
+        headers: &HeaderMap,
+    ) -> Result<Arc<UserInfo>, Status> {
         request::impersonate(api, user, headers)
     }
 

@@ -56,7 +56,10 @@ pub(super) fn impersonate(api: &ApiServer, user: Arc<UserInfo>, headers: &Header
     let mut extra: Vec<(String, String)> = Vec::new();
     for (header, value) in headers {
         if let (Some(key), Ok(value)) = (header.as_str().strip_prefix("impersonate-extra-"), value.to_str()) {
-            extra.push((crate::http::Query::parse(Some(&format!("k={key}"))).get("k").unwrap_or(key).to_owned(), value.to_owned()));
+            extra.push((
+                crate::http::Query::parse(Some(&format!("k={key}"))).get("k").unwrap_or(key).to_owned(),
+                value.to_owned(),
+            ));
         }
     }
     if name.is_empty() {

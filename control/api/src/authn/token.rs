@@ -40,10 +40,18 @@ pub(super) async fn issue(
     let seconds = request.pointer("/spec/expirationSeconds").and_then(Value::as_i64).unwrap_or(USUAL_S);
     let invalid = |error| Err(Status::invalid_kind("authentication.k8s.io", "TokenRequest", "", &[error]));
     if seconds < SHORTEST_S {
-        return invalid(FieldError::invalid("spec.expirationSeconds", seconds, "may not specify a duration less than 10 minutes"));
+        return invalid(FieldError::invalid(
+            "spec.expirationSeconds",
+            seconds,
+            "may not specify a duration less than 10 minutes",
+        ));
     }
     if seconds > LONGEST_S {
-        return invalid(FieldError::invalid("spec.expirationSeconds", seconds, "may not specify a duration larger than 2^32 seconds"));
+        return invalid(FieldError::invalid(
+            "spec.expirationSeconds",
+            seconds,
+            "may not specify a duration larger than 2^32 seconds",
+        ));
     }
     let audiences: Vec<String> = request
         .pointer("/spec/audiences")
@@ -87,19 +95,31 @@ pub(super) async fn issue(
 }
 
 /// Writes the object that a token is bound to into its claims.
-async fn bind(api: &Arc<ApiServer>, namespace: &str, account: &str, bound: &Value, private: &mut Value) -> Result<(), Status> {
+async fn bind(
+    api: &Arc<ApiServer>,
+    namespace: &str,
+    account: &str,
+    bound: &Value,
+    private: &mut Value,
+) -> Result<(), Status> {
     let (kind, name, uid) = (object::text(bound, "/kind"), object::text(bound, "/name"), object::text(bound, "/uid"));
     let (resource, scope) = match kind {
         "Pod" => ("pods", namespace),
         "Secret" => ("secrets", namespace),
         "Node" => ("nodes", ""),
-        other => return Err(Status::bad_request(format!("cannot bind token for serviceaccount {account:?} to object type {other:?}"))),
+        other => {
+            return Err(Status::bad_request(format!(
+                "cannot bind token for serviceaccount {account:?} to object type {other:?}"
+            )));
+        }
     };
     let row = api.kind("", "v1", resource).ok_or_else(Status::no_such_resource)?;
     let object = api.get(&row, scope, name).await?.ok_or_else(|| Status::not_found(&row, name))?;
     let found = object::uid(&object);
     if !uid.is_empty() && uid != found {
-        let why = format!("the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated");
+        let why = format!(
+            "the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated"
+        );
         return Err(Status::conflict(&row, name, &why));
     }
     if kind == "Pod" {
@@ -186,7 +206,9 @@ async fn service_account(api: &Arc<ApiServer>, claims: &Value) -> Result<UserInf
         &["system:serviceaccounts", &format!("system:serviceaccounts:{namespace}")],
     );
     user.uid = uid.to_owned();
-    for (claim, resource, scope) in [("pod", "pods", namespace), ("secret", "secrets", namespace), ("node", "nodes", "")] {
+    for (claim, resource, scope) in
+        [("pod", "pods", namespace), ("secret", "secrets", namespace), ("node", "nodes", "")]
+    {
         let Some(bound) = private.get(claim) else { continue };
         let (name, uid) = (object::text(bound, "/name"), object::text(bound, "/uid"));
         // The node of a pod is written down for information; only a token bound to the node itself ends with it.
@@ -215,7 +237,9 @@ fn oidc_user(issuer: &OidcIssuer, claims: &Value) -> Result<UserInfo, Status> {
     }
     let groups = match claims.get(&issuer.groups_claim) {
         Some(Value::String(one)) => vec![format!("{}{one}", issuer.groups_prefix)],
-        Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).map(|g| format!("{}{g}", issuer.groups_prefix)).collect(),
+        Some(Value::Array(list)) => {
+            list.iter().filter_map(Value::as_str).map(|g| format!("{}{g}", issuer.groups_prefix)).collect()
+        }
         _ => Vec::new(),
     };
     let user = UserInfo { name: format!("{}{name}", issuer.username_prefix), groups, ..UserInfo::default() };

@@ -100,5 +100,9 @@ impl Authorizer for Masters {
 
 /// The authoriser of a server: system:masters, Node, RBAC, in this order.
 pub fn authorizer(api: &Arc<ApiServer>) -> Arc<dyn Authorizer> {
-    Arc::new(Chain(vec![Arc::new(Masters), Arc::new(node::Nodes::new(api)), rbac::Policy::follow(Arc::clone(&api.store))]))
+    Arc::new(Chain(vec![
+        Arc::new(Masters),
+        Arc::new(node::Nodes::new(api)),
+        rbac::Policy::follow(Arc::clone(&api.store)),
+    ]))
 }

@@ -60,7 +60,11 @@ impl Conversion for Webhook {
         }
         let converted = response["convertedObjects"].as_array().cloned().unwrap_or_default();
         if converted.len() != to_convert.len() {
-            return Err(failed(&format!("webhook returned {} objects, expected {}", converted.len(), to_convert.len())));
+            return Err(failed(&format!(
+                "webhook returned {} objects, expected {}",
+                converted.len(),
+                to_convert.len()
+            )));
         }
         let mut converted = converted.into_iter();
         let mut done = Vec::with_capacity(objects.len());

@@ -122,7 +122,12 @@ fn same(known: &[Arc<Kind>], custom: &[Arc<Kind>]) -> bool {
     custom.iter().all(|new| old.next().is_some_and(|old| Arc::ptr_eq(old, new))) && old.next().is_none()
 }
 
-async fn write_conditions(api: &Arc<ApiServer>, row: &Kind, definition: &Value, verdict: &names::Verdict) -> Result<(), Status> {
+async fn write_conditions(
+    api: &Arc<ApiServer>,
+    row: &Kind,
+    definition: &Value,
+    verdict: &names::Verdict,
+) -> Result<(), Status> {
     let name = crate::object::name(definition);
     let key = row.key("", name);
     for _ in 0..TRIES {

@@ -23,19 +23,24 @@ pub(super) struct Verdict {
 impl Verdict {
     /// `NamesAccepted`, `Established` and, when it goes, `Terminating`.
     pub(super) fn conditions(&self) -> Vec<Value> {
-        let condition = |kind: &str, yes: bool, reason: &str, message: &str| {
-            json!({"type": kind, "status": if yes { "True" } else { "False" }, "reason": reason, "message": message})
-        };
+        let condition = |kind: &str, yes: bool, reason: &str, message: &str| json!({"type": kind, "status": if yes { "True" } else { "False" }, "reason": reason, "message": message});
         let mut all = match &self.clash {
             None => vec![condition("NamesAccepted", true, "NoConflicts", "no conflicts found")],
             Some((reason, message)) => vec![condition("NamesAccepted", false, reason, message)],
         };
         all.push(match (self.established, self.was) {
-            (true, _) | (_, true) => condition("Established", true, "InitialNamesAccepted", "the initial names have been accepted"),
+            (true, _) | (_, true) => {
+                condition("Established", true, "InitialNamesAccepted", "the initial names have been accepted")
+            }
             _ => condition("Established", false, "NotAccepted", "not all names are accepted"),
         });
         if self.terminating {
-            all.push(condition("Terminating", true, "InstanceDeletionPending", "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"));
+            all.push(condition(
+                "Terminating",
+                true,
+                "InstanceDeletionPending",
+                "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon",
+            ));
         }
         all
     }
@@ -53,7 +58,11 @@ pub(super) fn judge(definitions: &[(u64, Value)]) -> Vec<Verdict> {
     };
     order.sort_by_key(|&at| {
         let definition = &definitions[at].1;
-        (!established(definition), object::text(definition, "/metadata/creationTimestamp").to_owned(), definitions[at].0)
+        (
+            !established(definition),
+            object::text(definition, "/metadata/creationTimestamp").to_owned(),
+            definitions[at].0,
+        )
     });
     let mut verdicts: Vec<Option<Verdict>> = definitions.iter().map(|_| None).collect();
     for at in order {
@@ -63,8 +72,12 @@ pub(super) fn judge(definitions: &[(u64, Value)]) -> Vec<Verdict> {
         let names = definition.pointer("/spec/names").cloned().unwrap_or_default();
         let mut clash = None;
         let mut words = vec![object::text(&names, "/plural").to_owned(), object::text(&names, "/singular").to_owned()];
-        words.extend(names["shortNames"].as_array().into_iter().flatten().filter_map(|n| n.as_str().map(str::to_owned)));
-        for (word, reason) in words.iter().zip(["PluralConflict", "SingularConflict"].into_iter().chain(std::iter::repeat("ShortNamesConflict"))) {
+        words
+            .extend(names["shortNames"].as_array().into_iter().flatten().filter_map(|n| n.as_str().map(str::to_owned)));
+        for (word, reason) in words
+            .iter()
+            .zip(["PluralConflict", "SingularConflict"].into_iter().chain(std::iter::repeat("ShortNamesConflict")))
+        {
             if taken.get(&(group.clone(), word.clone())).is_some_and(|owner| *owner != me) {
                 clash = Some((reason, format!("{word:?} is already in use")));
             }
@@ -106,7 +119,8 @@ mod tests {
                 "spec": {"group": "g", "names": {"plural": name, "singular": format!("{name}x"), "kind": name, "listKind": format!("{name}List"), "shortNames": [short]}},
             })
         };
-        let all = [(2, definition("b", "s", "2024-01-02T00:00:00Z")), (1, definition("a", "s", "2024-01-01T00:00:00Z"))];
+        let all =
+            [(2, definition("b", "s", "2024-01-02T00:00:00Z")), (1, definition("a", "s", "2024-01-01T00:00:00Z"))];
         let verdicts = judge(&all);
         assert!(verdicts[1].established && !verdicts[0].established);
         assert_eq!(verdicts[0].conditions()[0]["reason"], "ShortNamesConflict");

@@ -21,20 +21,27 @@ pub(super) fn of(api: &Arc<ApiServer>, definition: &Value, revision: u64, known:
     // Conditions and other metadata do not make new rows.
     let made_from = json!({"spec": spec, "uid": object::uid(definition), "deleting": definition.pointer("/metadata/deletionTimestamp")});
     let (group, plural) = (object::text(spec, "/group"), object::text(spec, "/names/plural"));
-    let old: Vec<Arc<Kind>> = known.all.iter().filter(|kind| kind.crd.is_some() && kind.is(group, plural)).cloned().collect();
+    let old: Vec<Arc<Kind>> =
+        known.all.iter().filter(|kind| kind.crd.is_some() && kind.is(group, plural)).cloned().collect();
     if !old.is_empty() && old.iter().all(|kind| kind.crd.as_ref().is_some_and(|crd| crd[MADE_FROM] == made_from)) {
         return old;
     }
     let schemas = Schema::from_crd(definition).unwrap_or_else(|errors| {
         // Validation refused this when it was written; an older definition is served without its schema.
-        tracing::warn!(name = object::name(definition), errors = errors.len(), revision, "the schema is not structural");
+        tracing::warn!(
+            name = object::name(definition),
+            errors = errors.len(),
+            revision,
+            "the schema is not structural"
+        );
         Vec::new()
     });
     let mut crd = json!({"spec": spec, "metadata": {"name": object::name(definition), "uid": object::uid(definition)}});
     crd[MADE_FROM] = made_from;
     let crd = Arc::new(crd);
     let versions = spec["versions"].as_array().cloned().unwrap_or_default();
-    let storage = versions.iter().find(|v| v["storage"].as_bool() == Some(true)).map(|v| object::text(v, "/name").to_owned());
+    let storage =
+        versions.iter().find(|v| v["storage"].as_bool() == Some(true)).map(|v| object::text(v, "/name").to_owned());
     let storage = storage.unwrap_or_default();
     let conversion: Option<Arc<dyn Conversion>> = (object::text(spec, "/conversion/strategy") == "Webhook")
         .then(|| Arc::new(Webhook::new(api, spec)) as Arc<dyn Conversion>);
@@ -80,7 +87,8 @@ fn row(
     if version.pointer("/subresources/scale").is_some_and(Value::is_object) {
         subresources.push(sub("scale", "Scale", "autoscaling", "v1"));
     }
-    let mut verbs: Vec<String> = ["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"].map(str::to_owned).into();
+    let mut verbs: Vec<String> =
+        ["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"].map(str::to_owned).into();
     if deleting {
         verbs.retain(|verb| verb != "create");
     }
@@ -136,7 +144,9 @@ fn column(column: &Value) -> Column {
         type_: object::text(column, "/type").into(),
         format: object::text(column, "/format").into(),
         description: match object::text(column, "/description") {
-            "" => format!("Custom resource definition column (in JSONPath format): {}", object::text(column, "/jsonPath")),
+            "" => {
+                format!("Custom resource definition column (in JSONPath format): {}", object::text(column, "/jsonPath"))
+            }
             text => text.to_owned(),
         },
         priority: column["priority"].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0),

@@ -33,7 +33,11 @@ impl Strategy for Custom {
     }
 
     fn spec_changed(&self, new: &Value, old: &Value) -> bool {
-        let ignored: &[&str] = if self.has_status { &["metadata", "status", "apiVersion", "kind"] } else { &["metadata", "apiVersion", "kind"] };
+        let ignored: &[&str] = if self.has_status {
+            &["metadata", "status", "apiVersion", "kind"]
+        } else {
+            &["metadata", "apiVersion", "kind"]
+        };
         object::differs_outside(new, old, ignored)
     }
 

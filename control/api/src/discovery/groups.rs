@@ -44,7 +44,8 @@ pub(crate) fn rank(version: &str) -> (u8, u64, u64) {
 
 /// `metav1.APIGroup` of each group but core.
 pub(super) fn all(api: &ApiServer, rows: &Rows) -> Vec<Value> {
-    let mut groups: Vec<(String, Vec<String>)> = versions(rows).into_iter().filter(|(group, _)| !group.is_empty()).collect();
+    let mut groups: Vec<(String, Vec<String>)> =
+        versions(rows).into_iter().filter(|(group, _)| !group.is_empty()).collect();
     for (group, version) in crate::aggregate::groups(api) {
         match groups.iter_mut().find(|(known, _)| *known == group) {
             Some((_, versions)) if versions.contains(&version) => {}
@@ -120,8 +121,13 @@ pub(super) fn aggregated(api: &ApiServer, rows: &Rows, core: bool) -> Value {
         .into_iter()
         .filter(|(group, _)| group.is_empty() == core)
         .map(|(group, versions)| {
-            let versions: Vec<Value> = versions.iter().map(|version| version_discovery(rows, &group, version)).collect();
-            let metadata = if group.is_empty() { json!({"creationTimestamp": null}) } else { json!({"name": group, "creationTimestamp": null}) };
+            let versions: Vec<Value> =
+                versions.iter().map(|version| version_discovery(rows, &group, version)).collect();
+            let metadata = if group.is_empty() {
+                json!({"creationTimestamp": null})
+            } else {
+                json!({"name": group, "creationTimestamp": null})
+            };
             json!({"metadata": metadata, "versions": versions})
         })
         .collect();

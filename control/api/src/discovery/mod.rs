@@ -33,7 +33,12 @@ struct Document {
 }
 
 impl Documents {
-    fn get(&self, generation: u64, name: &str, make: impl FnOnce() -> Result<Vec<u8>, Status>) -> Result<Document, Status> {
+    fn get(
+        &self,
+        generation: u64,
+        name: &str,
+        make: impl FnOnce() -> Result<Vec<u8>, Status>,
+    ) -> Result<Document, Status> {
         {
             let mut kept = self.0.lock();
             if kept.0 != generation {
@@ -126,7 +131,12 @@ pub(crate) async fn answer(
     }
 }
 
-async fn resources(api: &Arc<ApiServer>, rows: &crate::registry::Rows, group: &str, version: &str) -> Result<Response, Status> {
+async fn resources(
+    api: &Arc<ApiServer>,
+    rows: &crate::registry::Rows,
+    group: &str,
+    version: &str,
+) -> Result<Response, Status> {
     if let Some(service) = crate::aggregate::target(api, group, version) {
         return crate::aggregate::discovery(api, &service, group, version).await;
     }
@@ -134,9 +144,22 @@ async fn resources(api: &Arc<ApiServer>, rows: &crate::registry::Rows, group: &s
 }
 
 fn paths(rows: &crate::registry::Rows) -> Vec<String> {
-    let mut paths: Vec<String> = ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version", "/.well-known/openid-configuration"]
-        .map(str::to_owned)
-        .into();
+    let mut paths: Vec<String> = [
+        "/api",
+        "/api/v1",
+        "/apis",
+        "/healthz",
+        "/livez",
+        "/metrics",
+        "/openapi/v2",
+        "/openapi/v3",
+        "/openid/v1/jwks",
+        "/readyz",
+        "/version",
+        "/.well-known/openid-configuration",
+    ]
+    .map(str::to_owned)
+    .into();
     for (group, versions) in groups::versions(rows) {
         if !group.is_empty() {
             paths.push(format!("/apis/{group}"));

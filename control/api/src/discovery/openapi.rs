@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use http::header::HeaderMap;
 use coracle_schema::openapi::{Resource, Source, Subresource};
+use http::header::HeaderMap;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
@@ -17,7 +17,8 @@ use crate::status::Status;
 /// `/openapi/v2`.
 pub(super) fn v2(api: &Arc<ApiServer>, rows: &Rows, generation: u64, headers: &HeaderMap) -> Result<Response, Status> {
     let document = api.documents.get(generation, "openapi v2", || {
-        serde_json::to_vec(&coracle_schema::openapi::v2(&resources(rows, |_| true), crate::KUBERNETES_VERSION)).map_err(Status::internal)
+        serde_json::to_vec(&coracle_schema::openapi::v2(&resources(rows, |_| true), crate::KUBERNETES_VERSION))
+            .map_err(Status::internal)
     })?;
     Ok(document.answer(headers, "application/json"))
 }
@@ -57,7 +58,8 @@ pub(super) async fn v3(
         serde_json::to_vec(&{
             let of = |kind: &Kind| kind.group == group && kind.version == version;
             coracle_schema::openapi::v3(&resources(rows, of), crate::KUBERNETES_VERSION)
-        }).map_err(Status::internal)
+        })
+        .map_err(Status::internal)
     })?;
     Ok(document.answer(headers, "application/json"))
 }

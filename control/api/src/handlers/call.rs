@@ -166,7 +166,10 @@ impl Call {
         let format = self.body_format()?;
         let bytes = body.read().await?;
         let decoded = wire::decode(&bytes, format, kind)?;
-        self.strictness(&decoded.strict, &format!("{} in version {:?} cannot be handled as a {}: ", kind.kind, kind.version, kind.kind))?;
+        self.strictness(
+            &decoded.strict,
+            &format!("{} in version {:?} cannot be handled as a {}: ", kind.kind, kind.version, kind.kind),
+        )?;
         Ok(decoded.value)
     }
 

@@ -9,7 +9,7 @@ use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, H
 use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
 
-use crate::http::{BoxError, Response, ResBody};
+use crate::http::{BoxError, ResBody, Response};
 
 /// Answers below this size are sent as they are.
 const SMALLEST_BYTES: u64 = 128 << 10;

@@ -76,9 +76,13 @@ impl Options {
             let values: Vec<String> = values.iter().filter_map(|v| v.as_str().map(str::to_owned)).collect();
             call.set_dry_run(&values)?;
         }
-        let invalid = |why: String| Status::new(422, "Invalid", format!("DeleteOptions.meta.k8s.io \"\" is invalid: {why}"));
+        let invalid =
+            |why: String| Status::new(422, "Invalid", format!("DeleteOptions.meta.k8s.io \"\" is invalid: {why}"));
         if options.propagation.is_some() && options.orphan.is_some() {
-            return Err(invalid("propagationPolicy: Invalid value: \"\": orphanDependents and deletionPropagation cannot be both set".into()));
+            return Err(invalid(
+                "propagationPolicy: Invalid value: \"\": orphanDependents and deletionPropagation cannot be both set"
+                    .into(),
+            ));
         }
         if let Some(policy) = &options.propagation
             && !matches!(policy.as_str(), "Foreground" | "Background" | "Orphan")
@@ -119,8 +123,19 @@ pub(super) async fn delete(call: &mut Call, body: ReqBody) -> Result<Response, S
 fn returns_object(kind: &crate::kinds::Kind) -> bool {
     matches!(
         (kind.group.as_str(), kind.resource.as_str()),
-        ("", "pods" | "services" | "serviceaccounts" | "persistentvolumes" | "persistentvolumeclaims" | "podtemplates" | "resourcequotas")
-            | ("storage.k8s.io", "storageclasses" | "csidrivers" | "csinodes" | "volumeattachments" | "volumeattributesclasses")
+        (
+            "",
+            "pods"
+                | "services"
+                | "serviceaccounts"
+                | "persistentvolumes"
+                | "persistentvolumeclaims"
+                | "podtemplates"
+                | "resourcequotas"
+        ) | (
+            "storage.k8s.io",
+            "storageclasses" | "csidrivers" | "csinodes" | "volumeattachments" | "volumeattributesclasses"
+        )
     )
 }
 
@@ -195,12 +210,17 @@ async fn attempt(
 }
 
 fn preconditions(kind: &crate::kinds::Kind, name: &str, options: &Options, old: &Value) -> Result<(), Status> {
-    let checks = [("UID", &options.uid, object::uid(old)), ("ResourceVersion", &options.revision, object::text(old, "/metadata/resourceVersion"))];
+    let checks = [
+        ("UID", &options.uid, object::uid(old)),
+        ("ResourceVersion", &options.revision, object::text(old, "/metadata/resourceVersion")),
+    ];
     for (what, wanted, have) in checks {
         if let Some(wanted) = wanted
             && wanted != have
         {
-            let why = format!("the {what} in the precondition ({wanted}) does not match the {what} in record ({have}). The object might have been deleted and then recreated");
+            let why = format!(
+                "the {what} in the precondition ({wanted}) does not match the {what} in record ({have}). The object might have been deleted and then recreated"
+            );
             return Err(Status::conflict(kind, name, &why));
         }
     }
@@ -245,7 +265,8 @@ fn mark(ctx: &Context, options: &Options, new: &mut Value, old: &Value) -> bool 
         metadata.insert("finalizers".into(), json!(finalizers));
     }
     if ctx.kind.is("", "namespaces") {
-        object::members(object::members(new).entry("status").or_insert_with(|| json!({}))).insert("phase".into(), "Terminating".into());
+        object::members(object::members(new).entry("status").or_insert_with(|| json!({})))
+            .insert("phase".into(), "Terminating".into());
     }
     true
 }

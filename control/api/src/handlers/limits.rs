@@ -38,11 +38,10 @@ impl Default for Limits {
 impl Limits {
     /// Waits for a place; 429 when there is none in time.
     pub(super) async fn enter(&self, user: &UserInfo, route: &Route) -> Result<Place, Status> {
-        let privileged = user.is_in(SYSTEM_MASTERS) || user.is_in("system:nodes") || user.is_in("system:serviceaccounts:kube-system");
-        let reads = route
-            .resource
-            .as_ref()
-            .is_none_or(|r| matches!(r.verb, Verb::Get | Verb::List | Verb::Watch));
+        let privileged = user.is_in(SYSTEM_MASTERS)
+            || user.is_in("system:nodes")
+            || user.is_in("system:serviceaccounts:kube-system");
+        let reads = route.resource.as_ref().is_none_or(|r| matches!(r.verb, Verb::Get | Verb::List | Verb::Watch));
         let places = match (privileged, reads) {
             (true, _) => &self.privileged,
             (false, true) => &self.reading,
@@ -64,9 +63,11 @@ impl Limits {
         let mut text = String::from(
             "# HELP apiserver_current_inflight_requests Requests in flight.\n# TYPE apiserver_current_inflight_requests gauge\n",
         );
-        for (kind, places, all) in
-            [("readOnly", &self.reading, READING), ("mutating", &self.writing, WRITING), ("privileged", &self.privileged, PRIVILEGED)]
-        {
+        for (kind, places, all) in [
+            ("readOnly", &self.reading, READING),
+            ("mutating", &self.writing, WRITING),
+            ("privileged", &self.privileged, PRIVILEGED),
+        ] {
             let busy = all - places.available_permits();
             text.push_str(&format!("apiserver_current_inflight_requests{{request_kind=\"{kind}\"}} {busy}\n"));
         }

@@ -32,7 +32,8 @@ pub(super) fn apply(call: &mut Call, applied: &Value, old: Option<&Value>) -> Re
     if name.is_empty() {
         crate::object::metadata(&mut config).insert("name".into(), call.route.name.clone().into());
     } else if name != call.route.name {
-        let message = format!("the name of the object ({name}) does not match the name on the URL ({})", call.route.name);
+        let message =
+            format!("the name of the object ({name}) does not match the name on the URL ({})", call.route.name);
         return Err(Status::bad_request(message));
     }
     super::write::namespace_matches(call, &mut config)?;
@@ -67,8 +68,10 @@ pub(super) fn apply(call: &mut Call, applied: &Value, old: Option<&Value>) -> Re
 fn untyped(config: &Value, kind: &crate::kinds::Kind, error: &ApplyError) -> Status {
     let (namespace, name) = (crate::object::namespace(config), crate::object::name(config));
     let place = if namespace.is_empty() { format!("/{name}") } else { format!("{namespace}/{name}") };
-    let message =
-        format!("failed to create typed patch object ({place}; {}/{}, Kind={}): {error}", kind.group, kind.version, kind.kind);
+    let message = format!(
+        "failed to create typed patch object ({place}; {}/{}, Kind={}): {error}",
+        kind.group, kind.version, kind.kind
+    );
     Status::new(500, "", message)
 }
 
@@ -95,7 +98,13 @@ fn refused(error: ApplyError) -> Status {
 fn reset(kind: &crate::kinds::Kind, subresource: &str) -> &'static [&'static [&'static str]] {
     match subresource {
         "" if kind.subresource("status").is_some() => &[&["status"]],
-        "status" => &[&["spec"], &["metadata", "labels"], &["metadata", "annotations"], &["metadata", "finalizers"], &["metadata", "ownerReferences"]],
+        "status" => &[
+            &["spec"],
+            &["metadata", "labels"],
+            &["metadata", "annotations"],
+            &["metadata", "finalizers"],
+            &["metadata", "ownerReferences"],
+        ],
         _ => &[],
     }
 }

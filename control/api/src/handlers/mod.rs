@@ -1,30 +1,30 @@
 //! The generic request path: authenticate, authorise, find the row, negotiate, run one of the handlers, answer.
 
-mod call;
-mod read;
-mod watch;
-mod frames;
 mod answer;
-mod write;
-mod managed;
-mod update;
-mod patch;
-mod delete;
-mod subresource;
+mod call;
 mod compress;
+mod delete;
+mod frames;
 mod limits;
+mod managed;
+mod patch;
+mod read;
+mod subresource;
+mod update;
+mod watch;
+mod write;
 
 use std::sync::Arc;
 
 use http::HeaderValue;
 use http::header::{HeaderName, WWW_AUTHENTICATE};
 
+pub(crate) use answer::partial;
 pub(crate) use call::Call;
 pub(crate) use delete::Options;
-pub(crate) use answer::partial;
-pub(crate) use subresource::{body_kind, selector_text};
 pub(crate) use frames::Frames;
 pub(crate) use limits::Limits;
+pub(crate) use subresource::{body_kind, selector_text};
 
 use crate::authz::{Attributes, Decision};
 use crate::http::{Media, Query, ReqBody, Response, Route, Verb, status_response};
@@ -45,7 +45,9 @@ pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::
         Err(status) => {
             let mut response = status_response(&status);
             if status.code == 401 {
-                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"kubernetes-master\""));
+                response
+                    .headers_mut()
+                    .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"kubernetes-master\""));
             }
             response
         }
@@ -81,7 +83,9 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
         .filter(|kind| kind.served)
         .ok_or_else(Status::no_such_resource)?;
     if kind.namespaced() != !resource.namespace.is_empty() && kind.resource != "namespaces" {
-        let across = matches!(resource.verb, Verb::List | Verb::Watch) && resource.namespace.is_empty() && resource.name.is_empty();
+        let across = matches!(resource.verb, Verb::List | Verb::Watch)
+            && resource.namespace.is_empty()
+            && resource.name.is_empty();
         // Reviews may be posted without a namespace only when they have none; lists may span all namespaces.
         if !across {
             return Err(Status::no_such_resource());
@@ -95,7 +99,10 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
     call.place = place;
     let mut response = dispatch(&mut call, body).await?;
     // Whoever made a definition finds its resource served.
-    if crate::crd::is_definition(&call.kind) && !matches!(call.route.verb, Verb::Get | Verb::List | Verb::Watch) && !call.dry_run {
+    if crate::crd::is_definition(&call.kind)
+        && !matches!(call.route.verb, Verb::Get | Verb::List | Verb::Watch)
+        && !call.dry_run
+    {
         crate::crd::reload(&call.api).await?;
     }
     warnings(&call, &mut response);
@@ -192,7 +199,8 @@ pub(crate) fn denied(a: &Attributes<'_>, reason: &str) -> Status {
         let message = format!("forbidden: User {user:?} cannot {} path {:?}{tail}", a.verb, a.path);
         return Status::new(403, "Forbidden", message).with(crate::status::Details::default());
     }
-    let resource = if a.subresource.is_empty() { a.resource.to_owned() } else { format!("{}/{}", a.resource, a.subresource) };
+    let resource =
+        if a.subresource.is_empty() { a.resource.to_owned() } else { format!("{}/{}", a.resource, a.subresource) };
     let scope = if a.namespace.is_empty() {
         "at the cluster scope".to_owned()
     } else {

@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::answer;
 use super::call::Call;
-use super::update::{self, Changed};
 use super::managed;
+use super::update::{self, Changed};
 use crate::http::{Format, ReqBody, Response};
 use crate::object;
 use crate::status::{Details, Status};
@@ -46,11 +46,13 @@ pub(super) async fn read(call: &mut Call, body: ReqBody) -> Result<Patch, Status
         return Err(Status::unsupported_media_type(accepted, &content_type));
     }
     if content_type != APPLY_PATCH && call.query.has("force") {
-        let message = "PatchOptions.meta.k8s.io \"\" is invalid: force: Forbidden: may not be specified for non-apply patch";
+        let message =
+            "PatchOptions.meta.k8s.io \"\" is invalid: force: Forbidden: may not be specified for non-apply patch";
         return Err(Status::new(422, "Invalid", message));
     }
     if content_type == APPLY_PATCH && call.field_manager.is_empty() {
-        let message = "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch";
+        let message =
+            "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch";
         return Err(Status::new(422, "Invalid", message));
     }
     let bytes = body.read().await?;
@@ -58,8 +60,8 @@ pub(super) async fn read(call: &mut Call, body: ReqBody) -> Result<Patch, Status
         return Ok(Patch::Json(bytes));
     }
     let format = if content_type == APPLY_PATCH { Format::Yaml } else { Format::Json };
-    let parsed = wire::parse(&bytes, format)
-        .map_err(|error| Status::bad_request(format!("error decoding patch: {error}")))?;
+    let parsed =
+        wire::parse(&bytes, format).map_err(|error| Status::bad_request(format!("error decoding patch: {error}")))?;
     call.strictness(&parsed.strict, "")?;
     if !parsed.value.is_object() {
         return Err(Status::bad_request("error decoding patch: a patch must be an object"));

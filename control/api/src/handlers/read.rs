@@ -148,7 +148,9 @@ pub(super) struct Page {
 
 pub(super) fn parse_revision(text: &str) -> Result<u64, Status> {
     text.parse().map_err(|_| {
-        Status::bad_request(format!("resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"))
+        Status::bad_request(format!(
+            "resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+        ))
     })
 }
 
@@ -161,7 +163,11 @@ async fn not_in_future(call: &Call, asked: u64) -> Result<(), Status> {
 fn too_large(asked: u64, current: u64) -> Status {
     let message = format!("Too large resource version: {asked}, current: {current}");
     Status::new(504, "Timeout", message).with(Details {
-        causes: vec![Cause { reason: "ResourceVersionTooLarge".into(), message: "Too large resource version".into(), ..Cause::default() }],
+        causes: vec![Cause {
+            reason: "ResourceVersionTooLarge".into(),
+            message: "Too large resource version".into(),
+            ..Cause::default()
+        }],
         retry_after_seconds: 1,
         ..Details::default()
     })
@@ -171,11 +177,21 @@ fn too_large(asked: u64, current: u64) -> Status {
 async fn revision_for_list(call: &Call, paging: bool) -> Result<Option<u64>, Status> {
     let version = call.query.get("resourceVersion");
     let matching = call.query.get("resourceVersionMatch");
-    let forbidden = |why: &str| Err(Status::new(422, "Invalid", format!("ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Forbidden: {why}")));
+    let forbidden = |why: &str| {
+        Err(Status::new(
+            422,
+            "Invalid",
+            format!("ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Forbidden: {why}"),
+        ))
+    };
     match (matching, version) {
-        (Some(_), None) if !call.query.flag("sendInitialEvents") => forbidden("resourceVersionMatch is forbidden unless resourceVersion is provided"),
+        (Some(_), None) if !call.query.flag("sendInitialEvents") => {
+            forbidden("resourceVersionMatch is forbidden unless resourceVersion is provided")
+        }
         (Some(_), _) if paging => forbidden("resourceVersionMatch is forbidden when continue is provided"),
-        (Some("Exact"), Some("0")) => forbidden("resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\""),
+        (Some("Exact"), Some("0")) => {
+            forbidden("resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"")
+        }
         (Some("Exact"), Some(text)) => Ok(Some(parse_revision(text)?)),
         (Some("NotOlderThan") | None, Some(text)) => {
             let asked = parse_revision(text)?;
@@ -189,7 +205,9 @@ async fn revision_for_list(call: &Call, paging: bool) -> Result<Option<u64>, Sta
         (Some(other), _) if other != "NotOlderThan" => Err(Status::new(
             422,
             "Invalid",
-            format!("ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Unsupported value: {other:?}: supported values: \"Exact\", \"NotOlderThan\", \"\""),
+            format!(
+                "ListOptions.meta.k8s.io \"\" is invalid: resourceVersionMatch: Unsupported value: {other:?}: supported values: \"Exact\", \"NotOlderThan\", \"\""
+            ),
         )),
         _ => Ok(None),
     }
@@ -228,10 +246,14 @@ pub(super) async fn page(call: &Call, selection: &Selection) -> Result<Page, Sta
         let options = ListOptions { limit: wanted, start_after: start_after.take(), revision };
         let listing = match call.api.store.list(&scope, options.clone()).await {
             Err(Error::Compacted { .. }) if call.query.get("continue").is_some() => {
-                return Err(expired_continue(options.start_after.as_deref().and_then(|key| key.strip_prefix(&call.kind.prefix))));
+                return Err(expired_continue(
+                    options.start_after.as_deref().and_then(|key| key.strip_prefix(&call.kind.prefix)),
+                ));
             }
             Err(Error::Compacted { requested, oldest }) => {
-                return Err(Status::expired(format!("The provided resource version is too old: {requested} ({oldest})")));
+                return Err(Status::expired(format!(
+                    "The provided resource version is too old: {requested} ({oldest})"
+                )));
             }
             Err(Error::Future { requested, newest }) => return Err(too_large(requested, newest)),
             other => other?,
@@ -280,7 +302,8 @@ fn expired_continue(start: Option<&str>) -> Status {
 pub(super) async fn list(call: &Call) -> Result<Response, Status> {
     if !call.kind.stored() {
         let items = call.kind.strategy.answer_list(&call.context(crate::context::Operation::Connect, "")).await?;
-        let value = json!({"kind": call.kind.list_kind, "apiVersion": call.kind.api_version(), "metadata": {}, "items": items});
+        let value =
+            json!({"kind": call.kind.list_kind, "apiVersion": call.kind.api_version(), "metadata": {}, "items": items});
         return answer::plain(call.media, 200, &value);
     }
     let selection = Selection::parse(call)?;
@@ -293,7 +316,12 @@ pub(super) async fn list(call: &Call) -> Result<Response, Status> {
         metadata["remainingItemCount"] = remaining.into();
     }
     let media = call.media;
-    if media.format == Format::Json && media.shape == Shape::Plain && !media.pretty && call.kind.is_storage_version() && call.kind.crd.is_none() {
+    if media.format == Format::Json
+        && media.shape == Shape::Plain
+        && !media.pretty
+        && call.kind.is_storage_version()
+        && call.kind.crd.is_none()
+    {
         return Ok(concatenated(call, &metadata, page.entries));
     }
     let mut items = Vec::with_capacity(page.entries.len());
@@ -353,9 +381,7 @@ fn concatenated(call: &Call, metadata: &Value, entries: Vec<Entry>) -> Response 
         Some((Ok(chunk), Some((entries, at, buffer))))
     });
     let mut response = http::Response::new(stream(chunks));
-    response
-        .headers_mut()
-        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
     crate::http::no_cache(response.headers_mut());
     response
 }

@@ -78,7 +78,11 @@ fn scale_paths(kind: &Kind) -> ScalePaths {
             selector: path("labelSelectorPath"),
         };
     }
-    ScalePaths { spec: "/spec/replicas".into(), status: "/status/replicas".into(), selector: Some("/spec/selector".into()) }
+    ScalePaths {
+        spec: "/spec/replicas".into(),
+        status: "/status/replicas".into(),
+        selector: Some("/spec/selector".into()),
+    }
 }
 
 /// The `autoscaling/v1` Scale of an object.
@@ -120,8 +124,13 @@ pub(crate) fn selector_text(selector: &Value) -> String {
         .collect();
     for expression in selector.get("matchExpressions").and_then(Value::as_array).into_iter().flatten() {
         let key = object::text(expression, "/key");
-        let mut values: Vec<&str> =
-            expression.get("values").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        let mut values: Vec<&str> = expression
+            .get("values")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
         values.sort_unstable();
         let values = values.join(",");
         let term = match object::text(expression, "/operator") {
@@ -222,7 +231,10 @@ pub(crate) async fn bind(call: &mut Call, mut binding: Value) -> Result<Response
         let conflict = |why: String| Err(Status::conflict(&call.kind, &call.route.name, &why));
         let uid = object::uid(&binding);
         if !uid.is_empty() && uid != object::uid(old) {
-            return conflict(format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {}", object::uid(old)));
+            return conflict(format!(
+                "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+                object::uid(old)
+            ));
         }
         if old.pointer("/metadata/deletionTimestamp").is_some_and(Value::is_string) {
             return conflict(format!("pod {} is being deleted, cannot be assigned to a host", call.route.name));
@@ -237,7 +249,9 @@ pub(crate) async fn bind(call: &mut Call, mut binding: Value) -> Result<Response
         let mut new = old.clone();
         set_pointer(&mut new, "/spec/nodeName", node.as_str().into());
         for member in ["annotations", "labels"] {
-            for (key, value) in binding.pointer(&format!("/metadata/{member}")).and_then(Value::as_object).into_iter().flatten() {
+            for (key, value) in
+                binding.pointer(&format!("/metadata/{member}")).and_then(Value::as_object).into_iter().flatten()
+            {
                 let map = object::metadata(&mut new).entry(member).or_insert_with(|| json!({}));
                 object::members(map).insert(key.clone(), value.clone());
             }
@@ -246,7 +260,10 @@ pub(crate) async fn bind(call: &mut Call, mut binding: Value) -> Result<Response
         Ok(Changed::new(new))
     })
     .await?;
-    Ok(json_response(201, &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201})))
+    Ok(json_response(
+        201,
+        &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}),
+    ))
 }
 
 /// The condition `PodScheduled` becomes true.
@@ -281,8 +298,11 @@ async fn token(call: &mut Call, sub: &Subresource, body: ReqBody) -> Result<Resp
     for plugin in write::plugins(&ctx) {
         plugin.validate(&ctx, &request, None).await?;
     }
-    let answered = call.api.authn.request_token(&call.api, &account, request, call.now).await.map_err(|status| {
-        if status.details.is_none() { status.with(Details::default()) } else { status }
-    })?;
+    let answered = call
+        .api
+        .authn
+        .request_token(&call.api, &account, request, call.now)
+        .await
+        .map_err(|status| if status.details.is_none() { status.with(Details::default()) } else { status })?;
     answer::shaped(call, 201, answered)
 }

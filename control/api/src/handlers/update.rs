@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::answer::{self, Outgoing};
 use super::call::Call;
-use super::write::{self, plugins};
 use super::managed;
+use super::write::{self, plugins};
 use crate::context::{Context, Operation};
 use crate::http::{ReqBody, Response};
 use crate::object;
@@ -40,10 +40,13 @@ pub(super) async fn replace(call: &mut Call, body: ReqBody) -> Result<Response, 
     write::namespace_matches(call, &mut object)?;
     let name = object::name(&object);
     if name.is_empty() {
-        return Err(Status::bad_request("the name of the object (based on URL) was unable to be determined: name must be provided"));
+        return Err(Status::bad_request(
+            "the name of the object (based on URL) was unable to be determined: name must be provided",
+        ));
     }
     if name != call.route.name {
-        let message = format!("the name of the object ({name}) does not match the name on the URL ({})", call.route.name);
+        let message =
+            format!("the name of the object ({name}) does not match the name on the URL ({})", call.route.name);
         return Err(Status::bad_request(message));
     }
     let strategy = kind.strategy.clone();
@@ -69,7 +72,9 @@ pub(super) async fn change(call: &mut Call, make: &mut Change<'_>) -> Result<(u1
         let Some(entry) = call.api.store.get(&key).await? else {
             let made = make(call, None)?;
             let mut object = made.object;
-            if !object::text(&object, "/metadata/uid").is_empty() || !object::text(&object, "/metadata/resourceVersion").is_empty() {
+            if !object::text(&object, "/metadata/uid").is_empty()
+                || !object::text(&object, "/metadata/resourceVersion").is_empty()
+            {
                 return Err(Status::not_found(&call.kind, &call.route.name));
             }
             write::namespace_matches(call, &mut object)?;

@@ -59,7 +59,11 @@ pub(super) async fn watch(call: &mut Call) -> Result<Response, Status> {
             Err(Status::expired(format!("too old resource version: {requested} ({oldest})")))
         }
         Err(Error::Future { requested, newest }) => {
-            return Err(Status::new(504, "Timeout", format!("Too large resource version: {requested}, current: {newest}")));
+            return Err(Status::new(
+                504,
+                "Timeout",
+                format!("Too large resource version: {requested}, current: {newest}"),
+            ));
         }
         Err(other) => return Err(other.into()),
     };
@@ -67,14 +71,23 @@ pub(super) async fn watch(call: &mut Call) -> Result<Response, Status> {
     let content_type = match format {
         Format::Json => "application/json",
         Format::Protobuf => "application/vnd.kubernetes.protobuf;stream=watch",
-        Format::Yaml => return Err(Status::not_acceptable(&["application/json", "application/vnd.kubernetes.protobuf"])),
+        Format::Yaml => {
+            return Err(Status::not_acceptable(&["application/json", "application/vnd.kubernetes.protobuf"]));
+        }
     };
     let untouched = format == Format::Json
         && call.media.shape == Shape::Plain
         && call.kind.is_storage_version()
         && call.kind.crd.is_none();
     let state = Watcher {
-        view: View { api: call.api.clone(), kind: call.kind.clone(), media: call.media, now: call.now, untouched, headed: false },
+        view: View {
+            api: call.api.clone(),
+            kind: call.kind.clone(),
+            media: call.media,
+            now: call.now,
+            untouched,
+            headed: false,
+        },
         selection,
         first: first.into_iter(),
         initial_end: initial.then_some(after),
@@ -102,13 +115,18 @@ pub(super) async fn watch(call: &mut Call) -> Result<Response, Status> {
 }
 
 fn check_initial(call: &Call, initial: bool, bookmarks: bool) -> Result<(), Status> {
-    let invalid = |why: &str| Err(Status::new(422, "Invalid", format!("ListOptions.meta.k8s.io \"\" is invalid: {why}")));
+    let invalid =
+        |why: &str| Err(Status::new(422, "Invalid", format!("ListOptions.meta.k8s.io \"\" is invalid: {why}")));
     let matching = call.query.get("resourceVersionMatch");
     if initial && matching != Some("NotOlderThan") {
-        return invalid("resourceVersionMatch: Forbidden: sendInitialEvents requires setting resourceVersionMatch to NotOlderThan");
+        return invalid(
+            "resourceVersionMatch: Forbidden: sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+        );
     }
     if !call.query.has("sendInitialEvents") && matching.is_some() {
-        return invalid("resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided");
+        return invalid(
+            "resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+        );
     }
     let _ = bookmarks;
     Ok(())

@@ -199,7 +199,13 @@ pub(super) fn namespace_matches(call: &Call, object: &mut Value) -> Result<(), S
         if given.is_empty() {
             metadata.remove("namespace");
         }
-        return if given.is_empty() { Ok(()) } else { Err(Status::bad_request("the namespace of the provided object does not match the namespace sent on the request")) };
+        return if given.is_empty() {
+            Ok(())
+        } else {
+            Err(Status::bad_request(
+                "the namespace of the provided object does not match the namespace sent on the request",
+            ))
+        };
     }
     if given.is_empty() {
         metadata.insert("namespace".into(), call.route.namespace.clone().into());
@@ -214,7 +220,9 @@ pub(super) fn namespace_matches(call: &Call, object: &mut Value) -> Result<(), S
 /// What only the server sets is taken away.
 fn wipe_system_fields(object: &mut Value) {
     let metadata = object::metadata(object);
-    for member in ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "resourceVersion"] {
+    for member in
+        ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "resourceVersion"]
+    {
         metadata.remove(member);
     }
 }

@@ -61,7 +61,8 @@ pub(crate) const SERVED_CUSTOM: [&str; 2] = ["application/json", "application/ya
 
 impl Media {
     /// Plain JSON.
-    pub(crate) const JSON: Self = Self { format: Format::Json, shape: Shape::Plain, include: Include::Metadata, pretty: false };
+    pub(crate) const JSON: Self =
+        Self { format: Format::Json, shape: Shape::Plain, include: Include::Metadata, pretty: false };
 
     /// Chooses by the `Accept` header, the first acceptable of the client's list in order of its weights.
     /// `protobuf` tells whether the kind has a protobuf encoding.
@@ -104,11 +105,18 @@ impl Media {
 
 /// `q` of a clause in thousandths.
 fn weight(clause: &str) -> u32 {
-    clause
-        .split(';')
-        .find_map(|part| part.trim().strip_prefix("q="))
-        .and_then(|q| q.parse::<f64>().ok())
-        .map_or(1000, |q| if q <= 0.0 { 0 } else if q >= 1.0 { 1000 } else { (q * 1000.0) as u32 })
+    clause.split(';').find_map(|part| part.trim().strip_prefix("q=")).and_then(|q| q.parse::<f64>().ok()).map_or(
+        1000,
+        |q| {
+            if q <= 0.0 {
+                0
+            } else if q >= 1.0 {
+                1000
+            } else {
+                (q * 1000.0) as u32
+            }
+        },
+    )
 }
 
 fn clause_media(clause: &str, protobuf: bool) -> Option<(Format, Shape)> {

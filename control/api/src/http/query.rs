@@ -8,7 +8,12 @@ impl Query {
     /// Parses a query string; broken escapes are kept as they are.
     pub(crate) fn parse(text: Option<&str>) -> Self {
         let pairs = text.unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
-        Self(pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(k, v)| (decode(k, true), decode(v, true))).collect())
+        Self(
+            pairs
+                .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+                .map(|(k, v)| (decode(k, true), decode(v, true)))
+                .collect(),
+        )
     }
 
     /// First value of a parameter; an empty one counts as absent.

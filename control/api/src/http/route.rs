@@ -163,7 +163,11 @@ fn resource(method: &Method, raw_path: &str, query: &Query) -> Option<ResourceRo
         Method::DELETE => Verb::Delete,
         Method::GET | Method::HEAD if watch => Verb::Watch,
         Method::GET | Method::HEAD if name.is_empty() => {
-            if query.flag("watch") { Verb::Watch } else { Verb::List }
+            if query.flag("watch") {
+                Verb::Watch
+            } else {
+                Verb::List
+            }
         }
         Method::GET | Method::HEAD => Verb::Get,
         _ => return None,

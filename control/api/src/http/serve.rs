@@ -116,11 +116,7 @@ async fn connection(
         async move { Ok::<_, std::convert::Infallible>(api.respond(caller, request.map(ReqBody::Incoming)).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_READ)
-        .max_buf_size(HEADER_BYTES);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ).max_buf_size(HEADER_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())

@@ -405,7 +405,9 @@ fn change(new: &At<'_>, old: &At<'_>, e: &mut Errs) {
             e.invalid_value(&is.item(0), is.v.clone(), "may not change once set");
         }
     }
-    if kept && !o.at("ipFamilies").is_empty() && n.at("ipFamilies").array().first() != o.at("ipFamilies").array().first()
+    if kept
+        && !o.at("ipFamilies").is_empty()
+        && n.at("ipFamilies").array().first() != o.at("ipFamilies").array().first()
     {
         e.invalid(&n.at("ipFamilies").item(0), "may not change once set");
     }

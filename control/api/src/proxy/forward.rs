@@ -97,7 +97,8 @@ fn outbound_headers(inbound: &HeaderMap, way: &Way, upgrade: Option<&HeaderValue
     }
     // Credentials are for this server only.
     headers.remove(AUTHORIZATION);
-    let secret: Vec<HeaderName> = headers.keys().filter(|name| name.as_str().starts_with("impersonate-")).cloned().collect();
+    let secret: Vec<HeaderName> =
+        headers.keys().filter(|name| name.as_str().starts_with("impersonate-")).cloned().collect();
     for name in secret {
         headers.remove(name);
     }

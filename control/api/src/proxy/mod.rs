@@ -51,10 +51,8 @@ pub(crate) async fn connect(
     if route.subresource == "proxy" {
         return target::proxy(api, &kind, &route, parts, body).await;
     }
-    let pod = api
-        .get(&kind, &route.namespace, &route.name)
-        .await?
-        .ok_or_else(|| Status::not_found(&kind, &route.name))?;
+    let pod =
+        api.get(&kind, &route.namespace, &route.name).await?.ok_or_else(|| Status::not_found(&kind, &route.name))?;
     let node = object::text(&pod, "/spec/nodeName");
     if node.is_empty() {
         return match route.subresource.as_str() {
@@ -78,14 +76,18 @@ fn kubelet_path(route: &ResourceRoute, pod: &Value, query: &Query) -> Result<Str
     };
     let action = match route.subresource.as_str() {
         "log" => {
-            for name in ["follow", "previous", "sinceSeconds", "sinceTime", "timestamps", "tailLines", "limitBytes", "stream"] {
+            for name in
+                ["follow", "previous", "sinceSeconds", "sinceTime", "timestamps", "tailLines", "limitBytes", "stream"]
+            {
                 copy(name, name);
             }
             check_log(query)?;
             "containerLogs"
         }
         action @ ("exec" | "attach") => {
-            for (from, to) in [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty"), ("command", "command")] {
+            for (from, to) in
+                [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty"), ("command", "command")]
+            {
                 copy(from, to);
             }
             action
@@ -119,7 +121,9 @@ fn check_log(query: &Query) -> Result<(), Status> {
         if let Some(text) = query.get(name) {
             match text.parse::<i64>() {
                 Ok(n) if n >= least => {}
-                _ if least == 0 => return invalid(name, &format!("Invalid value: {text}: must be greater than or equal to 0")),
+                _ if least == 0 => {
+                    return invalid(name, &format!("Invalid value: {text}: must be greater than or equal to 0"));
+                }
                 _ => return invalid(name, &format!("Invalid value: {text}: must be greater than 0")),
             }
         }
@@ -149,7 +153,8 @@ fn container(route: &ResourceRoute, pod: &Value, asked: Option<&str>) -> Result<
     if main.is_empty() {
         return Err(Status::bad_request(format!("a container name must be specified for pod {}", route.name)));
     }
-    let mut message = format!("a container name must be specified for pod {}, choose one of: [{}]", route.name, main.join(" "));
+    let mut message =
+        format!("a container name must be specified for pod {}, choose one of: [{}]", route.name, main.join(" "));
     if !init.is_empty() {
         message.push_str(&format!(" or one of the init containers: [{}]", init.join(" ")));
     }
@@ -246,7 +251,10 @@ mod tests {
         let path = |sub: &str, query: &str| kubelet_path(&route(sub), &pod, &Query::parse(Some(query)));
         let exec = path("exec", "stdin=true&stdout=1&stderr=false&command=sh&command=-c&command=echo+a%26b");
         assert_eq!(exec.as_deref(), Ok("/exec/n/p/a?input=1&output=1&command=sh&command=-c&command=echo%20a%26b"));
-        assert_eq!(path("log", "follow=true&tailLines=5").as_deref(), Ok("/containerLogs/n/p/a?follow=true&tailLines=5"));
+        assert_eq!(
+            path("log", "follow=true&tailLines=5").as_deref(),
+            Ok("/containerLogs/n/p/a?follow=true&tailLines=5")
+        );
         assert_eq!(path("log", "container=i").as_deref(), Ok("/containerLogs/n/p/i"));
         assert_eq!(path("portforward", "ports=80").as_deref(), Ok("/portForward/n/p?port=80"));
         let wrong = path("log", "container=x").expect_err("there is none");

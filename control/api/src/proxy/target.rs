@@ -27,7 +27,9 @@ fn split(name: &str) -> Option<Name<'_>> {
     match parts.as_slice() {
         [name] => Some(Name { scheme: "http", name, port: "" }),
         [name, port] if *name != "https" && *name != "http" => Some(Name { scheme: "http", name, port }),
-        [scheme @ ("http" | "https" | ""), name, port] => Some(Name { scheme: if *scheme == "https" { "https" } else { "http" }, name, port }),
+        [scheme @ ("http" | "https" | ""), name, port] => {
+            Some(Name { scheme: if *scheme == "https" { "https" } else { "http" }, name, port })
+        }
         _ => None,
     }
 }
@@ -62,7 +64,10 @@ pub(super) async fn proxy(
     let mut headers = HeaderMap::new();
     let forwarded = [
         ("x-forwarded-uri", parts.uri.path().to_owned()),
-        ("x-forwarded-host", parts.headers.get(http::header::HOST).and_then(|h| h.to_str().ok()).unwrap_or_default().to_owned()),
+        (
+            "x-forwarded-host",
+            parts.headers.get(http::header::HOST).and_then(|h| h.to_str().ok()).unwrap_or_default().to_owned(),
+        ),
         ("x-forwarded-proto", "https".to_owned()),
     ];
     for (name, value) in forwarded {
@@ -122,8 +127,14 @@ async fn dial(
     Ok((Box::new(stream), host))
 }
 
-async fn pod(api: &Arc<ApiServer>, kind: &Kind, route: &ResourceRoute, wanted: &Name<'_>) -> Result<(String, u16), Status> {
-    let pod = api.get(kind, &route.namespace, wanted.name).await?.ok_or_else(|| Status::not_found(kind, wanted.name))?;
+async fn pod(
+    api: &Arc<ApiServer>,
+    kind: &Kind,
+    route: &ResourceRoute,
+    wanted: &Name<'_>,
+) -> Result<(String, u16), Status> {
+    let pod =
+        api.get(kind, &route.namespace, wanted.name).await?.ok_or_else(|| Status::not_found(kind, wanted.name))?;
     let ip = object::text(&pod, "/status/podIP");
     if ip.is_empty() {
         return Err(Status::bad_request(format!("address not allowed: pod {} has no address", wanted.name)));
@@ -134,7 +145,9 @@ async fn pod(api: &Arc<ApiServer>, kind: &Kind, route: &ResourceRoute, wanted: &
         "" => ports.next().and_then(|port| port["containerPort"].as_u64()),
         text => match text.parse::<u64>() {
             Ok(number) => Some(number),
-            Err(_) => ports.find(|port| object::text(port, "/name") == text).and_then(|port| port["containerPort"].as_u64()),
+            Err(_) => {
+                ports.find(|port| object::text(port, "/name") == text).and_then(|port| port["containerPort"].as_u64())
+            }
         },
     };
     let port = port.unwrap_or(80);
@@ -142,19 +155,25 @@ async fn pod(api: &Arc<ApiServer>, kind: &Kind, route: &ResourceRoute, wanted: &
 }
 
 /// One ready endpoint of a service, at random; `wanted` is a port's name or number, empty for the only one.
-pub(crate) async fn endpoint(api: &Arc<ApiServer>, namespace: &str, of: &str, wanted: &str) -> Result<(String, u16), Status> {
+pub(crate) async fn endpoint(
+    api: &Arc<ApiServer>,
+    namespace: &str,
+    of: &str,
+    wanted: &str,
+) -> Result<(String, u16), Status> {
     let kind = api.kind("", "v1", "services").ok_or_else(Status::no_such_resource)?;
     let service = api.get(&kind, namespace, of).await?.ok_or_else(|| Status::not_found(&kind, of))?;
     let ports = service.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
     let chosen = match wanted {
         "" if ports.len() == 1 => ports.first(),
         "" => ports.iter().find(|port| object::text(port, "/name").is_empty()),
-        text => ports.iter().find(|port| object::text(port, "/name") == text || port["port"].as_u64().is_some_and(|n| n.to_string() == text)),
+        text => ports.iter().find(|port| {
+            object::text(port, "/name") == text || port["port"].as_u64().is_some_and(|n| n.to_string() == text)
+        }),
     };
-    let unavailable = || {
-        Status::unavailable(format!("no endpoints available for service {of:?}"))
-    };
-    let chosen = chosen.ok_or_else(|| Status::unavailable(format!("no service port {wanted:?} found for service {of:?}")))?;
+    let unavailable = || Status::unavailable(format!("no endpoints available for service {of:?}"));
+    let chosen =
+        chosen.ok_or_else(|| Status::unavailable(format!("no service port {wanted:?} found for service {of:?}")))?;
     let name = object::text(chosen, "/name");
     if object::text(&service, "/spec/type") == "ExternalName" {
         let port = chosen["port"].as_u64().and_then(|p| u16::try_from(p).ok()).ok_or_else(unavailable)?;
@@ -163,15 +182,20 @@ pub(crate) async fn endpoint(api: &Arc<ApiServer>, namespace: &str, of: &str, wa
     let slices = api.kind("discovery.k8s.io", "v1", "endpointslices").ok_or_else(unavailable)?;
     let mut found = Vec::new();
     for slice in api.list(&slices, namespace).await? {
-        let owner = slice.pointer("/metadata/labels").and_then(|l| l.get("kubernetes.io/service-name")).and_then(Value::as_str);
+        let owner =
+            slice.pointer("/metadata/labels").and_then(|l| l.get("kubernetes.io/service-name")).and_then(Value::as_str);
         if owner != Some(of) {
             continue;
         }
         let port = slice["ports"].as_array().into_iter().flatten().find(|port| object::text(port, "/name") == name);
-        let Some(port) = port.and_then(|port| port["port"].as_u64()).and_then(|p| u16::try_from(p).ok()) else { continue };
+        let Some(port) = port.and_then(|port| port["port"].as_u64()).and_then(|p| u16::try_from(p).ok()) else {
+            continue;
+        };
         for endpoint in slice["endpoints"].as_array().into_iter().flatten() {
             if endpoint.pointer("/conditions/ready").and_then(Value::as_bool) != Some(false) {
-                found.extend(endpoint.pointer("/addresses/0").and_then(Value::as_str).map(|address| (address.to_owned(), port)));
+                found.extend(
+                    endpoint.pointer("/addresses/0").and_then(Value::as_str).map(|address| (address.to_owned(), port)),
+                );
             }
         }
     }

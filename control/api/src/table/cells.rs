@@ -61,8 +61,11 @@ impl View<'_> {
 
     /// Names or images of containers below a pod spec.
     pub(super) fn containers(&self, pod_spec: &str, member: &str) -> Value {
-        let names: Vec<&str> =
-            self.list(&format!("{pod_spec}/containers")).iter().map(|c| object::text(c, &format!("/{member}"))).collect();
+        let names: Vec<&str> = self
+            .list(&format!("{pod_spec}/containers"))
+            .iter()
+            .map(|c| object::text(c, &format!("/{member}")))
+            .collect();
         names.join(",").into()
     }
 
@@ -90,8 +93,11 @@ impl View<'_> {
     /// Quantities as `name: used/hard`, or a map as `a=b`.
     pub(super) fn labels(&self, pointer: &str) -> Value {
         let map = self.object.pointer(pointer).and_then(Value::as_object);
-        let terms: Vec<String> =
-            map.into_iter().flatten().map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default())).collect();
+        let terms: Vec<String> = map
+            .into_iter()
+            .flatten()
+            .map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default()))
+            .collect();
         or(&terms.join(","), NONE)
     }
 }
@@ -169,7 +175,11 @@ pub(super) fn row_conditions(kind: &Kind, item: &Value) -> Vec<Value> {
         (true, "Failed") => (true, "Failed", "The pod failed."),
         _ => (false, "", ""),
     };
-    if done { vec![json!({"type": "Completed", "status": "True", "reason": reason, "message": message})] } else { Vec::new() }
+    if done {
+        vec![json!({"type": "Completed", "status": "True", "reason": reason, "message": message})]
+    } else {
+        Vec::new()
+    }
 }
 
 #[cfg(test)]

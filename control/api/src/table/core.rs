@@ -25,7 +25,8 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
                 "False" => "Unhealthy",
                 _ => "Unknown",
             };
-            let field = |member: &str| v.list("/conditions").first().map(|c| text(c, member)).unwrap_or_default().to_owned();
+            let field =
+                |member: &str| v.list("/conditions").first().map(|c| text(c, member)).unwrap_or_default().to_owned();
             vec![v.name(), status.into(), field("/message").into(), field("/error").into()]
         }
         "configmaps" => vec![v.name(), (v.count("/data") + v.count("/binaryData")).to_string().into(), v.age()],
@@ -35,10 +36,14 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
         "namespaces" => vec![v.name(), v.text("/status/phase").into(), v.age()],
         "nodes" => node(v),
         "persistentvolumeclaims" => {
-            let phase = if v.text("/metadata/deletionTimestamp").is_empty() { v.text("/status/phase") } else { "Terminating" };
+            let phase =
+                if v.text("/metadata/deletionTimestamp").is_empty() { v.text("/status/phase") } else { "Terminating" };
             let bound = !v.text("/spec/volumeName").is_empty();
-            let (modes, capacity) =
-                if bound { (access_modes(v.list("/status/accessModes")), v.text("/status/capacity/storage")) } else { (String::new(), "") };
+            let (modes, capacity) = if bound {
+                (access_modes(v.list("/status/accessModes")), v.text("/status/capacity/storage"))
+            } else {
+                (String::new(), "")
+            };
             vec![
                 v.name(),
                 phase.into(),
@@ -52,7 +57,8 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
             ]
         }
         "persistentvolumes" => {
-            let phase = if v.text("/metadata/deletionTimestamp").is_empty() { v.text("/status/phase") } else { "Terminating" };
+            let phase =
+                if v.text("/metadata/deletionTimestamp").is_empty() { v.text("/status/phase") } else { "Terminating" };
             let claim = match v.object.pointer("/spec/claimRef") {
                 Some(claim) if claim.is_object() => format!("{}/{}", text(claim, "/namespace"), text(claim, "/name")),
                 _ => String::new(),
@@ -136,17 +142,18 @@ fn endpoints(v: &View<'_>) -> Value {
 }
 
 fn event(v: &View<'_>) -> Vec<Value> {
-    let first_of = |pointers: &[&str]| {
-        pointers.iter().map(|p| v.text(p)).find(|t| !t.is_empty()).unwrap_or_default().to_owned()
-    };
+    let first_of =
+        |pointers: &[&str]| pointers.iter().map(|p| v.text(p)).find(|t| !t.is_empty()).unwrap_or_default().to_owned();
     let first = first_of(&["/firstTimestamp", "/deprecatedFirstTimestamp", "/eventTime"]);
     let last = first_of(&["/series/lastObservedTime", "/lastTimestamp", "/deprecatedLastTimestamp", "/eventTime"]);
-    let count = [v.int("/series/count"), v.int("/count"), v.int("/deprecatedCount")].into_iter().find(|&n| n > 0).unwrap_or(1);
+    let count =
+        [v.int("/series/count"), v.int("/count"), v.int("/deprecatedCount")].into_iter().find(|&n| n > 0).unwrap_or(1);
     let object = if v.object.get("regarding").is_some() { "/regarding" } else { "/involvedObject" };
     let kind = v.text(&format!("{object}/kind")).to_lowercase();
     let name = v.text(&format!("{object}/name"));
     let target = if name.is_empty() { kind } else { format!("{kind}/{name}") };
-    let component = first_of(&["/source/component", "/deprecatedSource/component", "/reportingComponent", "/reportingController"]);
+    let component =
+        first_of(&["/source/component", "/deprecatedSource/component", "/reportingComponent", "/reportingController"]);
     let host = first_of(&["/source/host", "/deprecatedSource/host", "/reportingInstance"]);
     let source = if host.is_empty() { component } else { format!("{component}, {host}") };
     let message = first_of(&["/message", "/note"]);
@@ -209,7 +216,8 @@ fn quota(v: &View<'_>) -> Vec<Value> {
     let (mut requests, mut limits) = (Vec::new(), Vec::new());
     let hard = v.object.pointer("/status/hard").or_else(|| v.object.pointer("/spec/hard")).and_then(Value::as_object);
     for (name, value) in hard.into_iter().flatten() {
-        let used = v.object.pointer("/status/used").and_then(|used| used.get(name)).and_then(Value::as_str).unwrap_or("0");
+        let used =
+            v.object.pointer("/status/used").and_then(|used| used.get(name)).and_then(Value::as_str).unwrap_or("0");
         let line = format!("{name}: {used}/{}", value.as_str().unwrap_or_default());
         if name.starts_with("limits") { limits.push(line) } else { requests.push(line) }
     }
@@ -267,7 +275,8 @@ fn newest_restart<'a>(statuses: impl Iterator<Item = &'a Value>) -> &'a str {
 fn pod(v: &View<'_>) -> Vec<Value> {
     let containers = v.list("/spec/containers").len();
     let inits = v.list("/spec/initContainers");
-    let restartable = |name: &str| inits.iter().any(|c| text(c, "/name") == name && text(c, "/restartPolicy") == "Always");
+    let restartable =
+        |name: &str| inits.iter().any(|c| text(c, "/name") == name && text(c, "/restartPolicy") == "Always");
     let total = containers + inits.iter().filter(|c| text(c, "/restartPolicy") == "Always").count();
     let mut ready = 0;
     let mut restarts = 0;
@@ -278,7 +287,10 @@ fn pod(v: &View<'_>) -> Vec<Value> {
         "" => v.text("/status/phase").to_owned(),
         reason => reason.to_owned(),
     };
-    let gated = v.list("/status/conditions").iter().any(|c| text(c, "/type") == "PodScheduled" && text(c, "/reason") == "SchedulingGated");
+    let gated = v
+        .list("/status/conditions")
+        .iter()
+        .any(|c| text(c, "/type") == "PodScheduled" && text(c, "/reason") == "SchedulingGated");
     if gated {
         reason = "SchedulingGated".into();
     }

@@ -17,7 +17,14 @@ use crate::object;
 pub(crate) use describe::description;
 
 /// A Table of objects. Column definitions are left out when `head` is false (later events of a watch).
-pub(crate) fn table(kind: &Kind, items: &[Value], include: Include, metadata: Value, head: bool, now: Timestamp) -> Value {
+pub(crate) fn table(
+    kind: &Kind,
+    items: &[Value],
+    include: Include,
+    metadata: Value,
+    head: bool,
+    now: Timestamp,
+) -> Value {
     let rows: Vec<Value> = items.iter().map(|item| row(kind, item, include, now)).collect();
     let mut table = json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "rows": rows});
     table["columnDefinitions"] = if head { Value::Array(columns(kind)) } else { Value::Null };

@@ -51,7 +51,8 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
             vec![v.name(), v.text("/spec/controller").into(), parameters.into(), v.age()]
         }
         ("networking.k8s.io", "ingresses") => {
-            let hosts: Vec<&str> = v.list("/spec/rules").iter().map(|r| text(r, "/host")).filter(|h| !h.is_empty()).collect();
+            let hosts: Vec<&str> =
+                v.list("/spec/rules").iter().map(|r| text(r, "/host")).filter(|h| !h.is_empty()).collect();
             let addresses: Vec<&str> = v
                 .list("/status/loadBalancer/ingress")
                 .iter()
@@ -70,7 +71,11 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
         }
         ("networking.k8s.io", "ipaddresses") => {
             let parent = |member: &str| v.text(&format!("/spec/parentRef/{member}"));
-            let path = [parent("resource"), parent("namespace"), parent("name")].into_iter().filter(|p| !p.is_empty()).collect::<Vec<_>>().join("/");
+            let path = [parent("resource"), parent("namespace"), parent("name")]
+                .into_iter()
+                .filter(|p| !p.is_empty())
+                .collect::<Vec<_>>()
+                .join("/");
             let path = match parent("group") {
                 "" => path,
                 group => format!("{}.{group}", path),
@@ -121,9 +126,13 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
         ("storage.k8s.io", "csinodes") => vec![v.name(), v.count("/spec/drivers").into(), v.age()],
         ("storage.k8s.io", "csistoragecapacities") => vec![v.name(), v.created()],
         ("storage.k8s.io", "storageclasses") => {
-            let default = ["storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class"]
-                .iter()
-                .any(|key| v.object.pointer("/metadata/annotations").and_then(|a| a.get(*key)).and_then(Value::as_str) == Some("true"));
+            let default =
+                ["storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class"]
+                    .iter()
+                    .any(|key| {
+                        v.object.pointer("/metadata/annotations").and_then(|a| a.get(*key)).and_then(Value::as_str)
+                            == Some("true")
+                    });
             let name = text(v.object, "/metadata/name");
             vec![
                 if default { format!("{name} (default)").into() } else { name.into() },
@@ -143,7 +152,11 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
             v.age(),
         ],
         ("storage.k8s.io", "volumeattributesclasses") => {
-            let default = v.object.pointer("/metadata/annotations").and_then(|a| a.get("storageclass.kubernetes.io/is-default-class")).and_then(Value::as_str);
+            let default = v
+                .object
+                .pointer("/metadata/annotations")
+                .and_then(|a| a.get("storageclass.kubernetes.io/is-default-class"))
+                .and_then(Value::as_str);
             let name = text(v.object, "/metadata/name");
             vec![
                 if default == Some("true") { format!("{name} (default)").into() } else { name.into() },
@@ -173,7 +186,13 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
         }
         ("apiextensions.k8s.io", _) => vec![v.name(), v.created()],
         ("scheduling.k8s.io", _) => {
-            vec![v.name(), v.int("/value").into(), flag("/globalDefault", false), v.age(), v.text("/preemptionPolicy").into()]
+            vec![
+                v.name(),
+                v.int("/value").into(),
+                flag("/globalDefault", false),
+                v.age(),
+                v.text("/preemptionPolicy").into(),
+            ]
         }
         ("coordination.k8s.io", _) => vec![v.name(), v.text("/spec/holderIdentity").into(), v.age()],
         ("node.k8s.io", _) => vec![v.name(), v.text("/handler").into(), v.age()],
@@ -220,7 +239,11 @@ pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
                 None => Value::from(NONE),
             };
             let queuing = "/spec/limited/limitResponse/queuing";
-            let shares = if v.text("/spec/type") == "Exempt" { "/spec/exempt/nominalConcurrencyShares" } else { "/spec/limited/nominalConcurrencyShares" };
+            let shares = if v.text("/spec/type") == "Exempt" {
+                "/spec/exempt/nominalConcurrencyShares"
+            } else {
+                "/spec/limited/nominalConcurrencyShares"
+            };
             vec![
                 v.name(),
                 v.text("/spec/type").into(),

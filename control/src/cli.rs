@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Server(Box<ServerOptions>),
     /// Tell what this host has and lacks, and what each lack costs
     Check(CheckOptions),
+    /// End this host's pods and remove what they leave behind; state and images stay
+    Cleanup(Folders),
     /// Pull, import, export and remove container images of this host
     Image(coracle_kubelet::images::cli::ImageArgs),
 }

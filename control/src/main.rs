@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod cleanup;
 mod cli;
 mod server;
 
@@ -15,7 +16,13 @@ fn main() -> ExitCode {
     // runtime, no logger stand between it and its loop.
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().is_some_and(|first| first == "supervisor") {
-        return ExitCode::FAILURE;
+        return match coracle_kubelet::supervisor::main(arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("coracle supervisor: {error}");
+                ExitCode::FAILURE
+            }
+        };
     }
     match run(Cli::parse()) {
         Ok(code) => code,
@@ -33,6 +40,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             server::run(*options)?;
         }
         Command::Check(options) => return Ok(check::run(&options)),
+        Command::Cleanup(folders) => cleanup::run(&folders)?,
         Command::Image(arguments) => image(arguments)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -54,7 +54,7 @@ pub enum AgentError {
     Runtime(#[from] RuntimeError),
 }
 
-fn host(step: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
+pub(crate) fn host(step: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
     let step = step.into();
     move |source| AgentError::Host { step, source }
 }
@@ -69,7 +69,7 @@ pub struct Kubelet {
 }
 
 /// The pods' network as the container verbs ask for it.
-struct Networks(Arc<Network>);
+pub(crate) struct Networks(pub(crate) Arc<Network>);
 
 #[async_trait]
 impl PodNetworks for Networks {

@@ -23,7 +23,9 @@ pub mod supervisor;
 pub mod volumes;
 
 mod agent;
+mod cleanup;
 
+pub use cleanup::cleanup;
 pub use agent::{AgentError, Kubelet};
 pub use config::Config;
 pub use names::{ContainerId, Layout, PodKey};

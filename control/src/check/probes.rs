@@ -37,6 +37,13 @@ pub(super) fn all(options: &CheckOptions) -> Vec<Finding> {
         user_namespaces(),
         capabilities(),
     ]);
+    findings.extend(coracle_netns::check().into_iter().map(|network| match network.result {
+        Ok(()) => Finding::ok(network.what, "works"),
+        Err(error) => {
+            let grade = if network.required { Grade::Missing } else { Grade::Limited };
+            Finding::lack(network.what, grade, error.to_string(), network.costs)
+        }
+    }));
     findings.push(room(&options.folders.data_dir));
     findings
 }
@@ -119,7 +126,7 @@ fn cgroup_controllers() -> Vec<Finding> {
 }
 
 fn io_uring() -> Finding {
-    match Ok::<(), std::io::Error>(()) {
+    match coracle_kubelet::supervisor::probe() {
         Ok(()) => Finding::ok("io_uring", "all operations the supervisor needs"),
         Err(error) => Finding::lack(
             "io_uring",

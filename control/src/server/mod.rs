@@ -7,6 +7,8 @@ mod store;
 
 mod node;
 
+pub(crate) use node::layout;
+
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;

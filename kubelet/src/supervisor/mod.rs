@@ -45,6 +45,14 @@ pub enum Error {
     },
 }
 
+/// Whether this kernel has the io_uring operations that a supervisor needs.
+///
+/// # Errors
+/// Why a ring cannot be made.
+pub fn probe() -> io::Result<()> {
+    coracle_sys::ring::Ring::new().map(drop)
+}
+
 /// Runs the supervisor; `arguments` is the path of its socket, below a folder that exists.
 ///
 /// # Errors

@@ -1,0 +1,70 @@
+//! Takes a node down: every container, mount, network object and cgroup of ours, and the supervisor. What must survive a
+//! reboot (images, the cluster's state) stays.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use coracle_netns::Network;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::Pid;
+
+use crate::agent::{AgentError, Networks, host};
+use crate::cgroups::Hierarchy;
+use crate::cri::ContainerRuntime;
+use crate::images::{ImageStore, StoreOptions};
+use crate::native::Native;
+use crate::supervisor::client::{Client as Supervisor, Launch};
+use crate::supervisor::logfile::Limits;
+use crate::volumes::{Allocatable, ObjectCache, Volumes, VolumesConfig};
+use crate::Config;
+
+/// Ends all pods of this host and removes what they leave behind. The daemon must not run.
+///
+/// # Errors
+/// The first thing that cannot be removed; calling it again goes on from there.
+pub async fn cleanup(config: &Config, network: Arc<Network>) -> Result<(), AgentError> {
+    let layout = &config.layout;
+    let cgroups = Hierarchy::open(&config.cgroup_root).map_err(host("open the cgroup of all pods"))?;
+    let launch = Launch { executable: config.executable.clone(), arguments: config.supervisor_arguments.clone() };
+    fs::create_dir_all(&layout.run).map_err(host("make the run folder"))?;
+    let supervisor = Supervisor::start(layout.clone(), launch).await?;
+    let images = ImageStore::open(&layout.data.join("images"), StoreOptions::default())?;
+    let limits = Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
+    let networks = Arc::new(Networks(network.clone()));
+    let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
+    for sandbox in native.list_pod_sandboxes().await? {
+        native.stop_pod_sandbox(&sandbox.id).await?;
+        native.remove_pod_sandbox(&sandbox.id).await?;
+    }
+    // No volume is set up here, so the API is never asked: any address does.
+    let nowhere = kube::Config::new(http::Uri::from_static("https://localhost"));
+    let client = kube::Client::try_from(nowhere).map_err(|error| host("prepare a client")(io::Error::other(error)))?;
+    let allocatable = Arc::new(|| Allocatable { cpu_millis: 0, memory_bytes: 0, ephemeral_storage_bytes: 0 });
+    let volumes = Volumes::new(VolumesConfig { layout: layout.clone(), images, allocatable }, ObjectCache::new(client));
+    let failed = |error: crate::volumes::VolumeError| host("remove the volumes of a pod")(io::Error::other(error));
+    for uid in volumes.known_pods().map_err(failed)? {
+        volumes.teardown(&uid).await.map_err(failed)?;
+        fs::remove_dir_all(layout.pod(&uid)).map_err(host("remove the folder of a pod"))?;
+    }
+    tokio::task::spawn_blocking(move || network.destroy())
+        .await
+        .map_err(|error| host("remove the pod network")(io::Error::other(error)))?
+        .map_err(|error| host("remove the pod network")(io::Error::other(error)))?;
+    end_supervisor(config).map_err(host("end the supervisor"))?;
+    cgroups.remove(&config.cgroup_root).map_err(host("remove the cgroup of all pods"))?;
+    match fs::remove_dir_all(&layout.run) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(host("remove the run folder")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Ends the process at the other end of the supervisor's socket. It holds nothing any more, so it may end at once.
+fn end_supervisor(config: &Config) -> io::Result<()> {
+    let socket = coracle_sys::packet::connect_to(&config.layout.supervisor_socket())?;
+    let peer = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
+    kill(Pid::from_raw(peer.pid()), Signal::SIGKILL)?;
+    Ok(())
+}

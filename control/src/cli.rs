@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Cleanup(Folders),
     /// Pull, import, export and remove container images of this host
     Image(coracle_kubelet::images::cli::ImageArgs),
+    /// Save, restore and verify the state of the embedded store
+    Snapshot(crate::snapshot::SnapshotArgs),
 }
 
 /// Options of `coracle server`.
@@ -71,6 +73,9 @@ pub(crate) struct ServerOptions {
     /// Key of that certificate (PEM)
     #[arg(long, value_name = "FILE", requires = "datastore_endpoint")]
     pub(crate) datastore_keyfile: Option<PathBuf>,
+    /// File with 32 random bytes (or 64 hexadecimal digits) to encrypt secrets with in the embedded store
+    #[arg(long, value_name = "FILE", conflicts_with = "datastore_endpoint")]
+    pub(crate) secrets_encryption_key_file: Option<PathBuf>,
     /// Address the API listens on
     #[arg(long, default_value = "0.0.0.0")]
     pub(crate) bind_address: IpAddr,

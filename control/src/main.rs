@@ -5,6 +5,7 @@ mod check;
 mod cleanup;
 mod cli;
 mod server;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -42,6 +43,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check(options) => return Ok(check::run(&options)),
         Command::Cleanup(folders) => cleanup::run(&folders)?,
         Command::Image(arguments) => image(arguments)?,
+        Command::Snapshot(arguments) => snapshot::run(arguments)?,
     }
     Ok(ExitCode::SUCCESS)
 }

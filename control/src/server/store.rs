@@ -20,6 +20,8 @@ pub(super) async fn open(options: &ServerOptions) -> anyhow::Result<SharedStore>
     }
     let folder = options.folders.data_dir.join("store");
     // Replaying the log reads and checks every record: work for a thread of its own.
-    let opened = tokio::task::spawn_blocking(move || Embedded::open(&folder, EmbeddedOptions::default()));
+    let embedded =
+        EmbeddedOptions { key_file: options.secrets_encryption_key_file.clone(), ..EmbeddedOptions::default() };
+    let opened = tokio::task::spawn_blocking(move || Embedded::open(&folder, embedded));
     Ok(Arc::new(opened.await.context("open the store")?.context("open the store")?))
 }

@@ -39,7 +39,6 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         static_tokens: Vec::new(),
         oidc: Vec::new(),
         disabled_admission: arguments.collect(),
-        disabled_admission: arguments.collect(),
     };
     let api = ApiServer::new(config, store, CancellationToken::new()).await?;
     let listener = tokio::net::TcpListener::bind(address).await?;

@@ -149,12 +149,6 @@ impl Kubelet {
     pub async fn run(self) {
         let mut parts = JoinSet::new();
         let (context, client) = (self.context.clone(), self.context.client.clone());
-        let names = self.network.clone();
-        parts.spawn(async move {
-            if let Err(error) = names.serve_dns().await {
-                tracing::error!(%error, "the cluster's DNS ended");
-            }
-        });
         parts.spawn(network::follow(client, self.network));
         parts.spawn(context.volumes.clone().run());
         let (server, listener) = (self.server, self.listener);

@@ -70,7 +70,7 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
             api.authn.impersonate(&api, user, &parts.headers)?
         }
     };
-    authorize(&api, &user, &route)?;
+    authorize(&api, &user, &route, &query)?;
     let Some(resource) = route.resource.clone() else {
         return plain(&api, &user, &route, &parts, &query, body).await;
     };
@@ -153,12 +153,22 @@ async fn plain(
 }
 
 /// 403 unless the user may do it.
-fn authorize(api: &ApiServer, user: &UserInfo, route: &Route) -> Result<(), Status> {
-    let attributes = attributes(user, route);
+fn authorize(api: &ApiServer, user: &UserInfo, route: &Route, query: &Query) -> Result<(), Status> {
+    let mut attributes = attributes(user, route);
+    // Listing or watching one object by its name is asked about that object (apiserver `RequestInfo`).
+    if attributes.is_resource && attributes.name.is_empty() && matches!(attributes.verb, "list" | "watch" | "deletecollection") {
+        attributes.name = query.get("fieldSelector").and_then(selected_name).unwrap_or_default();
+    }
     match api.authorizer().authorize(&attributes) {
         Decision::Allow(_) => Ok(()),
         Decision::Deny(reason) | Decision::NoOpinion(reason) => Err(denied(&attributes, &reason)),
     }
+}
+
+/// The name that a field selector asks for.
+fn selected_name(selector: &str) -> Option<&str> {
+    let names = selector.split(',').filter_map(|part| part.strip_prefix("metadata.name="));
+    names.map(|name| name.strip_prefix('=').unwrap_or(name)).find(|name| !name.is_empty())
 }
 
 fn attributes<'a>(user: &'a UserInfo, route: &'a Route) -> Attributes<'a> {

@@ -368,8 +368,9 @@ impl Deployments {
             sets.new.as_ref().map(revision).filter(|revision| *revision > 0).map(|revision| revision.to_string());
         let mut current = deployment.clone();
         if let Some(newest) = newest.filter(|newest| deployment.annotations().get(REVISION) != Some(newest)) {
-            let patch = serde_json::json!({"metadata": {"annotations": {REVISION: newest}}});
-            current = self.host.patch(&api, &deployment.name_any(), patch).await?;
+            // The role of this controller may update, not patch.
+            current.annotations_mut().insert(REVISION.into(), newest);
+            current = self.host.replace(&api, &current).await?;
         }
         let (status, next) = status(&current, spec, sets, Timestamp::now());
         if current.status.as_ref() != Some(&status) {

@@ -17,9 +17,9 @@ use tokio::task::JoinSet;
 use crate::cgroups::Hierarchy;
 use crate::cri::{ContainerRuntime, RuntimeError};
 use crate::images::{ImageStore, StoreOptions};
+use crate::names::PodKey;
 use crate::native::Native;
 use crate::native::network::{PodNetwork, PodNetworks};
-use crate::names::PodKey;
 use crate::node::status::condition;
 use crate::node::{Facts, Health, NodeAgent};
 use crate::pods::{Context, PodManager, PodTable};
@@ -74,7 +74,8 @@ pub(crate) struct Networks(pub(crate) Arc<Network>);
 #[async_trait]
 impl PodNetworks for Networks {
     async fn setup(&self, pod: &PodKey, net: coracle_netns::PodNet) -> crate::cri::Result<PodNetwork> {
-        let key = coracle_netns::PodKey { uid: pod.uid.clone(), namespace: pod.namespace.clone(), name: pod.name.clone() };
+        let key =
+            coracle_netns::PodKey { uid: pod.uid.clone(), namespace: pod.namespace.clone(), name: pod.name.clone() };
         let made = self.0.setup_pod(key, net).await;
         let made = made.map_err(|error| RuntimeError::Network { pod: pod.clone(), message: error.to_string() })?;
         Ok(PodNetwork { namespace: made.netns, ips: made.ips })
@@ -99,18 +100,22 @@ impl Kubelet {
         server: ServerConfig,
         address: SocketAddr,
     ) -> Result<Self, AgentError> {
-        let listener = TcpListener::bind(address).await.map_err(host(format!("listen on {address} for the node's API (is another kubelet running? choose another with --kubelet-port)")))?;
+        let listener = TcpListener::bind(address).await.map_err(host(format!(
+            "listen on {address} for the node's API (is another kubelet running? choose another with --kubelet-port)"
+        )))?;
         let port = listener.local_addr().map_err(host("ask for the node API's address"))?.port();
         let config = Arc::new(Config { port, ..config });
         let layout = config.layout.clone();
-        let cgroups = Hierarchy::open(&config.cgroup_root).map_err(host("make the cgroup of all pods (coracle check tells what lacks)"))?;
+        let cgroups = Hierarchy::open(&config.cgroup_root)
+            .map_err(host("make the cgroup of all pods (coracle check tells what lacks)"))?;
         let launch = Launch { executable: config.executable.clone(), arguments: config.supervisor_arguments.clone() };
         let supervisor = Supervisor::start(layout.clone(), launch).await?;
         let folder = layout.data.join("images");
         let images = tokio::task::spawn_blocking(move || ImageStore::open(&folder, StoreOptions::default()))
             .await
             .map_err(|error| host("open the image store")(std::io::Error::other(error)))??;
-        let limits = Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
+        let limits =
+            Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
         let networks = Arc::new(Networks(network.clone()));
         let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
         let runtime: Arc<dyn ContainerRuntime> = Arc::new(native);
@@ -141,7 +146,8 @@ impl Kubelet {
             image_ids: Default::default(),
             config: config.clone(),
         });
-        let server = NodeServer::new(server, client.clone(), Arc::new(State(context.clone()))).map_err(host("prepare the node's API"))?;
+        let server = NodeServer::new(server, client.clone(), Arc::new(State(context.clone())))
+            .map_err(host("prepare the node's API"))?;
         Ok(Self { node: NodeAgent::new(config, client, facts), context, server, listener, network })
     }
 
@@ -205,7 +211,8 @@ impl Health for State {
         if missing.is_empty() {
             return Vec::new();
         }
-        let message = format!("the host lacks the cgroup v2 controllers {}: their limits are not enforced", missing.join(", "));
+        let message =
+            format!("the host lacks the cgroup v2 controllers {}: their limits are not enforced", missing.join(", "));
         vec![condition("CgroupControllersMissing", "True", "HostLacksControllers", &message)]
     }
 

@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Pid;
 
+use crate::Config;
 use crate::agent::{AgentError, Networks, host};
 use crate::cgroups::Hierarchy;
 use crate::cri::ContainerRuntime;
@@ -19,7 +20,6 @@ use crate::native::Native;
 use crate::supervisor::client::{Client as Supervisor, Launch};
 use crate::supervisor::logfile::Limits;
 use crate::volumes::{Allocatable, ObjectCache, Volumes, VolumesConfig};
-use crate::Config;
 
 /// Ends all pods of this host and removes what they leave behind. The daemon must not run.
 ///
@@ -32,7 +32,8 @@ pub async fn cleanup(config: &Config, network: Arc<Network>) -> Result<(), Agent
     fs::create_dir_all(&layout.run).map_err(host("make the run folder"))?;
     let supervisor = Supervisor::start(layout.clone(), launch).await?;
     let images = ImageStore::open(&layout.data.join("images"), StoreOptions::default())?;
-    let limits = Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
+    let limits =
+        Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
     let networks = Arc::new(Networks(network.clone()));
     let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
     for sandbox in native.list_pod_sandboxes().await? {

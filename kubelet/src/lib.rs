@@ -9,23 +9,23 @@ pub mod config;
 pub mod cri;
 pub mod names;
 
+pub mod cgroups;
 pub mod images;
 pub mod logs;
+pub mod native;
 pub mod network;
 pub mod node;
 pub mod pods;
 pub mod probes;
 pub mod server;
 pub mod streaming;
-pub mod cgroups;
-pub mod native;
 pub mod supervisor;
 pub mod volumes;
 
 mod agent;
 mod cleanup;
 
-pub use cleanup::cleanup;
 pub use agent::{AgentError, Kubelet};
+pub use cleanup::cleanup;
 pub use config::Config;
 pub use names::{ContainerId, Layout, PodKey};

@@ -57,8 +57,15 @@ async fn usage_follows_what_is_made_and_goes() {
     let map = |name: &str| made::<ConfigMap>(json!({"metadata": {"name": name}}));
     maps.create(&new, &map("before")).await.expect("there is no quota yet");
     // The cluster's own bundle counts, too; once it is there nothing else comes by itself.
-    assert_eventually_async!(20, maps.get_opt("kube-root-ca.crt").await.expect("asked").is_some(), "the CA is published");
-    quotas.create(&new, &made(json!({"metadata": {"name": "q"}, "spec": {"hard": {"configmaps": "3"}}}))).await.expect("made");
+    assert_eventually_async!(
+        20,
+        maps.get_opt("kube-root-ca.crt").await.expect("asked").is_some(),
+        "the CA is published"
+    );
+    quotas
+        .create(&new, &made(json!({"metadata": {"name": "q"}, "spec": {"hard": {"configmaps": "3"}}})))
+        .await
+        .expect("made");
     let used = async || {
         let quota = quotas.get("q").await.expect("the quota");
         quota.status.and_then(|s| s.used).and_then(|u| u.get("configmaps").map(|q| q.0.clone())).unwrap_or_default()

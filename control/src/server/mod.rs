@@ -31,7 +31,8 @@ type Parts = JoinSet<anyhow::Result<()>>;
 /// Runs until SIGTERM or SIGINT. Containers keep running; the next start takes them over.
 pub(crate) fn run(options: ServerOptions) -> anyhow::Result<()> {
     host::raise_open_files()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
     let result = runtime.block_on(serve(options));
     runtime.shutdown_timeout(STOP_TIMEOUT);
     result
@@ -97,7 +98,11 @@ async fn start(options: &ServerOptions, parts: &mut Parts, shutdown: &Cancellati
     spawn(parts, shutdown, "controllers and scheduler", async move {
         let work = || loops(&leading, controllers, scheduler);
         // Who has a store of its own has no rival.
-        if shared { leader::lead(&leading, identity, work).await } else { work().await }
+        if shared {
+            leader::lead(&leading, identity, work).await
+        } else {
+            work().await
+        }
         Ok(())
     });
     let local = if bound.ip().is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { bound.ip() };

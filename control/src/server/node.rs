@@ -72,7 +72,8 @@ pub(super) async fn start(
         log_folder: "/var/log".into(),
     };
     let address = SocketAddr::new(options.bind_address, options.kubelet_port);
-    let kubelet = Kubelet::new(config, client, network, facts, server, address).await.context("start the node agent")?;
+    let kubelet =
+        Kubelet::new(config, client, network, facts, server, address).await.context("start the node agent")?;
     spawn(parts, shutdown, "node agent", async move {
         kubelet.run().await;
         Ok(())
@@ -82,11 +83,18 @@ pub(super) async fn start(
 }
 
 fn range(name: &str, text: &str) -> anyhow::Result<Vec<IpNet>> {
-    text.split(',').map(|range| range.trim().parse().with_context(|| format!("{name} {range} is no address range"))).collect()
+    text.split(',')
+        .map(|range| range.trim().parse().with_context(|| format!("{name} {range} is no address range")))
+        .collect()
 }
 
 /// The settings of this host's pod network.
-pub(crate) fn network_config(options: &ServerOptions, name: &str, ip: IpAddr, ranges: &[String]) -> anyhow::Result<coracle_netns::Config> {
+pub(crate) fn network_config(
+    options: &ServerOptions,
+    name: &str,
+    ip: IpAddr,
+    ranges: &[String],
+) -> anyhow::Result<coracle_netns::Config> {
     Ok(coracle_netns::Config {
         pod_cidrs: range("the node's pod range", &ranges.join(","))?,
         cluster_cidrs: range("--cluster-cidr", &options.cluster_cidr)?,

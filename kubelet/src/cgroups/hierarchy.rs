@@ -48,7 +48,8 @@ impl Hierarchy {
     pub fn open(root: &Path) -> io::Result<Self> {
         let mount = super::mount_point().to_owned();
         let offered = fs::read_to_string(mount.join("cgroup.controllers"))?;
-        let this = Self { mount, root: root.to_owned(), available: offered.split_whitespace().map(str::to_owned).collect() };
+        let this =
+            Self { mount, root: root.to_owned(), available: offered.split_whitespace().map(str::to_owned).collect() };
         for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
             this.make(&this.qos(qos))?;
         }
@@ -64,7 +65,12 @@ impl Hierarchy {
 
     /// What containers can be limited by.
     pub fn controllers(&self) -> Controllers {
-        Controllers { cpu: self.has("cpu"), memory: self.has("memory"), pids: self.has("pids"), hugetlb: self.has("hugetlb") }
+        Controllers {
+            cpu: self.has("cpu"),
+            memory: self.has("memory"),
+            pids: self.has("pids"),
+            hugetlb: self.has("hugetlb"),
+        }
     }
 
     fn has(&self, controller: &str) -> bool {
@@ -91,7 +97,8 @@ impl Hierarchy {
     /// When one cannot be made.
     pub fn make(&self, path: &Path) -> io::Result<()> {
         let mut folder = self.mount.clone();
-        let enable: String = WANTED.iter().chain(&["hugetlb"]).filter(|c| self.has(c)).map(|c| format!("+{c} ")).collect();
+        let enable: String =
+            WANTED.iter().chain(&["hugetlb"]).filter(|c| self.has(c)).map(|c| format!("+{c} ")).collect();
         for part in path.components() {
             if !enable.is_empty() {
                 fs::write(folder.join("cgroup.subtree_control"), enable.trim_end())?;
@@ -149,7 +156,8 @@ impl Hierarchy {
             return Ok(());
         }
         let target = self.mount.join(path).join(file);
-        fs::write(&target, value).map_err(|e| io::Error::new(e.kind(), format!("write {value:?} to {}: {e}", target.display())))
+        fs::write(&target, value)
+            .map_err(|e| io::Error::new(e.kind(), format!("write {value:?} to {}: {e}", target.display())))
     }
 }
 

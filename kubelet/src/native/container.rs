@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::spec::{self, ImageDefaults, Input, PodPaths};
 use super::{Native, blocking, namespaces, refused, user};
 use crate::cri::{
-    ContainerConfig, ContainerEvent, ContainerStatus, NamespaceMode, Result, RuntimeError, SandboxStatus, SecurityProfile,
+    ContainerConfig, ContainerEvent, ContainerStatus, NamespaceMode, Result, RuntimeError, SandboxStatus,
+    SecurityProfile,
 };
 use crate::images::Image;
 use crate::names::{ContainerId, Layout, PodKey};
@@ -70,7 +71,10 @@ impl Native {
 
     pub(super) fn statuses(&self) -> Vec<ContainerStatus> {
         let records: Vec<_> = self.inner.containers.lock().values().cloned().collect();
-        records.iter().filter_map(|record| Some(status_of(record, &self.inner.supervisor.report(&record.id)?))).collect()
+        records
+            .iter()
+            .filter_map(|record| Some(status_of(record, &self.inner.supervisor.report(&record.id)?)))
+            .collect()
     }
 
     pub(super) fn status(&self, id: &ContainerId) -> Option<ContainerStatus> {
@@ -106,7 +110,13 @@ impl Native {
         }
     }
 
-    fn prepare(&self, id: ContainerId, pod: PodKey, sandbox: &SandboxStatus, config: ContainerConfig) -> Result<(Arc<Record>, Create)> {
+    fn prepare(
+        &self,
+        id: ContainerId,
+        pod: PodKey,
+        sandbox: &SandboxStatus,
+        config: ContainerConfig,
+    ) -> Result<(Arc<Record>, Create)> {
         let folder = self.inner.layout.container(&id);
         let image = self
             .inner
@@ -132,7 +142,10 @@ impl Native {
             seccomp: seccomp(&config)?,
             host_devices: if config.security.privileged { host_devices()? } else { Vec::new() },
         })?;
-        let stop_signal = [&config.stop_signal, &image_stop].into_iter().find(|s| !s.is_empty()).map_or(Some(Signal::SIGTERM as i32), |s| signal_number(s));
+        let stop_signal = [&config.stop_signal, &image_stop]
+            .into_iter()
+            .find(|s| !s.is_empty())
+            .map_or(Some(Signal::SIGTERM as i32), |s| signal_number(s));
         let record = Record {
             stop_signal: stop_signal.ok_or_else(|| RuntimeError::Invalid("unknown stop signal".into()))?,
             id: id.clone(),
@@ -141,7 +154,9 @@ impl Native {
             cgroup: cgroup.clone(),
             config,
         };
-        for (name, value) in [("config.json", serde_json::to_vec(&spec)), ("container.json", serde_json::to_vec(&record))] {
+        for (name, value) in
+            [("config.json", serde_json::to_vec(&spec)), ("container.json", serde_json::to_vec(&record))]
+        {
             let path = folder.join(name);
             let bytes = value.map_err(|e| RuntimeError::Invalid(e.to_string()))?;
             fs::write(&path, bytes).map_err(RuntimeError::io("write", &path))?;
@@ -160,10 +175,14 @@ impl Native {
     fn mount_root(&self, id: &ContainerId, image: &Image, rootfs: &Path) -> Result<()> {
         // Left by an attempt that was killed here: seen through and made again.
         namespaces::unmount(rootfs).map_err(RuntimeError::io("unmount", rootfs))?;
-        let snapshot = self.inner.images.snapshot(id.as_str(), image).map_err(|e| RuntimeError::Invalid(e.to_string()))?;
+        let snapshot =
+            self.inner.images.snapshot(id.as_str(), image).map_err(|e| RuntimeError::Invalid(e.to_string()))?;
         let options = snapshot.mount_options();
         if options.len() > MOUNT_OPTIONS_LIMIT {
-            return Err(RuntimeError::Invalid(format!("image has too many layers ({}) for one overlay mount", snapshot.lowerdirs.len())));
+            return Err(RuntimeError::Invalid(format!(
+                "image has too many layers ({}) for one overlay mount",
+                snapshot.lowerdirs.len()
+            )));
         }
         mount(Some("overlay"), rootfs, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
             .map_err(|e| RuntimeError::io("mount overlay at", rootfs)(e.into()))
@@ -176,7 +195,8 @@ impl Native {
             Some(target) => {
                 let report = self.inner.supervisor.report(target);
                 let pid = report.filter(|r| r.exit.is_none()).map(|r| r.pid);
-                let pid = pid.ok_or_else(|| RuntimeError::Invalid(format!("target container {target} does not run")))?;
+                let pid =
+                    pid.ok_or_else(|| RuntimeError::Invalid(format!("target container {target} does not run")))?;
                 Some(PathBuf::from(format!("/proc/{pid}/ns/pid")))
             }
             None if sandbox.config.pid == NamespaceMode::Pod => Some(folder.join("pid")),
@@ -228,9 +248,11 @@ impl Native {
         if !running(self) {
             return Ok(());
         }
-        tokio::time::timeout(KILL_TIMEOUT, ended)
-            .await
-            .map_err(|_| RuntimeError::Supervisor(format!("container {id} does not end although it was killed; its process waits in the kernel")))
+        tokio::time::timeout(KILL_TIMEOUT, ended).await.map_err(|_| {
+            RuntimeError::Supervisor(format!(
+                "container {id} does not end although it was killed; its process waits in the kernel"
+            ))
+        })
     }
 
     pub(super) async fn remove(&self, id: &ContainerId) -> Result<()> {
@@ -250,7 +272,10 @@ impl Native {
         self.inner.containers.lock().remove(id);
         let this = self.clone();
         let target = id.clone();
-        blocking(move || this.inner.images.remove_snapshot(target.as_str()).map_err(|e| RuntimeError::Invalid(e.to_string()))).await
+        blocking(move || {
+            this.inner.images.remove_snapshot(target.as_str()).map_err(|e| RuntimeError::Invalid(e.to_string()))
+        })
+        .await
     }
 }
 
@@ -297,7 +322,9 @@ fn seccomp(config: &ContainerConfig) -> Result<Option<serde_json::Value>> {
         }
         SecurityProfile::Localhost(path) => {
             let text = fs::read(path).map_err(RuntimeError::io("read seccomp profile", path))?;
-            serde_json::from_slice(&text).map(Some).map_err(|e| RuntimeError::Invalid(format!("seccomp profile {path}: {e}")))
+            serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|e| RuntimeError::Invalid(format!("seccomp profile {path}: {e}")))
         }
     }
 }
@@ -311,7 +338,10 @@ fn host_devices() -> Result<Vec<PathBuf>> {
         for entry in fs::read_dir(&folder).map_err(RuntimeError::io("read", &folder))? {
             let entry = entry.map_err(RuntimeError::io("read", &folder))?;
             let (path, kind) = (entry.path(), entry.file_type().map_err(RuntimeError::io("read", &folder))?);
-            let skipped = ["pts", "shm", "mqueue", "fd", "lxc", "lxd-fuse", "console", "ptmx", "tty", "null", "zero", "full", "random", "urandom"];
+            let skipped = [
+                "pts", "shm", "mqueue", "fd", "lxc", "lxd-fuse", "console", "ptmx", "tty", "null", "zero", "full",
+                "random", "urandom",
+            ];
             if folder == Path::new("/dev") && entry.file_name().to_str().is_some_and(|name| skipped.contains(&name)) {
                 continue;
             }

@@ -23,7 +23,9 @@ const ATTACH_BUFFER_BYTES: i32 = 1 << 20;
 impl Native {
     pub(super) async fn exec_with_streams(&self, id: &ContainerId, request: ExecRequest) -> Result<ExecSession> {
         self.record(id)?;
-        let process = self.process(id, &request.command, request.tty).map_err(RuntimeError::io("read the process of", id.as_str()))?;
+        let process = self
+            .process(id, &request.command, request.tty)
+            .map_err(RuntimeError::io("read the process of", id.as_str()))?;
         let mut fds = vec![(FdKind::Process, process)];
         let mut streams = Streams::default();
         if !request.tty {
@@ -43,7 +45,8 @@ impl Native {
                 }
             }
         }
-        let (pid, terminal, exit) = self.inner.supervisor.exec(id, request.tty, fds).await.map_err(refused(id, "running"))?;
+        let (pid, terminal, exit) =
+            self.inner.supervisor.exec(id, request.tty, fds).await.map_err(refused(id, "running"))?;
         streams.terminal = terminal;
         Ok(ExecSession { streams, exit, pid })
     }
@@ -67,7 +70,12 @@ impl Native {
         Ok(file.into())
     }
 
-    pub(super) async fn exec_and_collect(&self, id: &ContainerId, command: &[String], timeout: Option<Duration>) -> Result<ExecOutput> {
+    pub(super) async fn exec_and_collect(
+        &self,
+        id: &ContainerId,
+        command: &[String],
+        timeout: Option<Duration>,
+    ) -> Result<ExecOutput> {
         let request = ExecRequest { command: command.to_vec(), stdout: true, stderr: true, ..ExecRequest::default() };
         let ExecSession { streams, exit, pid } = self.exec_with_streams(id, request).await?;
         let collected = async {
@@ -80,7 +88,8 @@ impl Native {
             Ok(output) => output,
             Err(_) => {
                 if let Ok(pidfd) = coracle_sys::process::pidfd_open(pid)
-                    && let Err(errno) = coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), nix::sys::signal::Signal::SIGKILL as i32)
+                    && let Err(errno) =
+                        coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), nix::sys::signal::Signal::SIGKILL as i32)
                 {
                     tracing::debug!(container = %id, %errno, "command ended as it timed out");
                 }
@@ -93,11 +102,13 @@ impl Native {
         let record = self.record(id)?;
         let mut streams = Streams::default();
         let mut fds = Vec::new();
-        let kinds: &[FdKind] = if record.config.stdio.tty { &[FdKind::Stdout] } else { &[FdKind::Stdout, FdKind::Stderr] };
+        let kinds: &[FdKind] =
+            if record.config.stdio.tty { &[FdKind::Stdout] } else { &[FdKind::Stdout, FdKind::Stderr] };
         for kind in kinds {
             let (read, write) = make_pipe()?;
             // The supervisor must never wait for a client.
-            nix::fcntl::fcntl(&write, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| os("set up a pipe")(e.into()))?;
+            nix::fcntl::fcntl(&write, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+                .map_err(|e| os("set up a pipe")(e.into()))?;
             if let Err(errno) = nix::fcntl::fcntl(&write, nix::fcntl::FcntlArg::F_SETPIPE_SZ(ATTACH_BUFFER_BYTES)) {
                 tracing::debug!(%errno, "attach goes with a pipe of the default size");
             }
@@ -108,7 +119,12 @@ impl Native {
             }
         }
         let duplicate = |kind| {
-            self.inner.supervisor.descriptor(id, kind).map(|fd| fd.try_clone()).transpose().map_err(os("duplicate a descriptor"))
+            self.inner
+                .supervisor
+                .descriptor(id, kind)
+                .map(|fd| fd.try_clone())
+                .transpose()
+                .map_err(os("duplicate a descriptor"))
         };
         streams.terminal = duplicate(FdKind::Terminal)?;
         if stdin && record.config.stdio.stdin && streams.terminal.is_none() {

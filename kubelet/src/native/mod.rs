@@ -3,13 +3,13 @@
 //! State lies in the run folder, one folder per sandbox and container, written before the kernel is asked, so that a daemon
 //! started anew finds everything. Blocking steps (mounts, files) run on tokio's blocking threads.
 
-pub mod user;
-pub mod spec;
+mod container;
+mod exec;
 pub mod namespaces;
 pub mod network;
 mod sandbox;
-mod container;
-mod exec;
+pub mod spec;
+pub mod user;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ use tokio::sync::broadcast;
 
 use crate::cgroups::Hierarchy;
 use crate::cri::{
-    ContainerConfig, ContainerEvent, ContainerRuntime, ContainerStatus, ExecOutput, ExecRequest, ExecSession, Resources, Result,
-    RuntimeError, SandboxConfig, SandboxStatus, Stats, Streams,
+    ContainerConfig, ContainerEvent, ContainerRuntime, ContainerStatus, ExecOutput, ExecRequest, ExecSession,
+    Resources, Result, RuntimeError, SandboxConfig, SandboxStatus, Stats, Streams,
 };
 use crate::images::ImageStore;
 use crate::names::{ContainerId, Layout};

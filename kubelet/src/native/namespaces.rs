@@ -14,34 +14,33 @@ use nix::sched::CloneFlags;
 /// The step that failed.
 pub fn pin(folder: &Path, hostname: Option<&str>, ipc: bool) -> io::Result<()> {
     fs::create_dir_all(folder)?;
-    let wanted: Vec<(&'static str, CloneFlags)> = [
-        (ipc, "ipc", CloneFlags::CLONE_NEWIPC),
-        (hostname.is_some(), "uts", CloneFlags::CLONE_NEWUTS),
-    ]
-    .into_iter()
-    .filter(|(wanted, name, _)| *wanted && !is_pinned(&folder.join(name)))
-    .map(|(_, name, flag)| (name, flag))
-    .collect();
+    let wanted: Vec<(&'static str, CloneFlags)> =
+        [(ipc, "ipc", CloneFlags::CLONE_NEWIPC), (hostname.is_some(), "uts", CloneFlags::CLONE_NEWUTS)]
+            .into_iter()
+            .filter(|(wanted, name, _)| *wanted && !is_pinned(&folder.join(name)))
+            .map(|(_, name, flag)| (name, flag))
+            .collect();
     if wanted.is_empty() {
         return Ok(());
     }
     let hostname = hostname.map(CString::new).transpose().map_err(io::Error::other)?;
     let folder = folder.to_owned();
     // unshare(2) of these concerns the calling thread alone; this one has no other use and ends.
-    let thread = std::thread::Builder::new().name("pin".into()).stack_size(128 << 10).spawn(move || -> io::Result<()> {
-        let flags = wanted.iter().fold(CloneFlags::empty(), |all, (_, flag)| all | *flag);
-        coracle_sys::namespace::unshare(flags.bits())?;
-        if let (Some(name), true) = (&hostname, flags.contains(CloneFlags::CLONE_NEWUTS)) {
-            coracle_sys::namespace::set_hostname(name)?;
-        }
-        for (name, _) in wanted {
-            let target = folder.join(name);
-            File::create(&target)?;
-            let source = PathBuf::from("/proc/thread-self/ns").join(name);
-            mount(Some(&source), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-        }
-        Ok(())
-    })?;
+    let thread =
+        std::thread::Builder::new().name("pin".into()).stack_size(128 << 10).spawn(move || -> io::Result<()> {
+            let flags = wanted.iter().fold(CloneFlags::empty(), |all, (_, flag)| all | *flag);
+            coracle_sys::namespace::unshare(flags.bits())?;
+            if let (Some(name), true) = (&hostname, flags.contains(CloneFlags::CLONE_NEWUTS)) {
+                coracle_sys::namespace::set_hostname(name)?;
+            }
+            for (name, _) in wanted {
+                let target = folder.join(name);
+                File::create(&target)?;
+                let source = PathBuf::from("/proc/thread-self/ns").join(name);
+                mount(Some(&source), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+            }
+            Ok(())
+        })?;
     thread.join().map_err(|_| io::Error::other("the thread that makes namespaces panicked"))?
 }
 

@@ -36,8 +36,9 @@ pub fn request(mappings: &[PortMapping], annotation: impl Fn(&str) -> Option<u64
         .iter()
         .filter(|m| m.host_port != 0)
         .map(|m| {
-            let protocol = Protocol::parse(Some(&m.protocol))
-                .ok_or_else(|| RuntimeError::Invalid(format!("unknown protocol {} of host port {}", m.protocol, m.host_port)))?;
+            let protocol = Protocol::parse(Some(&m.protocol)).ok_or_else(|| {
+                RuntimeError::Invalid(format!("unknown protocol {} of host port {}", m.protocol, m.host_port))
+            })?;
             Ok(HostPort { protocol, host_ip: m.host_ip, host_port: m.host_port, container_port: m.container_port })
         })
         .collect::<Result<_>>()?;

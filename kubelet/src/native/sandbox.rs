@@ -47,15 +47,22 @@ impl Native {
     }
 
     pub(super) async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxStatus> {
-        let pod = config.pod.clone().ok_or_else(|| RuntimeError::Invalid("a sandbox needs the pod's metadata".into()))?;
+        let pod =
+            config.pod.clone().ok_or_else(|| RuntimeError::Invalid("a sandbox needs the pod's metadata".into()))?;
         let id = ContainerId::derive(&pod.uid, "", config.attempt);
         if let Ok(known) = self.sandbox(&id)
             && known.ready
         {
             return Ok((*known).clone());
         }
-        let mut status =
-            SandboxStatus { id: id.clone(), config, ready: false, created_at: now(), ips: Vec::new(), network_namespace: None };
+        let mut status = SandboxStatus {
+            id: id.clone(),
+            config,
+            ready: false,
+            created_at: now(),
+            ips: Vec::new(),
+            network_namespace: None,
+        };
         // Noted first: whatever is made from here on is found and removed after a crash.
         self.note_sandbox(&status)?;
         let files = {
@@ -91,11 +98,16 @@ impl Native {
     fn make_files(&self, status: &SandboxStatus) -> Result<()> {
         let folder = self.inner.layout.sandbox(&status.id);
         let config = &status.config;
-        self.inner.cgroups.make(&config.cgroup_parent).map_err(RuntimeError::io("create cgroup", &config.cgroup_parent))?;
+        self.inner
+            .cgroups
+            .make(&config.cgroup_parent)
+            .map_err(RuntimeError::io("create cgroup", &config.cgroup_parent))?;
         let hostname = (config.network != NamespaceMode::Node).then_some(config.hostname.as_str());
         namespaces::pin(&folder, hostname, config.ipc != NamespaceMode::Node)
             .map_err(RuntimeError::io("make namespaces in", &folder))?;
-        for (name, content) in [("hostname", format!("{}\n", config.hostname)), ("resolv.conf", config.resolv_conf.clone())] {
+        for (name, content) in
+            [("hostname", format!("{}\n", config.hostname)), ("resolv.conf", config.resolv_conf.clone())]
+        {
             let path = folder.join(name);
             fs::write(&path, content).map_err(RuntimeError::io("write", &path))?;
         }
@@ -140,7 +152,9 @@ impl Native {
             let cgroup = &status_.config.cgroup_parent;
             this.inner.cgroups.remove(cgroup).map_err(RuntimeError::io("remove cgroup", cgroup))?;
             match fs::remove_dir_all(&folder) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(RuntimeError::io("remove", &folder)(error)),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(RuntimeError::io("remove", &folder)(error))
+                }
                 _ => Ok(()),
             }
         })

@@ -6,24 +6,82 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::user::User;
-use crate::cri::{ContainerConfig, NamespaceMode, Propagation, Resources, RuntimeError, SandboxConfig, SecurityProfile};
+use crate::cri::{
+    ContainerConfig, NamespaceMode, Propagation, Resources, RuntimeError, SandboxConfig, SecurityProfile,
+};
 
 /// Capabilities of a container that asks for none: what containerd and Docker grant.
 const DEFAULT_CAPABILITIES: [&str; 14] = [
-    "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP",
-    "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FSETID",
+    "FOWNER",
+    "MKNOD",
+    "NET_RAW",
+    "SETGID",
+    "SETUID",
+    "SETFCAP",
+    "SETPCAP",
+    "NET_BIND_SERVICE",
+    "SYS_CHROOT",
+    "KILL",
+    "AUDIT_WRITE",
 ];
 /// All capabilities of Linux 6.1.
 const ALL_CAPABILITIES: [&str; 41] = [
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE",
-    "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME",
-    "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
-    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
 ];
 const MASKED_PATHS: [&str; 10] = [
-    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
-    "/proc/scsi", "/proc/timer_list", "/sys/firmware",
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/sys/firmware",
 ];
 const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 /// `PATH` of a process whose image sets none.
@@ -114,7 +172,11 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
     };
     namespace("network", sandbox.network, input.paths.network.as_ref());
     namespace("ipc", sandbox.ipc, input.paths.ipc.as_ref());
-    namespace("uts", if input.paths.uts.is_some() { NamespaceMode::Pod } else { NamespaceMode::Node }, input.paths.uts.as_ref());
+    namespace(
+        "uts",
+        if input.paths.uts.is_some() { NamespaceMode::Pod } else { NamespaceMode::Node },
+        input.paths.uts.as_ref(),
+    );
     namespace("pid", sandbox.pid, input.paths.pid.as_ref());
 
     let capabilities = capabilities(container);
@@ -145,7 +207,8 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
         "sysctl": sandbox.sysctls,
         "devices": [],
     });
-    let propagation = if container.mounts.iter().any(|m| m.propagation == Propagation::Bidirectional) { "shared" } else { "slave" };
+    let propagation =
+        if container.mounts.iter().any(|m| m.propagation == Propagation::Bidirectional) { "shared" } else { "slave" };
     linux["rootfsPropagation"] = json!(propagation);
     linux["resources"]["devices"] = device_rules(container);
     linux["devices"] = devices(input);
@@ -275,7 +338,8 @@ pub fn resources(wanted: &Resources, can: Controllers) -> Value {
         out.insert("unified".into(), unified.into());
     }
     if can.hugetlb && !wanted.hugepage_limits.is_empty() {
-        let limits: Vec<_> = wanted.hugepage_limits.iter().map(|(size, limit)| json!({"pageSize": size, "limit": limit})).collect();
+        let limits: Vec<_> =
+            wanted.hugepage_limits.iter().map(|(size, limit)| json!({"pageSize": size, "limit": limit})).collect();
         out.insert("hugepageLimits".into(), json!(limits));
     }
     out.into()
@@ -295,7 +359,8 @@ fn device_rules(container: &ContainerConfig) -> Value {
         }
         rule
     };
-    let mut rules = vec![json!({"allow": false, "access": "rwm"}), allow("c", None, None, "m"), allow("b", None, None, "m")];
+    let mut rules =
+        vec![json!({"allow": false, "access": "rwm"}), allow("c", None, None, "m"), allow("b", None, None, "m")];
     // null, zero, full, random, urandom, tty; ptmx and pts.
     for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)] {
         rules.push(allow("c", Some(major), Some(minor), "rwm"));
@@ -353,19 +418,27 @@ fn mounts(input: &Input<'_>) -> Value {
     ];
     match sandbox.network {
         // sysfs shows the network namespace of its mounter, which must own it.
-        NamespaceMode::Node if !input.sandbox.id_mappings.is_empty() => list.push(bind("/sys", Path::new("/sys"), &["nosuid", "noexec", "nodev", access])),
+        NamespaceMode::Node if !input.sandbox.id_mappings.is_empty() => {
+            list.push(bind("/sys", Path::new("/sys"), &["nosuid", "noexec", "nodev", access]))
+        }
         _ => list.push(special("/sys", "sysfs", &["nosuid", "noexec", "nodev", access])),
     }
     list.push(special("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]));
     list.push(bind("/dev/shm", paths.shm.as_deref().unwrap_or(Path::new("/dev/shm")), &["rw"]));
     if sandbox.network != NamespaceMode::Node {
-        list.push(bind("/etc/hostname", &paths.hostname, &[if container.security.readonly_rootfs { "ro" } else { "rw" }]));
+        list.push(bind(
+            "/etc/hostname",
+            &paths.hostname,
+            &[if container.security.readonly_rootfs { "ro" } else { "rw" }],
+        ));
     }
     if let Some(resolv) = &paths.resolv_conf {
         list.push(bind("/etc/resolv.conf", resolv, &[if container.security.readonly_rootfs { "ro" } else { "rw" }]));
     }
     let destination = |mount: &Value| mount["destination"].as_str().map(PathBuf::from);
-    list.retain(|default| !container.mounts.iter().any(|m| destination(default).as_deref() == Some(m.container_path.as_path())));
+    list.retain(|default| {
+        !container.mounts.iter().any(|m| destination(default).as_deref() == Some(m.container_path.as_path()))
+    });
     let mut own: Vec<_> = container.mounts.iter().collect();
     // A mount below another comes after it; equals keep their order.
     own.sort_by_key(|m| m.container_path.components().count());
@@ -414,7 +487,8 @@ mod tests {
 
     #[test]
     fn the_pods_command_replaces_the_images() {
-        let image = ImageDefaults { entrypoint: vec!["/entry".into()], cmd: vec!["a".into()], ..ImageDefaults::default() };
+        let image =
+            ImageDefaults { entrypoint: vec!["/entry".into()], cmd: vec!["a".into()], ..ImageDefaults::default() };
         let line = |command: &[&str], args: &[&str]| {
             let container = ContainerConfig {
                 command: command.iter().map(|s| (*s).to_owned()).collect(),
@@ -451,7 +525,8 @@ mod tests {
             host_devices: Vec::new(),
         })
         .expect("spec");
-        let places: Vec<_> = spec["mounts"].as_array().expect("list").iter().map(|m| m["destination"].as_str().expect("text")).collect();
+        let places: Vec<_> =
+            spec["mounts"].as_array().expect("list").iter().map(|m| m["destination"].as_str().expect("text")).collect();
         assert_eq!(places.iter().filter(|p| **p == "/dev/shm").count(), 1);
         let at = |path: &str| places.iter().position(|p| *p == path).expect("there");
         assert!(at("/a") < at("/a/b"));

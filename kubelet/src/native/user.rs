@@ -45,7 +45,9 @@ pub fn resolve(root: &Path, security: &SecurityContext, image_user: &str) -> Res
         None => fields[0] == user_word,
     });
     let number = |index: usize| entry.and_then(|fields| fields.get(index)).and_then(|f| f.parse::<u32>().ok());
-    let uid = by_id.or_else(|| number(2)).ok_or_else(|| RuntimeError::Invalid(format!("unable to find user {user_word}: no matching entries in passwd file")))?;
+    let uid = by_id.or_else(|| number(2)).ok_or_else(|| {
+        RuntimeError::Invalid(format!("unable to find user {user_word}: no matching entries in passwd file"))
+    })?;
     let groups_file = read(root, "etc/group").map_err(RuntimeError::io("read", root.join("etc/group")))?;
     let gid = match (security.run_as_group, group_word) {
         (Some(gid), _) => gid,
@@ -54,7 +56,9 @@ pub fn resolve(root: &Path, security: &SecurityContext, image_user: &str) -> Res
             .parse()
             .ok()
             .or_else(|| groups_file.iter().find(|f| f[0] == word).and_then(|f| f.get(2)?.parse().ok()))
-            .ok_or_else(|| RuntimeError::Invalid(format!("unable to find group {word}: no matching entries in group file")))?,
+            .ok_or_else(|| {
+                RuntimeError::Invalid(format!("unable to find group {word}: no matching entries in group file"))
+            })?,
     };
     let mut groups = security.supplemental_groups.clone();
     if !security.supplemental_groups_strict
@@ -105,7 +109,8 @@ mod tests {
     fn users_come_from_the_image() {
         let root = tempfile::tempdir().expect("folder");
         std::fs::create_dir(root.path().join("etc")).expect("etc");
-        std::fs::write(root.path().join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n").expect("write");
+        std::fs::write(root.path().join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n")
+            .expect("write");
         std::fs::write(root.path().join("etc/group"), "root:x:0:\nweb:x:34:\nssl:x:99:web\n").expect("write");
         let context = |uid: Option<u32>| SecurityContext { run_as_user: uid, ..SecurityContext::default() };
         let user = |uid, gid, groups: &[u32], home: &str| User { uid, gid, groups: groups.to_vec(), home: home.into() };
@@ -116,7 +121,12 @@ mod tests {
             (context(None), "1000:2000", user(1000, 2000, &[2000], "/")),
             (context(Some(33)), "root", user(33, 34, &[34, 99], "/srv")),
             (
-                SecurityContext { run_as_group: Some(7), supplemental_groups: vec![5], supplemental_groups_strict: true, ..context(Some(33)) },
+                SecurityContext {
+                    run_as_group: Some(7),
+                    supplemental_groups: vec![5],
+                    supplemental_groups_strict: true,
+                    ..context(Some(33))
+                },
                 "",
                 user(33, 7, &[5, 7], "/srv"),
             ),

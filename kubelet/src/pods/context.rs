@@ -55,7 +55,8 @@ impl Context {
 
     /// The same about one of its containers.
     pub async fn event_of(&self, pod: &Pod, container: &str, type_: EventType, reason: &str, note: String) {
-        let about = ObjectReference { field_path: Some(format!("spec.containers{{{container}}}")), ..pod.object_ref(&()) };
+        let about =
+            ObjectReference { field_path: Some(format!("spec.containers{{{container}}}")), ..pod.object_ref(&()) };
         self.event_about(about, type_, reason, reason, note).await;
     }
 
@@ -104,7 +105,8 @@ impl Context {
         let path = resolved::termination_log(&self.config.layout, &key.uid, &container.name, status.config.attempt);
         let mut text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
         let failed = status.exit.is_some_and(|exit| exit.code != 0);
-        if text.is_empty() && failed && container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError") {
+        if text.is_empty() && failed && container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
+        {
             text = last_lines(&status.config.log_path).unwrap_or_default();
         }
         let mut end = text.len().min(TERMINATION_MESSAGE_LIMIT);

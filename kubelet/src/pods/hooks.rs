@@ -19,7 +19,11 @@ const HOOK_LIMIT: Duration = Duration::from_secs(3600);
 
 /// Whom a probe or hook of a container asks.
 pub(super) fn target(context: &Context, container: &Container, id: &ContainerId, ips: &[IpAddr]) -> Target {
-    let ports = container.ports.iter().flatten().filter_map(|port| Some((port.name.clone()?, u16::try_from(port.container_port).ok()?)));
+    let ports = container
+        .ports
+        .iter()
+        .flatten()
+        .filter_map(|port| Some((port.name.clone()?, u16::try_from(port.container_port).ok()?)));
     Target {
         ip: ips.first().or(context.config.node_ips.first()).copied().unwrap_or(IpAddr::from([127, 0, 0, 1])),
         container: id.clone(),
@@ -49,17 +53,34 @@ pub(super) async fn run(
 }
 
 /// Ends a container: preStop hook, stop signal, and after `limit` the end.
-pub(super) async fn stop(context: &Context, pod: &Pod, container: &Container, current: &Incarnation, limit: Duration, ips: &[IpAddr]) {
+pub(super) async fn stop(
+    context: &Context,
+    pod: &Pod,
+    container: &Container,
+    current: &Incarnation,
+    limit: Duration,
+    ips: &[IpAddr],
+) {
     let started = Instant::now();
     let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref());
-    context.event_of(pod, &container.name, EventType::Normal, "Killing", format!("Stopping container {}", container.name)).await;
+    context
+        .event_of(pod, &container.name, EventType::Normal, "Killing", format!("Stopping container {}", container.name))
+        .await;
     let mut left = limit;
     if let Some(hook) = hook.filter(|_| !limit.is_zero()) {
         let ips: Vec<IpAddr> = if ips.is_empty() { pod_ips(pod) } else { ips.to_vec() };
         match tokio::time::timeout(limit, run(context, hook, container, &current.id, &ips)).await {
             Ok(Ok(())) => {}
             Ok(Err(message)) => {
-                context.event_of(pod, &container.name, EventType::Warning, "FailedPreStopHook", format!("PreStopHook failed: {message}")).await;
+                context
+                    .event_of(
+                        pod,
+                        &container.name,
+                        EventType::Warning,
+                        "FailedPreStopHook",
+                        format!("PreStopHook failed: {message}"),
+                    )
+                    .await;
             }
             Err(_) => tracing::debug!(container = %container.name, "the preStop hook took the whole grace period"),
         }

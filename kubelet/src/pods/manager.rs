@@ -81,10 +81,15 @@ impl PodManager {
         if let Some(handle) = self.workers.get(&uid) {
             // What only repeats our own report is no news.
             let news = match &*handle.wanted.borrow() {
-                Wanted::Pod(held) => held.metadata.generation != pod.metadata.generation || held.metadata.labels != pod.metadata.labels
-                    || held.metadata.annotations != pod.metadata.annotations || held.metadata.deletion_timestamp != pod.metadata.deletion_timestamp
-                    || held.metadata.deletion_grace_period_seconds != pod.metadata.deletion_grace_period_seconds || held.spec != pod.spec
-                    || gates(held) != gates(&pod),
+                Wanted::Pod(held) => {
+                    held.metadata.generation != pod.metadata.generation
+                        || held.metadata.labels != pod.metadata.labels
+                        || held.metadata.annotations != pod.metadata.annotations
+                        || held.metadata.deletion_timestamp != pod.metadata.deletion_timestamp
+                        || held.metadata.deletion_grace_period_seconds != pod.metadata.deletion_grace_period_seconds
+                        || held.spec != pod.spec
+                        || gates(held) != gates(&pod)
+                }
                 Wanted::Gone(_) => false,
             };
             if news {
@@ -151,11 +156,14 @@ impl PodManager {
 
 /// Conditions that others write and readiness gates read.
 fn gates(pod: &Pod) -> Vec<(String, String)> {
-    let gates = pod.spec.iter().flat_map(|spec| spec.readiness_gates.iter().flatten()).map(|gate| gate.condition_type.clone());
-    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten()).cloned().collect::<Vec<_>>();
+    let gates =
+        pod.spec.iter().flat_map(|spec| spec.readiness_gates.iter().flatten()).map(|gate| gate.condition_type.clone());
+    let conditions =
+        pod.status.iter().flat_map(|status| status.conditions.iter().flatten()).cloned().collect::<Vec<_>>();
     gates
         .map(|type_| {
-            let status = conditions.iter().find(|condition| condition.type_ == type_).map(|condition| condition.status.clone());
+            let status =
+                conditions.iter().find(|condition| condition.type_ == type_).map(|condition| condition.status.clone());
             (type_, status.unwrap_or_default())
         })
         .collect()

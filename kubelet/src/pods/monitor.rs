@@ -81,13 +81,27 @@ impl Monitors {
     }
 
     /// Starts the probes of a running incarnation that do not run yet.
-    pub(super) fn watch(&mut self, context: &Arc<Context>, key: &PodKey, pod: &Arc<Pod>, container: &Container, current: &Incarnation, ips: &[IpAddr]) {
+    pub(super) fn watch(
+        &mut self,
+        context: &Arc<Context>,
+        key: &PodKey,
+        pod: &Arc<Pod>,
+        container: &Container,
+        current: &Incarnation,
+        ips: &[IpAddr],
+    ) {
         let initial = self.standing(&current.id, container);
-        let watched = self.watched.entry(current.id.clone()).or_insert_with(|| Watched { state: Arc::new(Mutex::new(initial)), tasks: Vec::new() });
+        let watched = self
+            .watched
+            .entry(current.id.clone())
+            .or_insert_with(|| Watched { state: Arc::new(Mutex::new(initial)), tasks: Vec::new() });
         let started = watched.state.lock().started;
         for kind in [ProbeKind::Startup, ProbeKind::Liveness, ProbeKind::Readiness] {
             let due = (kind == ProbeKind::Startup) != started;
-            if due && let Some(probe) = probe(container, kind) && !watched.tasks.iter().any(|(known, _)| *known == kind) {
+            if due
+                && let Some(probe) = probe(container, kind)
+                && !watched.tasks.iter().any(|(known, _)| *known == kind)
+            {
                 let task = Task {
                     context: context.clone(),
                     key: key.clone(),
@@ -99,7 +113,8 @@ impl Monitors {
                 };
                 let target = hooks::target(context, container, &current.id, ips);
                 let probe = probe.clone();
-                let started_for = Duration::from_nanos(u64::try_from(now().saturating_sub(current.started_at)).unwrap_or_default());
+                let started_for =
+                    Duration::from_nanos(u64::try_from(now().saturating_sub(current.started_at)).unwrap_or_default());
                 let handle = tokio::spawn(async move {
                     let (events, mut told) = tokio::sync::mpsc::channel(16);
                     let asking = probes::run(kind, &probe, &target, started_for, |answer, change| {
@@ -112,7 +127,9 @@ impl Monitors {
                     let publishing = async {
                         while let Some(message) = told.recv().await {
                             let note = format!("{} probe failed: {message}", kind.word());
-                            task.context.event_of(&task.pod, &task.container.name, EventType::Warning, "Unhealthy", note).await;
+                            task.context
+                                .event_of(&task.pod, &task.container.name, EventType::Warning, "Unhealthy", note)
+                                .await;
                         }
                     };
                     tokio::join!(asking, publishing);

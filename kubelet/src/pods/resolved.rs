@@ -98,7 +98,8 @@ pub fn resources(pod: &Pod, requirements: Option<&ResourceRequirements>, node_me
     };
     Resources {
         cpu_shares: shares(cpu_request),
-        cpu_quota: cpu_limit.map_or(0, |limit| i64::try_from((limit * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX)),
+        cpu_quota: cpu_limit
+            .map_or(0, |limit| i64::try_from((limit * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX)),
         cpu_period: CPU_PERIOD_US,
         memory_limit_in_bytes: memory_limit,
         oom_score_adj,
@@ -113,7 +114,8 @@ pub fn sandbox(config: &Config, pod: &Pod, attempt: u32, resolv_conf: String, cg
     let spec = pod.spec.clone().unwrap_or_default();
     let host_network = spec.host_network == Some(true);
     let mode = |host: Option<bool>, otherwise| if host == Some(true) { NamespaceMode::Node } else { otherwise };
-    let shared_pid = if spec.share_process_namespace == Some(true) { NamespaceMode::Pod } else { NamespaceMode::Container };
+    let shared_pid =
+        if spec.share_process_namespace == Some(true) { NamespaceMode::Pod } else { NamespaceMode::Container };
     let sysctls = spec.security_context.iter().flat_map(|context| context.sysctls.iter().flatten());
     SandboxConfig {
         attempt,
@@ -179,7 +181,10 @@ pub fn resolv_conf(config: &Config, pod: &Pod, host: &str) -> String {
         policy = "Default";
     }
     let words = |keyword: &str| -> Vec<String> {
-        let lines = host.lines().filter_map(|line| line.trim().strip_prefix(keyword)).filter(|rest| rest.starts_with([' ', '\t']));
+        let lines = host
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix(keyword))
+            .filter(|rest| rest.starts_with([' ', '\t']));
         lines.flat_map(|rest| rest.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).collect()
     };
     let (mut servers, mut searches, mut options) = match policy {
@@ -202,7 +207,9 @@ pub fn resolv_conf(config: &Config, pod: &Pod, host: &str) -> String {
     for option in own.options.into_iter().flatten() {
         let Some(name) = option.name else { continue };
         options.retain(|held| held.split(':').next() != Some(&name));
-        options.push(option.value.filter(|value| !value.is_empty()).map_or(name.clone(), |value| format!("{name}:{value}")));
+        options.push(
+            option.value.filter(|value| !value.is_empty()).map_or(name.clone(), |value| format!("{name}:{value}")),
+        );
     }
     let mut text = String::new();
     if !searches.is_empty() {
@@ -231,7 +238,9 @@ pub fn hosts(pod: &Pod, ips: &[IpAddr], hostname: &str, domain: &str, host_file:
             let short = hostname.split('.').next().unwrap_or(hostname);
             for ip in ips {
                 match full {
-                    Some(subdomain) => text.push_str(&format!("{ip}\t{short}.{subdomain}.{namespace}.svc.{domain}\t{short}\n")),
+                    Some(subdomain) => {
+                        text.push_str(&format!("{ip}\t{short}.{subdomain}.{namespace}.svc.{domain}\t{short}\n"))
+                    }
                     None => text.push_str(&format!("{ip}\t{hostname}\n")),
                 }
             }
@@ -265,7 +274,8 @@ pub fn security(config: &Config, pod: &Pod, container: &Container) -> Result<Sec
     let own = container.security_context.clone().unwrap_or_default();
     let id = |value: i64| u32::try_from(value).map_err(|_| format!("{value} is no user or group ID"));
     let privileged = own.privileged == Some(true);
-    let mut groups: Vec<u32> = of_pod.supplemental_groups.iter().flatten().map(|group| id(*group)).collect::<Result<_, _>>()?;
+    let mut groups: Vec<u32> =
+        of_pod.supplemental_groups.iter().flatten().map(|group| id(*group)).collect::<Result<_, _>>()?;
     if let Some(group) = of_pod.fs_group {
         groups.push(id(group)?);
     }
@@ -302,17 +312,27 @@ pub fn forbid_root(pod: &Pod, container: &Container, image_user: &str) -> Result
     }
     let name = &container.name;
     match own.run_as_user.or(of_pod.run_as_user) {
-        Some(0) => Err(format!("container's runAsUser breaks non-root policy (pod: \"{}\", container: {name})", pod.name_any())),
+        Some(0) => Err(format!(
+            "container's runAsUser breaks non-root policy (pod: \"{}\", container: {name})",
+            pod.name_any()
+        )),
         Some(_) => Ok(()),
         None => {
             let user = image_user.split(':').next().unwrap_or_default();
             match user.parse::<u32>() {
-                Ok(0) => Err(format!("container has runAsNonRoot and image will run as root (pod: \"{}\", container: {name})", pod.name_any())),
+                Ok(0) => Err(format!(
+                    "container has runAsNonRoot and image will run as root (pod: \"{}\", container: {name})",
+                    pod.name_any()
+                )),
                 Ok(_) => Ok(()),
-                Err(_) if user.is_empty() => {
-                    Err(format!("container has runAsNonRoot and image will run as root (pod: \"{}\", container: {name})", pod.name_any()))
-                }
-                Err(_) => Err(format!("container has runAsNonRoot and image has non-numeric user ({user}), cannot verify user is non-root (pod: \"{}\", container: {name})", pod.name_any())),
+                Err(_) if user.is_empty() => Err(format!(
+                    "container has runAsNonRoot and image will run as root (pod: \"{}\", container: {name})",
+                    pod.name_any()
+                )),
+                Err(_) => Err(format!(
+                    "container has runAsNonRoot and image has non-numeric user ({user}), cannot verify user is non-root (pod: \"{}\", container: {name})",
+                    pod.name_any()
+                )),
             }
         }
     }
@@ -330,7 +350,8 @@ mod tests {
     use super::*;
 
     fn pod(spec: serde_json::Value) -> Pod {
-        serde_json::from_value(json!({"metadata": {"name": "web-0", "namespace": "shop", "uid": "u"}, "spec": spec})).expect("a pod")
+        serde_json::from_value(json!({"metadata": {"name": "web-0", "namespace": "shop", "uid": "u"}, "spec": spec}))
+            .expect("a pod")
     }
 
     #[test]
@@ -338,7 +359,10 @@ mod tests {
         let config = Config::new("n");
         let host = "nameserver 192.0.2.1\nsearch example.org\noptions edns0\n";
         let text = resolv_conf(&config, &pod(json!({"containers": []})), host);
-        assert_eq!(text, "search shop.svc.cluster.local svc.cluster.local cluster.local example.org\nnameserver 10.43.0.10\noptions ndots:5\n");
+        assert_eq!(
+            text,
+            "search shop.svc.cluster.local svc.cluster.local cluster.local example.org\nnameserver 10.43.0.10\noptions ndots:5\n"
+        );
         let own = json!({"containers": [], "dnsPolicy": "None", "dnsConfig": {"nameservers": ["192.0.2.9"], "options": [{"name": "ndots", "value": "2"}]}});
         assert_eq!(resolv_conf(&config, &pod(own), host), "nameserver 192.0.2.9\noptions ndots:2\n");
         let default = json!({"containers": [], "dnsPolicy": "Default"});
@@ -351,15 +375,22 @@ mod tests {
         assert_eq!(qos(&with(json!({}))), Qos::BestEffort);
         assert_eq!(qos(&with(json!({"requests": {"cpu": "1"}}))), Qos::Burstable);
         assert_eq!(qos(&with(json!({"limits": {"cpu": "1", "memory": "1Gi"}}))), Qos::Guaranteed);
-        assert_eq!(qos(&with(json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m"}}))), Qos::Burstable);
+        assert_eq!(
+            qos(&with(json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m"}}))),
+            Qos::Burstable
+        );
     }
 
     #[test]
     fn limits_become_quota_and_score() {
-        let guaranteed = pod(json!({"containers": [{"name": "a", "resources": {"limits": {"cpu": "250m", "memory": "64Mi"}}}]}));
+        let guaranteed =
+            pod(json!({"containers": [{"name": "a", "resources": {"limits": {"cpu": "250m", "memory": "64Mi"}}}]}));
         let requirements = guaranteed.spec.as_ref().and_then(|spec| spec.containers[0].resources.clone());
         let limits = resources(&guaranteed, requirements.as_ref(), 1 << 30);
-        assert_eq!((limits.cpu_quota, limits.memory_limit_in_bytes, limits.oom_score_adj), (25_000, 64 << 20, OOM_GUARANTEED));
+        assert_eq!(
+            (limits.cpu_quota, limits.memory_limit_in_bytes, limits.oom_score_adj),
+            (25_000, 64 << 20, OOM_GUARANTEED)
+        );
     }
 
     #[test]

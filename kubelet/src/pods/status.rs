@@ -121,7 +121,11 @@ fn container_state(observed: &Observed, default_reason: &str) -> core::Container
 fn container_status(container: &Container, observed: &Observed, default_reason: &str) -> core::ContainerStatus {
     let state = container_state(observed, default_reason);
     // While it waits for its restart, the newest incarnation is the last one.
-    let last = if state.waiting.is_some() && observed.exited().is_some() { observed.current.as_ref() } else { observed.last.as_ref() };
+    let last = if state.waiting.is_some() && observed.exited().is_some() {
+        observed.current.as_ref()
+    } else {
+        observed.last.as_ref()
+    };
     let shown = observed.current.as_ref();
     core::ContainerStatus {
         name: container.name.clone(),
@@ -224,10 +228,18 @@ pub fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodStatus {
     let phase = phase(pod, observed);
     let done = matches!(phase, "Succeeded" | "Failed");
     let sidecars = inits.iter().filter(|container| is_sidecar(container));
-    let unready: Vec<&str> =
-        spec.containers.iter().chain(sidecars).filter(|container| !seen(&container.name).ready).map(|container| container.name.as_str()).collect();
-    let uninitialized: Vec<&str> =
-        inits.iter().filter(|container| !init_done(container, seen(&container.name))).map(|container| container.name.as_str()).collect();
+    let unready: Vec<&str> = spec
+        .containers
+        .iter()
+        .chain(sidecars)
+        .filter(|container| !seen(&container.name).ready)
+        .map(|container| container.name.as_str())
+        .collect();
+    let uninitialized: Vec<&str> = inits
+        .iter()
+        .filter(|container| !init_done(container, seen(&container.name)))
+        .map(|container| container.name.as_str())
+        .collect();
     let listed = |names: &[&str]| format!("[{}]", names.join(" "));
     let mut ready = if done {
         if phase == "Succeeded" { Some(("PodCompleted", String::new())) } else { Some(("PodFailed", String::new())) }
@@ -238,9 +250,16 @@ pub fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodStatus {
     };
     let containers_ready = ready.clone();
     if ready.is_none() {
-        let held = |type_: &str| old.conditions.iter().flatten().any(|condition| condition.type_ == type_ && condition.status == "True");
+        let held = |type_: &str| {
+            old.conditions.iter().flatten().any(|condition| condition.type_ == type_ && condition.status == "True")
+        };
         let gates = spec.readiness_gates.iter().flatten().map(|gate| gate.condition_type.as_str());
-        let closed: Vec<_> = gates.filter(|gate| !held(gate)).map(|gate| format!("corresponding condition of pod readiness gate \"{gate}\" does not exist or is not \"True\".")).collect();
+        let closed: Vec<_> = gates
+            .filter(|gate| !held(gate))
+            .map(|gate| {
+                format!("corresponding condition of pod readiness gate \"{gate}\" does not exist or is not \"True\".")
+            })
+            .collect();
         if !closed.is_empty() {
             ready = Some(("ReadinessGatesNotReady", closed.join(", ")));
         }
@@ -254,7 +273,10 @@ pub fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodStatus {
     let mut set = |type_: &str, holds: bool, reason: Option<&str>, message: Option<String>| {
         let status = if holds { "True" } else { "False" };
         let before = conditions.iter().position(|condition| condition.type_ == type_);
-        let since = before.map(|index| &conditions[index]).filter(|held| held.status == status).and_then(|held| held.last_transition_time.clone());
+        let since = before
+            .map(|index| &conditions[index])
+            .filter(|held| held.status == status)
+            .and_then(|held| held.last_transition_time.clone());
         let condition = PodCondition {
             type_: type_.into(),
             status: status.into(),
@@ -272,10 +294,17 @@ pub fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodStatus {
     set("PodReadyToStartContainers", observed.sandbox_ready, None, None);
     match initialized {
         Some(reason) => set("Initialized", true, reason.as_deref(), None),
-        None => set("Initialized", false, Some("ContainersNotInitialized"), Some(format!("containers with incomplete status: {}", listed(&uninitialized)))),
+        None => set(
+            "Initialized",
+            false,
+            Some("ContainersNotInitialized"),
+            Some(format!("containers with incomplete status: {}", listed(&uninitialized))),
+        ),
     }
     let reason = |ready: &Option<(&'static str, String)>| ready.as_ref().map(|(reason, _)| *reason);
-    let message = |ready: &Option<(&'static str, String)>| ready.as_ref().map(|(_, message)| message.clone()).filter(|message| !message.is_empty());
+    let message = |ready: &Option<(&'static str, String)>| {
+        ready.as_ref().map(|(_, message)| message.clone()).filter(|message| !message.is_empty())
+    };
     set("Ready", ready.is_none(), reason(&ready), message(&ready));
     set("ContainersReady", containers_ready.is_none(), reason(&containers_ready), message(&containers_ready));
     set("PodScheduled", true, None, None);
@@ -314,9 +343,21 @@ mod tests {
     }
 
     fn seen(state: ContainerState, code: i32) -> Observed {
-        let exit = (state == ContainerState::Exited).then_some(ExitStatus { code, signal: None, oom_killed: false, finished_at: 1 });
+        let exit = (state == ContainerState::Exited).then_some(ExitStatus {
+            code,
+            signal: None,
+            oom_killed: false,
+            finished_at: 1,
+        });
         let running = state == ContainerState::Running;
-        let current = Incarnation { id: ContainerId::derive("u", "a", 0), attempt: 0, state, started_at: 1, exit, message: String::new() };
+        let current = Incarnation {
+            id: ContainerId::derive("u", "a", 0),
+            attempt: 0,
+            state,
+            started_at: 1,
+            exit,
+            message: String::new(),
+        };
         Observed { current: Some(current), started: running, ready: running, ..Observed::default() }
     }
 
@@ -350,7 +391,12 @@ mod tests {
         let done = seen(ContainerState::Exited, 0);
         let running = seen(ContainerState::Running, 0);
         let condition = |status: &PodStatus, type_: &str| {
-            status.conditions.iter().flatten().find(|condition| condition.type_ == type_).map(|condition| condition.status.clone())
+            status
+                .conditions
+                .iter()
+                .flatten()
+                .find(|condition| condition.type_ == type_)
+                .map(|condition| condition.status.clone())
         };
         let status = of(&pod("Always"), &observed(done.clone(), running.clone(), running.clone()), &[]);
         assert_eq!(condition(&status, "Ready").as_deref(), Some("True"));

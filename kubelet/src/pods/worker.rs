@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
+use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::events::EventType;
-use kube::Api;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -139,7 +139,8 @@ impl Worker {
 
     async fn sandbox(&self) -> Option<SandboxStatus> {
         let all = self.context.runtime.list_pod_sandboxes().await.unwrap_or_default();
-        let ours = all.into_iter().filter(|sandbox| sandbox.config.pod.as_ref().is_some_and(|pod| pod.uid == self.key.uid));
+        let ours =
+            all.into_iter().filter(|sandbox| sandbox.config.pod.as_ref().is_some_and(|pod| pod.uid == self.key.uid));
         ours.max_by_key(|sandbox| sandbox.config.attempt)
     }
 
@@ -149,7 +150,8 @@ impl Worker {
         let mut containers = HashMap::new();
         for (container, _) in all_containers(pod) {
             let newest = incarnations.get(&container.name).map(Vec::as_slice).unwrap_or_default();
-            let image_id = newest.first().map(|status| self.context.image_id(&status.config.image_id)).unwrap_or_default();
+            let image_id =
+                newest.first().map(|status| self.context.image_id(&status.config.image_id)).unwrap_or_default();
             let mut observed = Observed {
                 current: newest.first().map(|status| self.incarnation(status, &container)),
                 last: newest.get(1).map(|status| self.incarnation(status, &container)),
@@ -157,7 +159,8 @@ impl Worker {
                 image_id,
                 ..Observed::default()
             };
-            if let Some(current) = observed.current.as_ref().filter(|current| current.state == ContainerState::Running) {
+            if let Some(current) = observed.current.as_ref().filter(|current| current.state == ContainerState::Running)
+            {
                 let standing = self.monitors.standing(&current.id, &container);
                 observed.started = standing.started;
                 observed.ready = standing.ready;
@@ -298,7 +301,14 @@ impl Worker {
     }
 
     /// Starts a container if it is to run and does not; returns when to look again.
-    async fn advance(&mut self, pod: &Arc<Pod>, sandbox: &SandboxStatus, container: &Container, seen: &Observed, is_init: bool) -> Option<Instant> {
+    async fn advance(
+        &mut self,
+        pod: &Arc<Pod>,
+        sandbox: &SandboxStatus,
+        container: &Container,
+        seen: &Observed,
+        is_init: bool,
+    ) -> Option<Instant> {
         if seen.running() {
             let current = seen.current.as_ref()?;
             self.waiting.remove(&container.name);
@@ -317,13 +327,33 @@ impl Worker {
             let until = self.back_off(container, seen);
             if until > Instant::now() {
                 let pause = self.backoffs.get(&container.name).map(|backoff| backoff.pause).unwrap_or_default();
-                let message = format!("back-off {}s restarting failed container={} pod={}_{}({})", pause.as_secs(), container.name, self.key.name, self.key.namespace, self.key.uid);
+                let message = format!(
+                    "back-off {}s restarting failed container={} pod={}_{}({})",
+                    pause.as_secs(),
+                    container.name,
+                    self.key.name,
+                    self.key.namespace,
+                    self.key.uid
+                );
                 if self.waiting.insert(container.name.clone(), ("CrashLoopBackOff".into(), message.clone())).is_none() {
-                    self.context.event(pod, EventType::Warning, "BackOff", "Restart", format!("Back-off restarting failed container {} in pod {}_{}({})", container.name, self.key.name, self.key.namespace, self.key.uid)).await;
+                    self.context
+                        .event(
+                            pod,
+                            EventType::Warning,
+                            "BackOff",
+                            "Restart",
+                            format!(
+                                "Back-off restarting failed container {} in pod {}_{}({})",
+                                container.name, self.key.name, self.key.namespace, self.key.uid
+                            ),
+                        )
+                        .await;
                 }
                 return Some(until);
             }
-        } else if let Some(backoff) = self.backoffs.get(&image_key(&container.name)).filter(|backoff| backoff.until > Instant::now()) {
+        } else if let Some(backoff) =
+            self.backoffs.get(&image_key(&container.name)).filter(|backoff| backoff.until > Instant::now())
+        {
             return Some(backoff.until);
         }
         let attempt = seen.current.as_ref().map_or(0, |current| current.attempt + u32::from(seen.exited().is_some()));
@@ -336,7 +366,9 @@ impl Worker {
                 Some(Instant::now())
             }
             Err(failure) => {
-                self.context.event(pod, EventType::Warning, failure.event, "Start", failure.event_text(container)).await;
+                self.context
+                    .event(pod, EventType::Warning, failure.event, "Start", failure.event_text(container))
+                    .await;
                 let pause = match self.backoffs.get(&image_key(&container.name)) {
                     Some(before) => before.pause.saturating_mul(2).min(BACKOFF_MOST),
                     None => failure.first_pause(),
@@ -353,7 +385,8 @@ impl Worker {
     /// When a container that ended may be started again.
     fn back_off(&mut self, container: &Container, seen: &Observed) -> Instant {
         let current = seen.current.as_ref();
-        let ran = current.map_or(0, |current| current.exit.map_or(0, |exit| exit.finished_at.saturating_sub(current.started_at)));
+        let ran = current
+            .map_or(0, |current| current.exit.map_or(0, |exit| exit.finished_at.saturating_sub(current.started_at)));
         let long = Duration::from_nanos(u64::try_from(ran).unwrap_or_default()) >= BACKOFF_RESET;
         let attempt = current.map_or(0, |current| current.attempt);
         let now = Instant::now();
@@ -362,7 +395,11 @@ impl Worker {
             return known.until;
         }
         // The first restart is at once; the pause before the n-th later one follows from n, so a new daemon knows it too.
-        let pause = if long || attempt == 0 { Duration::ZERO } else { BACKOFF_FIRST.saturating_mul(1 << (attempt - 1).min(10)).min(BACKOFF_MOST) };
+        let pause = if long || attempt == 0 {
+            Duration::ZERO
+        } else {
+            BACKOFF_FIRST.saturating_mul(1 << (attempt - 1).min(10)).min(BACKOFF_MOST)
+        };
         let prefix = format!("{}#", container.name);
         self.backoffs.retain(|key, _| !key.starts_with(&prefix));
         self.backoffs.insert(key, Backoff { pause, until: now + pause });
@@ -384,10 +421,18 @@ impl Worker {
         if let Some(ready) = known.as_ref().filter(|sandbox| sandbox.ready) {
             return Ok(ready.clone());
         }
-        let attempt = known.map_or(0, |old| old.config.attempt + u32::from(!old.ready && old.created_at > 0 && !old.ips.is_empty()));
+        let attempt = known
+            .map_or(0, |old| old.config.attempt + u32::from(!old.ready && old.created_at > 0 && !old.ips.is_empty()));
         let config = self.context.sandbox_config(pod, attempt);
-        let sandbox = self.context.runtime.run_pod_sandbox(config).await.map_err(|error| format!("Failed to create pod sandbox: {error}"))?;
-        self.context.write_hosts(pod, &self.key, &sandbox.ips).map_err(|error| format!("Failed to create pod sandbox: {error}"))?;
+        let sandbox = self
+            .context
+            .runtime
+            .run_pod_sandbox(config)
+            .await
+            .map_err(|error| format!("Failed to create pod sandbox: {error}"))?;
+        self.context
+            .write_hosts(pod, &self.key, &sandbox.ips)
+            .map_err(|error| format!("Failed to create pod sandbox: {error}"))?;
         Ok(sandbox)
     }
 
@@ -397,20 +442,41 @@ impl Worker {
         let deadline = Instant::now() + limit;
         let running = |container: &Container| {
             let seen = observed.containers.get(&container.name)?;
-            seen.current.clone().filter(|current| !matches!(current.state, ContainerState::Exited | ContainerState::Unknown))
+            seen.current
+                .clone()
+                .filter(|current| !matches!(current.state, ContainerState::Exited | ContainerState::Unknown))
         };
         let spec = pod.spec.clone().unwrap_or_default();
         let mut first: Vec<Container> = spec.containers.clone();
         first.extend(spec.ephemeral_containers.iter().flatten().map(resolved::ephemeral));
         first.extend(spec.init_containers.iter().flatten().filter(|container| !is_sidecar(container)).cloned());
-        let stops = first.iter().filter_map(|container| Some((container, running(container)?))).map(|(container, current)| {
-            let context = self.context.clone();
-            async move { hooks::stop(&context, pod, container, &current, deadline.saturating_duration_since(Instant::now()), &[]).await }
-        });
+        let stops =
+            first.iter().filter_map(|container| Some((container, running(container)?))).map(|(container, current)| {
+                let context = self.context.clone();
+                async move {
+                    hooks::stop(
+                        &context,
+                        pod,
+                        container,
+                        &current,
+                        deadline.saturating_duration_since(Instant::now()),
+                        &[],
+                    )
+                    .await
+                }
+            });
         futures::future::join_all(stops).await;
         for sidecar in spec.init_containers.iter().flatten().rev().filter(|container| is_sidecar(container)) {
             if let Some(current) = running(sidecar) {
-                hooks::stop(&self.context, pod, sidecar, &current, deadline.saturating_duration_since(Instant::now()), &[]).await;
+                hooks::stop(
+                    &self.context,
+                    pod,
+                    sidecar,
+                    &current,
+                    deadline.saturating_duration_since(Instant::now()),
+                    &[],
+                )
+                .await;
             }
         }
     }
@@ -480,7 +546,12 @@ impl Worker {
             attempt: status.config.attempt,
             running: status.state == ContainerState::Running,
         });
-        self.context.table.put(PodEntry { key: self.key.clone(), pod: current.clone(), sandbox, containers: containers.collect() });
+        self.context.table.put(PodEntry {
+            key: self.key.clone(),
+            pod: current.clone(),
+            sandbox,
+            containers: containers.collect(),
+        });
         if self.written.as_ref().is_some_and(|written| written.status == current.status) {
             return Next::Wait;
         }

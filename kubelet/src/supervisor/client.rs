@@ -488,7 +488,10 @@ impl Client {
 }
 
 /// Watches a descriptor with tokio.
-#[expect(deprecated, reason = "its successor is unsafe, for types whose descriptor may change; that of an OwnedFd cannot")]
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe, for types whose descriptor may change; that of an OwnedFd cannot"
+)]
 fn watch(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     AsyncFd::new(fd)
 }

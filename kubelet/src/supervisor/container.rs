@@ -241,7 +241,12 @@ impl Container {
             Exit::Signal(signal) => Some(signal),
             Exit::Code(_) => None,
         };
-        ExitStatus { code: exit.code(), signal, oom_killed: oom_kills(&self.report.create.cgroup) > 0, finished_at: now() }
+        ExitStatus {
+            code: exit.code(),
+            signal,
+            oom_killed: oom_kills(&self.report.create.cgroup) > 0,
+            finished_at: now(),
+        }
     }
 
     /// Writes `state.json`.

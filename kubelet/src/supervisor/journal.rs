@@ -146,7 +146,11 @@ mod tests {
             log.append(&new[..written]).expect("append");
             let pending = journal.pending(Stream::Stderr).expect("read").expect("pending");
             assert_eq!(judge(pending, &mut log, head).expect("judge"), wanted, "{name}");
-            assert_eq!(log.size(), if wanted == Verdict::PumpAgain { old.len() } else { old.len() + new.len() } as u64, "{name}");
+            assert_eq!(
+                log.size(),
+                if wanted == Verdict::PumpAgain { old.len() } else { old.len() + new.len() } as u64,
+                "{name}"
+            );
             assert_eq!(journal.pending(Stream::Stdout).expect("read"), None);
         }
     }

@@ -4,15 +4,15 @@
 //! their exits. It keeps nothing but what the kernel would take away with it; the daemon holds duplicates of every descriptor
 //! and hands them to the next supervisor if this one dies, and the other way round.
 
-pub mod protocol;
-pub mod frame;
-pub mod logfile;
-pub mod journal;
-pub mod stream;
-pub mod link;
-pub mod container;
-pub mod serve;
 pub mod client;
+pub mod container;
+pub mod frame;
+pub mod journal;
+pub mod link;
+pub mod logfile;
+pub mod protocol;
+pub mod serve;
+pub mod stream;
 
 pub use client::Client;
 

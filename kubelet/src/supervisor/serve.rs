@@ -590,7 +590,8 @@ impl Supervisor {
                 stderr.map_err(|e| e.to_string())?,
             );
             let stdio = Stdio { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
-            let target = exec::Target { pidfd, pid: container.report.pid, spec: &spec, bundle: &container.report.create.bundle };
+            let target =
+                exec::Target { pidfd, pid: container.report.pid, spec: &spec, bundle: &container.report.create.bundle };
             exec::spawn(&target, &process, container.cgroup.as_ref(), stdio, &options(&container.report.create))
                 .map_err(|e| e.to_string())
         })();
@@ -661,4 +662,3 @@ fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
 }
-

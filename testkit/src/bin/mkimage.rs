@@ -8,9 +8,7 @@ use coracle_testkit::Image;
 fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [tag, archive, entrypoint, files @ ..] = &arguments[..] else {
-        return Err(std::io::Error::other(
-            "usage: mkimage TAG ARCHIVE ENTRYPOINT FILE=/PATH…",
-        ));
+        return Err(std::io::Error::other("usage: mkimage TAG ARCHIVE ENTRYPOINT FILE=/PATH…"));
     };
     let files = files
         .iter()
@@ -20,11 +18,6 @@ fn main() -> std::io::Result<()> {
                 .ok_or_else(|| std::io::Error::other(format!("not of the form FILE=/PATH: {pair}")))
         })
         .collect::<Result<_, _>>()?;
-    Image {
-        tag: tag.clone(),
-        files,
-        entrypoint: vec![entrypoint.clone()],
-        ..Image::default()
-    }
-    .write(Path::new(archive))
+    Image { tag: tag.clone(), files, entrypoint: vec![entrypoint.clone()], ..Image::default() }
+        .write(Path::new(archive))
 }

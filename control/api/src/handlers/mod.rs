@@ -156,7 +156,10 @@ async fn plain(
 fn authorize(api: &ApiServer, user: &UserInfo, route: &Route, query: &Query) -> Result<(), Status> {
     let mut attributes = attributes(user, route);
     // Listing or watching one object by its name is asked about that object (apiserver `RequestInfo`).
-    if attributes.is_resource && attributes.name.is_empty() && matches!(attributes.verb, "list" | "watch" | "deletecollection") {
+    if attributes.is_resource
+        && attributes.name.is_empty()
+        && matches!(attributes.verb, "list" | "watch" | "deletecollection")
+    {
         attributes.name = query.get("fieldSelector").and_then(selected_name).unwrap_or_default();
     }
     match api.authorizer().authorize(&attributes) {

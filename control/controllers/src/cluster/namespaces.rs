@@ -54,7 +54,10 @@ impl Namespaces {
         let paths = if collection {
             vec![path]
         } else {
-            objects.iter().filter_map(|object| Some(format!("{path}/{}", object["metadata"]["name"].as_str()?))).collect()
+            objects
+                .iter()
+                .filter_map(|object| Some(format!("{path}/{}", object["metadata"]["name"].as_str()?)))
+                .collect()
         };
         for path in paths {
             let options = json!({"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"});
@@ -88,28 +91,68 @@ impl Namespaces {
         let held: Vec<String> =
             left.finalizers.iter().map(|(name, count)| format!("{name} in {count} resource instances")).collect();
         let rows = [
-            ("NamespaceDeletionDiscoveryFailure", false, "ResourcesDiscovered", "All resources successfully discovered".to_owned()),
-            ("NamespaceDeletionGroupVersionParsingFailure", false, "ParsedGroupVersions", "All legacy kube types successfully parsed".to_owned()),
+            (
+                "NamespaceDeletionDiscoveryFailure",
+                false,
+                "ResourcesDiscovered",
+                "All resources successfully discovered".to_owned(),
+            ),
+            (
+                "NamespaceDeletionGroupVersionParsingFailure",
+                false,
+                "ParsedGroupVersions",
+                "All legacy kube types successfully parsed".to_owned(),
+            ),
             if left.failures.is_empty() {
-                ("NamespaceDeletionContentFailure", false, "ContentDeleted", "All content successfully deleted, may be waiting on finalization".to_owned())
+                (
+                    "NamespaceDeletionContentFailure",
+                    false,
+                    "ContentDeleted",
+                    "All content successfully deleted, may be waiting on finalization".to_owned(),
+                )
             } else {
-                ("NamespaceDeletionContentFailure", true, "ContentDeletionFailed", format!("Failed to delete all resource types, {} remaining: {}", left.failures.len(), left.failures.join(", ")))
+                (
+                    "NamespaceDeletionContentFailure",
+                    true,
+                    "ContentDeletionFailed",
+                    format!(
+                        "Failed to delete all resource types, {} remaining: {}",
+                        left.failures.len(),
+                        left.failures.join(", ")
+                    ),
+                )
             },
             if left.content.is_empty() {
                 ("NamespaceContentRemaining", false, "ContentRemoved", "All content successfully removed".to_owned())
             } else {
-                ("NamespaceContentRemaining", true, "SomeResourcesRemain", format!("Some resources are remaining: {}", left.content.join(", ")))
+                (
+                    "NamespaceContentRemaining",
+                    true,
+                    "SomeResourcesRemain",
+                    format!("Some resources are remaining: {}", left.content.join(", ")),
+                )
             },
             if held.is_empty() {
-                ("NamespaceFinalizersRemaining", false, "ContentHasNoFinalizers", "All content-preserving finalizers finished".to_owned())
+                (
+                    "NamespaceFinalizersRemaining",
+                    false,
+                    "ContentHasNoFinalizers",
+                    "All content-preserving finalizers finished".to_owned(),
+                )
             } else {
-                ("NamespaceFinalizersRemaining", true, "SomeFinalizersRemain", format!("Some content in the namespace has finalizers remaining: {}", held.join(", ")))
+                (
+                    "NamespaceFinalizersRemaining",
+                    true,
+                    "SomeFinalizersRemain",
+                    format!("Some content in the namespace has finalizers remaining: {}", held.join(", ")),
+                )
             },
         ];
         for (type_, holds, reason, message) in rows {
             let value = if holds { "True" } else { "False" };
             let before = conditions.iter().find(|condition| condition.type_ == type_).cloned();
-            if before.as_ref().is_some_and(|before| before.status == value && before.message.as_ref() == Some(&message)) {
+            if before.as_ref().is_some_and(|before| before.status == value && before.message.as_ref() == Some(&message))
+            {
                 continue;
             }
             let since = before.filter(|before| before.status == value).and_then(|before| before.last_transition_time);
@@ -177,7 +220,11 @@ impl Controller for Namespaces {
         if !left.content.is_empty() || !left.failures.is_empty() {
             return Ok(Outcome::After(LOOK_AGAIN));
         }
-        let ours = namespace.spec.as_ref().and_then(|spec| spec.finalizers.as_ref()).is_some_and(|held| held.iter().any(|name| name == FINALIZER));
+        let ours = namespace
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.finalizers.as_ref())
+            .is_some_and(|held| held.iter().any(|name| name == FINALIZER));
         if ours {
             self.finalize(&namespace.name_any()).await?;
         }

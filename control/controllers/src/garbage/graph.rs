@@ -132,10 +132,11 @@ impl Graph {
             return Verdict::Orphan(self.dependents_of(&item.metadata.uid));
         }
         if item.waits(FOREGROUND) {
-            let blocked = self.dependents_of(&item.metadata.uid).iter().filter_map(|key| self.items.get(key)).any(|dependent| {
-                let blocks = |owner: &Owner| owner.uid == item.metadata.uid && owner.block_owner_deletion;
-                dependent.metadata.owner_references.iter().any(blocks)
-            });
+            let blocked =
+                self.dependents_of(&item.metadata.uid).iter().filter_map(|key| self.items.get(key)).any(|dependent| {
+                    let blocks = |owner: &Owner| owner.uid == item.metadata.uid && owner.block_owner_deletion;
+                    dependent.metadata.owner_references.iter().any(blocks)
+                });
             return if blocked { Verdict::Keep } else { Verdict::Release(FOREGROUND) };
         }
         if item.metadata.deletion_timestamp.is_some() || item.metadata.owner_references.is_empty() {
@@ -157,7 +158,9 @@ impl Graph {
         match (gone.is_empty(), solid) {
             (true, _) => Verdict::Keep,
             (false, true) => Verdict::Disown(gone),
-            (false, false) => Verdict::Delete { foreground: waiting && self.dependents.contains_key(&item.metadata.uid) },
+            (false, false) => {
+                Verdict::Delete { foreground: waiting && self.dependents.contains_key(&item.metadata.uid) }
+            }
         }
     }
 }
@@ -192,7 +195,12 @@ mod tests {
 
     #[test]
     fn dependents_follow_their_owner() {
-        let mut graph = graph(&[item("owner", &[], &[]), item("child", &["owner"], &[]), item("shared", &["owner", "other"], &[]), item("other", &[], &[])]);
+        let mut graph = graph(&[
+            item("owner", &[], &[]),
+            item("child", &["owner"], &[]),
+            item("shared", &["owner", "other"], &[]),
+            item("other", &[], &[]),
+        ]);
         assert_eq!(graph.judge("/child"), Verdict::Keep);
         let mut touched = graph.change(&key("owner"), None);
         touched.sort();
@@ -203,7 +211,11 @@ mod tests {
 
     #[test]
     fn a_foreground_deletion_waits_for_the_last_dependent() {
-        let mut graph = graph(&[item("owner", &[], &[FOREGROUND]), item("child", &["owner"], &[]), item("grandchild", &["child"], &[])]);
+        let mut graph = graph(&[
+            item("owner", &[], &[FOREGROUND]),
+            item("child", &["owner"], &[]),
+            item("grandchild", &["child"], &[]),
+        ]);
         assert_eq!(graph.judge("/owner"), Verdict::Keep);
         assert_eq!(graph.judge("/child"), Verdict::Delete { foreground: true });
         assert!(graph.change(&key("child"), None).contains(&key("owner")));

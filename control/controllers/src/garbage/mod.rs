@@ -143,28 +143,41 @@ impl Collector {
 
     /// Takes the references to owners from an object.
     async fn disown(&self, item: &Item, owners: &[Arc<str>]) -> Result<(), kube::Error> {
-        self.edit(item, |metadata| {
-            if let Some(references) = metadata["ownerReferences"].as_array_mut() {
-                references.retain(|reference| !owners.iter().any(|owner| reference["uid"] == **owner));
-            }
-            metadata["ownerReferences"].clone()
-        }, "ownerReferences")
+        self.edit(
+            item,
+            |metadata| {
+                if let Some(references) = metadata["ownerReferences"].as_array_mut() {
+                    references.retain(|reference| !owners.iter().any(|owner| reference["uid"] == **owner));
+                }
+                metadata["ownerReferences"].clone()
+            },
+            "ownerReferences",
+        )
         .await
     }
 
     /// Takes a finalizer from an object.
     async fn release(&self, item: &Item, finalizer: &str) -> Result<(), kube::Error> {
-        self.edit(item, |metadata| {
-            if let Some(finalizers) = metadata["finalizers"].as_array_mut() {
-                finalizers.retain(|held| held != finalizer);
-            }
-            metadata["finalizers"].clone()
-        }, "finalizers")
+        self.edit(
+            item,
+            |metadata| {
+                if let Some(finalizers) = metadata["finalizers"].as_array_mut() {
+                    finalizers.retain(|held| held != finalizer);
+                }
+                metadata["finalizers"].clone()
+            },
+            "finalizers",
+        )
         .await
     }
 
     /// Rewrites one field of an object's metadata, as it is now, if it is still the same object.
-    async fn edit(&self, item: &Item, change: impl FnOnce(&mut Value) -> Value, field: &str) -> Result<(), kube::Error> {
+    async fn edit(
+        &self,
+        item: &Item,
+        change: impl FnOnce(&mut Value) -> Value,
+        field: &str,
+    ) -> Result<(), kube::Error> {
         let Some(path) = self.path(item) else { return Ok(()) };
         let request = Request::get(path).body(Vec::new()).map_err(kube::Error::HttpError)?;
         let mut current: Value = match self.client.request(request).await {

@@ -117,6 +117,9 @@ pub(crate) struct Folders {
     /// Folder of the pods' logs
     #[arg(long, default_value = "/var/log/pods", value_name = "FOLDER")]
     pub(crate) pod_log_dir: PathBuf,
+    /// Control group of all pods, below the mount of cgroup v2
+    #[arg(long, default_value = "kubepods", value_name = "NAME")]
+    pub(crate) cgroup_root: PathBuf,
 }
 
 /// Options of `coracle check`.

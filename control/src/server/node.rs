@@ -49,6 +49,7 @@ pub(super) async fn start(
     let config = Config {
         node_ips: vec![identity.ip],
         layout,
+        cgroup_root: options.folders.cgroup_root.clone(),
         port: options.kubelet_port,
         cluster_domain: options.cluster_domain.clone(),
         cluster_dns: vec![options.cluster_dns],

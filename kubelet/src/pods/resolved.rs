@@ -20,19 +20,19 @@ const OOM_GUARANTEED: i32 = -997;
 const OOM_BEST_EFFORT: i32 = 1000;
 
 /// The pod's identity.
-pub fn key(pod: &Pod) -> PodKey {
+pub(crate) fn key(pod: &Pod) -> PodKey {
     PodKey { uid: pod.uid().unwrap_or_default(), namespace: pod.namespace().unwrap_or_default(), name: pod.name_any() }
 }
 
 /// An ephemeral container as a container.
-pub fn ephemeral(source: &EphemeralContainer) -> Container {
+pub(crate) fn ephemeral(source: &EphemeralContainer) -> Container {
     let json = serde_json::to_value(source).unwrap_or_default();
     // An ephemeral container has the fields of a container and one more, which is not read here.
     serde_json::from_value(json).unwrap_or_default()
 }
 
 /// Whether an init container runs on beside the others.
-pub fn is_sidecar(container: &Container) -> bool {
+pub(crate) fn is_sidecar(container: &Container) -> bool {
     container.restart_policy.as_deref() == Some("Always")
 }
 
@@ -49,7 +49,7 @@ fn millis(quantity: Quantity) -> u64 {
 }
 
 /// `status.qosClass`: as the API has set it, or computed the same way.
-pub fn qos(pod: &Pod) -> Qos {
+pub(crate) fn qos(pod: &Pod) -> Qos {
     match pod.status.as_ref().and_then(|status| status.qos_class.as_deref()) {
         Some("Guaranteed") => return Qos::Guaranteed,
         Some("Burstable") => return Qos::Burstable,
@@ -76,7 +76,7 @@ pub fn qos(pod: &Pod) -> Qos {
 }
 
 /// What a container may use.
-pub fn resources(pod: &Pod, requirements: Option<&ResourceRequirements>, node_memory_bytes: u64) -> Resources {
+pub(crate) fn resources(pod: &Pod, requirements: Option<&ResourceRequirements>, node_memory_bytes: u64) -> Resources {
     let empty = ResourceRequirements::default();
     let requirements = requirements.unwrap_or(&empty);
     let (limits, requests) = (requirements.limits.as_ref(), requirements.requests.as_ref());
@@ -109,7 +109,13 @@ pub fn resources(pod: &Pod, requirements: Option<&ResourceRequirements>, node_me
 }
 
 /// A pod's sandbox.
-pub fn sandbox(config: &Config, pod: &Pod, attempt: u32, resolv_conf: String, cgroups: &Hierarchy) -> SandboxConfig {
+pub(crate) fn sandbox(
+    config: &Config,
+    pod: &Pod,
+    attempt: u32,
+    resolv_conf: String,
+    cgroups: &Hierarchy,
+) -> SandboxConfig {
     let key = key(pod);
     let spec = pod.spec.clone().unwrap_or_default();
     let host_network = spec.host_network == Some(true);
@@ -137,7 +143,7 @@ pub fn sandbox(config: &Config, pod: &Pod, attempt: u32, resolv_conf: String, cg
 }
 
 /// The host name inside: `spec.hostname` or the pod's name, cut to what the kernel takes; the full name where asked for.
-pub fn hostname(pod: &Pod, domain: &str) -> String {
+pub(crate) fn hostname(pod: &Pod, domain: &str) -> String {
     const KERNEL_LIMIT: usize = 63;
     let spec = pod.spec.clone().unwrap_or_default();
     if let Some(name) = spec.hostname_override.filter(|name| !name.is_empty()) {
@@ -170,7 +176,7 @@ fn port_mappings(spec: &PodSpec) -> Vec<PortMapping> {
 }
 
 /// The text of a pod's resolv.conf. `host` is the node's own.
-pub fn resolv_conf(config: &Config, pod: &Pod, host: &str) -> String {
+pub(crate) fn resolv_conf(config: &Config, pod: &Pod, host: &str) -> String {
     const MAX_NAMESERVERS: usize = 3;
     let spec = pod.spec.clone().unwrap_or_default();
     let mut policy = spec.dns_policy.as_deref().unwrap_or("ClusterFirst");
@@ -225,7 +231,7 @@ pub fn resolv_conf(config: &Config, pod: &Pod, host: &str) -> String {
 }
 
 /// The text of a pod's /etc/hosts.
-pub fn hosts(pod: &Pod, ips: &[IpAddr], hostname: &str, domain: &str, host_file: Option<&str>) -> String {
+pub(crate) fn hosts(pod: &Pod, ips: &[IpAddr], hostname: &str, domain: &str, host_file: Option<&str>) -> String {
     let spec = pod.spec.clone().unwrap_or_default();
     let mut text = match host_file {
         Some(host) => format!("# Kubernetes-managed hosts file (host network).\n{host}"),
@@ -268,7 +274,7 @@ fn profile(seccomp: Option<&SeccompProfile>, default_on: bool) -> SecurityProfil
 }
 
 /// A container's security context: its own fields before those of the pod.
-pub fn security(config: &Config, pod: &Pod, container: &Container) -> Result<SecurityContext, String> {
+pub(crate) fn security(config: &Config, pod: &Pod, container: &Container) -> Result<SecurityContext, String> {
     let spec = pod.spec.clone().unwrap_or_default();
     let of_pod = spec.security_context.unwrap_or_default();
     let own = container.security_context.clone().unwrap_or_default();
@@ -304,7 +310,7 @@ pub fn security(config: &Config, pod: &Pod, container: &Container) -> Result<Sec
 }
 
 /// Whether `runAsNonRoot` forbids to start as this user; the words of a kubelet.
-pub fn forbid_root(pod: &Pod, container: &Container, image_user: &str) -> Result<(), String> {
+pub(crate) fn forbid_root(pod: &Pod, container: &Container, image_user: &str) -> Result<(), String> {
     let of_pod = pod.spec.as_ref().and_then(|spec| spec.security_context.clone()).unwrap_or_default();
     let own = container.security_context.clone().unwrap_or_default();
     if own.run_as_non_root.or(of_pod.run_as_non_root) != Some(true) {
@@ -339,7 +345,7 @@ pub fn forbid_root(pod: &Pod, container: &Container, image_user: &str) -> Result
 }
 
 /// Where a container's termination message lies on the node.
-pub fn termination_log(layout: &Layout, uid: &str, container: &str, attempt: u32) -> std::path::PathBuf {
+pub(crate) fn termination_log(layout: &Layout, uid: &str, container: &str, attempt: u32) -> std::path::PathBuf {
     layout.pod(uid).join("containers").join(container).join(attempt.to_string())
 }
 

@@ -14,7 +14,7 @@ use crate::names::ContainerId;
 
 /// What is known of one container: its newest incarnation, the one before, and why there is none.
 #[derive(Clone, Debug, Default)]
-pub struct Observed {
+pub(crate) struct Observed {
     /// Newest incarnation.
     pub current: Option<Incarnation>,
     /// How the incarnation before ended.
@@ -31,7 +31,7 @@ pub struct Observed {
 
 /// One incarnation.
 #[derive(Clone, Debug)]
-pub struct Incarnation {
+pub(crate) struct Incarnation {
     pub id: ContainerId,
     pub attempt: u32,
     pub state: ContainerState,
@@ -44,12 +44,12 @@ pub struct Incarnation {
 
 impl Observed {
     /// Whether the newest incarnation runs.
-    pub fn running(&self) -> bool {
+    pub(crate) fn running(&self) -> bool {
         self.current.as_ref().is_some_and(|current| current.state == ContainerState::Running)
     }
 
     /// How the newest incarnation ended, if it has.
-    pub fn exited(&self) -> Option<i32> {
+    pub(crate) fn exited(&self) -> Option<i32> {
         let current = self.current.as_ref()?;
         match current.state {
             ContainerState::Exited | ContainerState::Unknown => Some(current.exit.map_or(137, |exit| exit.code)),
@@ -60,7 +60,7 @@ impl Observed {
 
 /// What is known of a pod.
 #[derive(Clone, Debug, Default)]
-pub struct PodObserved {
+pub(crate) struct PodObserved {
     pub containers: HashMap<String, Observed>,
     pub sandbox_ready: bool,
     pub ips: Vec<IpAddr>,
@@ -143,12 +143,12 @@ fn container_status(container: &Container, observed: &Observed, default_reason: 
 }
 
 /// Whether an init container has done its part: ended well, or, of a sidecar, started.
-pub fn init_done(container: &Container, observed: &Observed) -> bool {
+pub(crate) fn init_done(container: &Container, observed: &Observed) -> bool {
     if is_sidecar(container) { observed.started } else { observed.waiting.is_none() && observed.exited() == Some(0) }
 }
 
 /// Whether a container that ended is started again.
-pub fn restarts(pod: &Pod, container: &Container, is_init: bool, code: i32) -> bool {
+pub(crate) fn restarts(pod: &Pod, container: &Container, is_init: bool, code: i32) -> bool {
     for rule in container.restart_policy_rules.iter().flatten() {
         let Some(codes) = &rule.exit_codes else { continue };
         let listed = codes.values.iter().flatten().any(|value| *value == code);
@@ -166,7 +166,7 @@ pub fn restarts(pod: &Pod, container: &Container, is_init: bool, code: i32) -> b
 }
 
 /// The phase that containers amount to.
-pub fn phase(pod: &Pod, observed: &PodObserved) -> &'static str {
+pub(crate) fn phase(pod: &Pod, observed: &PodObserved) -> &'static str {
     if observed.failure.is_some() {
         return "Failed";
     }
@@ -206,7 +206,7 @@ pub fn phase(pod: &Pod, observed: &PodObserved) -> &'static str {
 }
 
 /// The whole status. `old` keeps the times of what has not changed.
-pub fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodStatus {
+pub(crate) fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodStatus {
     let old = pod.status.clone().unwrap_or_default();
     let Some(spec) = &pod.spec else { return old };
     let empty = Observed::default();

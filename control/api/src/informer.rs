@@ -315,9 +315,15 @@ impl<K> Deltas<K> {
     }
 }
 
+/// The values by which an index knows an object.
+type IndexKeys<K> = Box<dyn Fn(&K) -> Vec<String> + Send + Sync>;
+
+/// The objects of each value, by namespace and name.
+type Indexed<K> = HashMap<String, BTreeMap<Arc<str>, Arc<K>>>;
+
 struct IndexState<K> {
-    keys: Box<dyn Fn(&K) -> Vec<String> + Send + Sync>,
-    found: RwLock<HashMap<String, BTreeMap<Arc<str>, Arc<K>>>>,
+    keys: IndexKeys<K>,
+    found: RwLock<Indexed<K>>,
 }
 
 impl<K> IndexState<K> {

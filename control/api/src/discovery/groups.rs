@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn versions_are_ordered() {
         let mut versions = ["v1beta1", "v2", "foo", "v1", "v1alpha2", "v10", "v2beta3"];
-        versions.sort_by(|a, b| rank(b).cmp(&rank(a)));
+        versions.sort_by_key(|version| std::cmp::Reverse(rank(version)));
         assert_eq!(versions, ["v10", "v2", "v1", "v2beta3", "v1beta1", "v1alpha2", "foo"]);
     }
 }

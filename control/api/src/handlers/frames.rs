@@ -25,8 +25,11 @@ impl Change {
     }
 }
 
+/// The frame last made in a slot, with the revision and the change that it tells.
+type Slot = Mutex<Option<(u64, Change, Bytes)>>;
+
 /// The newest frames.
-pub(crate) struct Frames(Box<[Mutex<Option<(u64, Change, Bytes)>>]>);
+pub(crate) struct Frames(Box<[Slot]>);
 
 impl Default for Frames {
     fn default() -> Self {

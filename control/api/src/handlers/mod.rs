@@ -82,7 +82,7 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
         .kind(&resource.group, &resource.version, &resource.resource)
         .filter(|kind| kind.served)
         .ok_or_else(Status::no_such_resource)?;
-    if kind.namespaced() != !resource.namespace.is_empty() && kind.resource != "namespaces" {
+    if kind.namespaced() == resource.namespace.is_empty() && kind.resource != "namespaces" {
         let across = matches!(resource.verb, Verb::List | Verb::Watch)
             && resource.namespace.is_empty()
             && resource.name.is_empty();

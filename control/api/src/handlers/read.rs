@@ -264,7 +264,7 @@ pub(super) async fn page(call: &Call, selection: &Selection) -> Result<Page, Sta
         for (at, entry) in listing.entries.into_iter().enumerate() {
             if all || selection.matches_bytes(&entry.value)? {
                 entries.push(entry);
-                if limit > 0 && entries.len() == limit && !(at + 1 == count && !listing.more) {
+                if limit > 0 && entries.len() == limit && (at + 1 != count || listing.more) {
                     full_at = Some(at);
                     break;
                 }

@@ -129,18 +129,18 @@ fn resource(method: &Method, raw_path: &str, query: &Query) -> Option<ResourceRo
     let mut subresource = String::new();
     let mut rest = String::new();
     let mut in_namespace = None;
-    if resource == "namespaces" {
-        if let Some((ns, _)) = next().filter(|(ns, _)| !ns.is_empty()) {
-            namespace = decode(ns, false);
-            // `namespaces/x`, `namespaces/x/status`, `namespaces/x/finalize` are about the namespace itself.
-            match next().filter(|(part, _)| !part.is_empty()) {
-                None => name.clone_from(&namespace),
-                Some((part @ ("status" | "finalize"), _)) if group.is_empty() => {
-                    name.clone_from(&namespace);
-                    subresource = part.to_owned();
-                }
-                Some((part, _)) => in_namespace = Some(decode(part, false)),
+    if resource == "namespaces"
+        && let Some((ns, _)) = next().filter(|(ns, _)| !ns.is_empty())
+    {
+        namespace = decode(ns, false);
+        // `namespaces/x`, `namespaces/x/status`, `namespaces/x/finalize` are about the namespace itself.
+        match next().filter(|(part, _)| !part.is_empty()) {
+            None => name.clone_from(&namespace),
+            Some((part @ ("status" | "finalize"), _)) if group.is_empty() => {
+                name.clone_from(&namespace);
+                subresource = part.to_owned();
             }
+            Some((part, _)) => in_namespace = Some(decode(part, false)),
         }
     }
     if resource != "namespaces" || in_namespace.is_some() {

@@ -1,6 +1,8 @@
 //! The JSON paths of printer columns: `.spec.replicas`, `.status.conditions[?(@.type=="Ready")].status`, `.spec.ports[*].port`,
 //! `.metadata.labels.app\.kubernetes\.io/name`, `['a']`.
 
+use std::borrow::Cow;
+
 use serde_json::Value;
 
 /// The values that a path leads to.
@@ -104,10 +106,11 @@ fn passes(item: &Value, filter: &str) -> bool {
         let right = right.trim();
         let text = quoted(right).unwrap_or(right);
         let Some(found) = left.first() else { return false };
-        let equal = match found {
-            Value::String(value) => value == text,
-            other => other.to_string() == text,
+        let shown: Cow<'_, str> = match found {
+            Value::String(value) => value.into(),
+            other => other.to_string().into(),
         };
+        let equal = shown == text;
         let compare = || Some(found.as_f64()?.total_cmp(&text.parse().ok()?));
         return match operator {
             "==" => equal,

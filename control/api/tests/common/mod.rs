@@ -11,7 +11,7 @@ use coracle_store::{Embedded, EmbeddedOptions};
 use hyper_util::rt::TokioIo;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-pub struct Server {
+pub(crate) struct Server {
     pub api: Arc<ApiServer>,
     pub url: String,
     pub kubeconfig: PathBuf,
@@ -52,7 +52,7 @@ impl NodeConnector for EchoNode {
 }
 
 impl Server {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -83,11 +83,11 @@ impl Server {
     }
 
     /// A client over TLS with the administrator's certificate.
-    pub async fn client(&self) -> kube::Client {
+    pub(crate) async fn client(&self) -> kube::Client {
         self.client_with(|_| {}).await
     }
 
-    pub async fn client_with(&self, change: impl FnOnce(&mut kube::Config)) -> kube::Client {
+    pub(crate) async fn client_with(&self, change: impl FnOnce(&mut kube::Config)) -> kube::Client {
         let text = kube::config::Kubeconfig::read_from(&self.kubeconfig).expect("a kubeconfig");
         let mut config = kube::Config::from_custom_kubeconfig(text, &Default::default()).await.expect("a config");
         change(&mut config);

@@ -21,7 +21,7 @@ pub use queue::WorkQueue;
 
 /// Name of an object: namespace (empty for cluster-scoped kinds) and name.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct Key {
+pub(crate) struct Key {
     /// Namespace, empty for cluster-scoped kinds.
     pub namespace: Arc<str>,
     /// Name.
@@ -30,12 +30,12 @@ pub struct Key {
 
 impl Key {
     /// The key of an object in a namespace.
-    pub fn new(namespace: &str, name: &str) -> Self {
+    pub(crate) fn new(namespace: &str, name: &str) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
 
     /// The key of an object by its metadata.
-    pub fn of<K: kube::Resource>(object: &K) -> Self {
+    pub(crate) fn of<K: kube::Resource>(object: &K) -> Self {
         let meta = object.meta();
         Self::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
     }
@@ -120,17 +120,6 @@ impl<C: Controller> Sources<C> {
     /// Runs a source of another kind until the controller ends.
     pub(crate) fn spawn(&mut self, source: impl Future<Output = ()> + Send + 'static) {
         self.tasks.spawn(source);
-    }
-
-    /// Queues a key at a fixed interval, for work that time alone makes due.
-    pub(crate) fn every(&mut self, interval: Duration, key: Key) {
-        let queue = self.queue.clone();
-        self.tasks.spawn(async move {
-            loop {
-                queue.add(key.clone());
-                tokio::time::sleep(interval).await;
-            }
-        });
     }
 }
 

@@ -56,8 +56,4 @@ impl PodState {
     pub(crate) fn uid(&self) -> String {
         self.pod.uid().unwrap_or_default()
     }
-
-    pub(crate) fn priority(&self) -> i32 {
-        self.spec().and_then(|spec| spec.priority).unwrap_or_default()
-    }
 }

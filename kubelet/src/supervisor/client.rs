@@ -67,10 +67,13 @@ struct Inner {
     events: broadcast::Sender<Event>,
 }
 
+/// What the supervisor answers to a request, with the descriptors that came along.
+type Reply = Result<(Answer, Fds), ClientError>;
+
 #[derive(Default)]
 struct State {
     link: Option<Link>,
-    pending: HashMap<u64, oneshot::Sender<Result<(Answer, Fds), ClientError>>>,
+    pending: HashMap<u64, oneshot::Sender<Reply>>,
     containers: HashMap<ContainerId, Held>,
     execs: HashMap<u64, oneshot::Sender<ExitStatus>>,
 }
@@ -247,7 +250,7 @@ impl Client {
         }
     }
 
-    async fn request(&self, verb: Verb, fds: Vec<(FdKind, OwnedFd)>) -> Result<(Answer, Fds), ClientError> {
+    async fn request(&self, verb: Verb, fds: Vec<(FdKind, OwnedFd)>) -> Reply {
         let (kinds, fds): (Vec<_>, Vec<_>) = fds.into_iter().unzip();
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let answer = self.send(verb, kinds, &borrowed)?;
@@ -260,7 +263,7 @@ impl Client {
         verb: Verb,
         fds: Vec<FdKind>,
         borrowed: &[BorrowedFd<'_>],
-    ) -> Result<oneshot::Receiver<Result<(Answer, Fds), ClientError>>, ClientError> {
+    ) -> Result<oneshot::Receiver<Reply>, ClientError> {
         let id = self.inner.next.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         let mut state = self.inner.state.lock();

@@ -12,7 +12,7 @@ mod compact;
 mod snapshot;
 
 #[cfg(test)]
-mod faults;
+mod tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -38,11 +38,15 @@ fn is_test(path: &Path) -> bool {
         || path.file_stem().is_some_and(|stem| stem == "tests")
 }
 
-/// The text before the unit tests, without comment lines.
+/// The text before the unit tests, without comment lines. Unit tests in a file of their own (`mod tests;`) end nothing.
 fn product_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut following = text.lines().skip(1);
     text.lines()
         .enumerate()
-        .take_while(|(_, line)| !line.trim_start().starts_with("#[cfg(test)]"))
+        .take_while(move |(_, line)| {
+            let next = following.next().unwrap_or_default().trim();
+            !line.trim_start().starts_with("#[cfg(test)]") || next.ends_with(';')
+        })
         .filter(|(_, line)| !line.trim_start().starts_with("//"))
         .map(|(index, line)| (index + 1, line))
 }
@@ -92,7 +96,9 @@ fn panics_stay_in_tests() {
     let words = [concat!(".unwr", "ap()"), concat!("panic", "!(\"\")")];
     let broken: Vec<_> = sources()
         .iter()
-        .filter(|(path, _)| !is_test(path) && !path.starts_with("fuzz") && !path.ends_with("build.rs"))
+        // Fuzz targets and the comparison of storage engines are harnesses outside the workspace: they may stop at once.
+        .filter(|(path, _)| !is_test(path) && !path.starts_with("fuzz") && !path.starts_with("bench/engines"))
+        .filter(|(path, _)| !path.ends_with("build.rs"))
         .flat_map(|(path, text)| {
             product_lines(text)
                 .filter(|(_, line)| words.iter().any(|word| line.contains(word)))

@@ -12,7 +12,8 @@ use crate::server::layout;
 pub(crate) fn run(folders: &Folders) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
-        let config = Config { layout: layout(folders), cgroup_root: folders.cgroup_root.clone(), ..Config::new("cleanup") };
+        let config =
+            Config { layout: layout(folders), cgroup_root: folders.cgroup_root.clone(), ..Config::new("cleanup") };
         let network = coracle_netns::Config {
             dns_ips: Vec::new(),
             ..coracle_netns::Config::new(folders.run_dir.clone(), "cleanup")

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use coracle_sys::process;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, broadcast, oneshot};
@@ -41,6 +42,17 @@ pub enum ClientError {
     /// The message could not be sent.
     #[error("cannot talk to the supervisor: {0}")]
     Send(#[from] io::Error),
+}
+
+/// Longest that the host's init takes to reap a process that has ended.
+const INIT_REAPS_MS: u16 = 5_000;
+
+/// How a process ended that became the child of the host's init: a daemon that was started after its supervisor is no
+/// ancestor of the containers. The kernel tells once init has reaped it, which a hang-up of the pidfd announces.
+fn reaped_elsewhere(pidfd: BorrowedFd<'_>) -> Option<process::Exit> {
+    let mut watched = [PollFd::new(pidfd, PollFlags::empty())];
+    poll(&mut watched, PollTimeout::from(INIT_REAPS_MS)).ok()?;
+    coracle_sys::pidfd::exit_info(pidfd).ok().flatten()
 }
 
 /// How the supervisor is started.
@@ -448,7 +460,10 @@ impl Client {
                 None
             }
         };
-        let exit = exit.or_else(|| coracle_sys::pidfd::exit_info(pidfd.as_fd()).ok().flatten());
+        let exit = match exit {
+            Some(exit) => Some(exit),
+            None => tokio::task::spawn_blocking(move || reaped_elsewhere(pidfd.as_fd())).await.ok().flatten(),
+        };
         let exit = exit.map(|exit| ExitStatus {
             code: exit.code(),
             signal: match exit {

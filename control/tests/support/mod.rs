@@ -7,9 +7,9 @@ use std::time::Duration;
 use coracle_testkit::{Image, eventually};
 
 /// Seconds for anything that must come about; a loaded machine needs a multiple of what an idle one does.
-pub const PATIENCE_S: u32 = 60;
+pub(crate) const PATIENCE_S: u32 = 60;
 
-pub struct Host {
+pub(crate) struct Host {
     folder: tempfile::TempDir,
     /// A process that holds the namespaces, so that a server that starts again finds what the one before left.
     holder: Child,
@@ -18,7 +18,7 @@ pub struct Host {
 }
 
 impl Host {
-    pub fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let script = "umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup && ip link set lo up && echo ready && exec sleep 600";
         let mut holder = Command::new("unshare")
@@ -34,12 +34,12 @@ impl Host {
         Self { folder, holder, server: None, cgroup }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// A command in the host's namespaces.
-    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    pub(crate) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.holder.id().to_string(), "--net", "--mount"]).arg(program.as_ref());
         command.env("KUBECONFIG", self.path("kubeconfig"));
@@ -63,7 +63,7 @@ impl Host {
     }
 
     /// Starts the server; returns when its node is Ready.
-    pub fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log.txt")).expect("a log");
         let mut command = self.command(env!("CARGO_BIN_EXE_coracle"));
         command
@@ -81,7 +81,7 @@ impl Host {
     }
 
     /// Kills the server without warning.
-    pub fn kill_server(&mut self) {
+    pub(crate) fn kill_server(&mut self) {
         let mut server = self.server.take().expect("a server runs");
         // nsenter executes the server in its own process.
         server.kill().expect("the server is killed");
@@ -89,13 +89,13 @@ impl Host {
     }
 
     /// Kills the supervisor of containers without warning.
-    pub fn kill_supervisor(&self) {
+    pub(crate) fn kill_supervisor(&self) {
         let killed =
             Command::new("pkill").args(["-KILL", "-f", &format!("supervisor {}", self.path("run").display())]).status();
         assert!(killed.expect("pkill starts").success(), "there was no supervisor");
     }
 
-    pub fn import(&self, image: &Image) {
+    pub(crate) fn import(&self, image: &Image) {
         let archive = self.path("image.tar");
         image.write(&archive).expect("an image archive");
         let data = self.path("data").display().to_string();
@@ -108,32 +108,32 @@ impl Host {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    pub fn kubectl(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn kubectl(&self, arguments: &[&str]) -> Output {
         self.command(coracle_testkit::kubectl()).args(arguments).output().expect("kubectl starts")
     }
 
     /// What kubectl prints; it must succeed.
-    pub fn get(&self, arguments: &[&str]) -> String {
+    pub(crate) fn get(&self, arguments: &[&str]) -> String {
         let output = self.kubectl(arguments);
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "kubectl {arguments:?}: {error}\n{}", self.log());
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    pub fn apply(&self, manifest: &str) -> Output {
+    pub(crate) fn apply(&self, manifest: &str) -> Output {
         let file = self.path("manifest.yaml");
         std::fs::write(&file, manifest).expect("a manifest");
         self.kubectl(&["apply", "-f", &file.display().to_string()])
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         let text = std::fs::read_to_string(self.path("log.txt")).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
     /// Stops the server, takes the node down and says what is left of it: nothing should be.
-    pub fn take_down(&mut self) -> Vec<String> {
+    pub(crate) fn take_down(&mut self) -> Vec<String> {
         if let Some(mut server) = self.server.take() {
             nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(i32::try_from(server.id()).expect("a pid")),
@@ -176,7 +176,7 @@ impl Drop for Host {
 }
 
 /// The image of the small web server, built once by cargo beside this test.
-pub fn hello() -> Image {
+pub(crate) fn hello() -> Image {
     let program = Path::new(env!("CARGO_BIN_EXE_coracle")).with_file_name("hello-static");
     static BUILT: std::sync::Once = std::sync::Once::new();
     BUILT.call_once(|| {

@@ -1,4 +1,130 @@
-//! The benchmark harness: us and the peers found on this host, side by side in one run.
+//! `coracle-bench`: figures of Coracle beside those of its peers on this machine. It reports and judges nothing.
 #![forbid(unsafe_code)]
 
-fn main() {}
+mod api;
+mod host;
+mod kube_apiserver;
+mod oci;
+mod peers;
+mod pod_start;
+mod server;
+
+mod stats;
+
+mod report;
+mod svg;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+
+/// Measure Coracle beside its peers: every peer on PATH takes part, in turns with us.
+#[derive(Parser)]
+#[command(name = "coracle-bench", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Measure,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(Clone, Copy, PartialEq, Subcommand)]
+enum Verb {
+    /// `run` of /bin/true: corun, runc, crun
+    Oci,
+    /// Server start, pod create → Ready, idle memory
+    PodStart,
+    /// Requests over TLS: coracle, kube-apiserver with etcd
+    Api,
+    /// Everything
+    All,
+}
+
+#[derive(Subcommand)]
+enum Measure {
+    #[command(flatten)]
+    Verb(Verb),
+    /// Run a command and print the peak memory of its largest process in KiB
+    #[command(hide = true)]
+    PeakRss {
+        #[arg(trailing_var_arg = true, required = true)]
+        command: Vec<String>,
+    },
+}
+
+#[derive(Args)]
+struct Options {
+    /// Write the report as JSON
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the report
+    #[arg(long, global = true, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// The runtime to measure; `corun` beside this program if not given
+    #[arg(long, global = true, value_name = "FILE")]
+    corun: Option<PathBuf>,
+    /// The server to measure; `coracle` beside this program if not given
+    #[arg(long, global = true, value_name = "FILE")]
+    coracle: Option<PathBuf>,
+    /// Runs of each contestant
+    #[arg(long, global = true, default_value_t = 50)]
+    runs: usize,
+    /// Pods made one after the other
+    #[arg(long, global = true, default_value_t = 20)]
+    pods: usize,
+    /// Pods made at once
+    #[arg(long, global = true, default_value_t = 30)]
+    burst: usize,
+    /// Rounds of each kind of request, with each contestant
+    #[arg(long, global = true, default_value_t = 5)]
+    rounds: usize,
+    /// Length of a round
+    #[arg(long, global = true, default_value_t = 1000)]
+    round_ms: u64,
+    /// Objects that a LIST returns
+    #[arg(long, global = true, default_value_t = 10_000)]
+    objects: usize,
+}
+
+fn main() -> anyhow::Result<()> {
+    let Cli { command, options } = Cli::parse();
+    let verb = match command {
+        Measure::PeakRss { command } => return oci::peak_rss(&command),
+        Measure::Verb(verb) => verb,
+    };
+    let wanted = |one| verb == one || verb == Verb::All;
+    let program = |given: &Option<PathBuf>, name| given.clone().map_or_else(|| peers::beside(name), Ok);
+    host::enter()?;
+    let mut figures = Vec::new();
+    if wanted(Verb::Oci) {
+        figures.extend(oci::measure(&program(&options.corun, "corun")?, options.runs).context("oci")?);
+    }
+    if wanted(Verb::PodStart) || wanted(Verb::Api) {
+        let coracle = program(&options.coracle, "coracle")?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
+        if wanted(Verb::PodStart) {
+            let measured = runtime.block_on(pod_start::measure(&coracle, options.pods, options.burst));
+            figures.extend(measured.context("pod-start")?);
+        }
+        if wanted(Verb::Api) {
+            let load = api::Load {
+                rounds: options.rounds,
+                round: std::time::Duration::from_millis(options.round_ms),
+                objects: options.objects,
+            };
+            figures.extend(runtime.block_on(api::measure(&coracle, &load)).context("api")?);
+        }
+    }
+    let report = report::Report::new(figures)?;
+    print!("{report}");
+    if let Some(file) = &options.json {
+        std::fs::write(file, serde_json::to_vec_pretty(&report)?)
+            .with_context(|| format!("write {}", file.display()))?;
+    }
+    if let Some(file) = &options.svg {
+        std::fs::write(file, svg::draw(&report)).with_context(|| format!("write {}", file.display()))?;
+    }
+    Ok(())
+}

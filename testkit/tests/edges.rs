@@ -27,7 +27,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "coracle-store",
         ],
     ),
-    ("coracle-bench", &["coracle-api", "coracle-netns", "coracle-scheduler", "coracle-store"]),
+    ("coracle-bench", &["coracle-testkit"]),
     ("coracle-testkit", &[]),
     ("coracle-hello", &[]),
 ];

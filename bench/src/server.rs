@@ -1,0 +1,129 @@
+//! A server that a measurement starts, and takes down with everything that it made.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::net::UnixDatagram;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+/// Time for the server to say that it is ready, and to end when told to.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) const NODE: &str = "bench";
+
+pub(crate) struct Server {
+    program: PathBuf,
+    folder: tempfile::TempDir,
+    cgroup: String,
+    child: Child,
+    pub(crate) started: Instant,
+}
+
+impl Server {
+    /// Starts `coracle server` with more flags; returns when it tells its service manager that it is ready (sd_notify(3)).
+    pub(crate) async fn start(program: &Path, flags: &[&str]) -> anyhow::Result<Self> {
+        ensure!(program.is_file(), "{} is not there: build it, or name another with --coracle", program.display());
+        let folder = tempfile::tempdir().context("make a folder")?;
+        let notify = folder.path().join("notify");
+        let ready = UnixDatagram::bind(&notify).context("make a socket")?;
+        let log = std::fs::File::create(folder.path().join("log")).context("make a log")?;
+        let cgroup = format!("coracle-bench-{}", std::process::id());
+        let started = Instant::now();
+        let child = Command::new(program)
+            .args(["--log", "warn", "server"])
+            .args(folders(folder.path(), &cgroup))
+            .args(["--node-name", NODE, "--https-listen-port", "6443", "--write-kubeconfig"])
+            .arg(folder.path().join("kubeconfig"))
+            .args(flags)
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("start {}", program.display()))?;
+        let mut server = Self { program: program.to_owned(), folder, cgroup, child, started };
+        let mut message = [0; 256];
+        let outcome = tokio::select! {
+            told = timeout(PATIENCE, ready.recv(&mut message)) => match told {
+                Ok(received) => received.map(drop).context("hear from the server"),
+                Err(_) => Err(anyhow::anyhow!("the server was not ready in {} s", PATIENCE.as_secs())),
+            },
+            status = server.child.wait() => Err(anyhow::anyhow!("the server ended: {}", status?)),
+        };
+        if let Err(error) = outcome {
+            let log = server.log();
+            server.stop().await.with_context(|| format!("{error}, and could not be taken down"))?;
+            bail!("{error}\n{log}");
+        }
+        Ok(server)
+    }
+
+    /// A client with a connection of its own, as the administrator.
+    pub(crate) async fn client(&self) -> anyhow::Result<Client> {
+        let file = self.folder.path().join("kubeconfig");
+        let kubeconfig = Kubeconfig::read_from(&file).with_context(|| format!("read {}", file.display()))?;
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+        Ok(Client::try_from(config)?)
+    }
+
+    pub(crate) async fn import(&self, image: &coracle_testkit::Image) -> anyhow::Result<()> {
+        let archive = self.folder.path().join("image.tar");
+        image.write(&archive).context("write an image")?;
+        let data = self.folder.path().join("data");
+        run(Command::new(&self.program).args(["image", "--data-dir"]).arg(data).arg("import").arg(archive)).await
+    }
+
+    /// Resident memory of every process of ours, the server's and its supervisor's, in MiB.
+    pub(crate) fn rss_mib(&self) -> anyhow::Result<f64> {
+        let folder = self.folder.path().display().to_string();
+        let mut kib = 0_u64;
+        for entry in std::fs::read_dir("/proc").context("read /proc")? {
+            let process = entry?.path();
+            // A process may end while we look: then it holds no memory.
+            let Ok(command) = std::fs::read(process.join("cmdline")) else { continue };
+            let ours = std::fs::read_link(process.join("exe")).is_ok_and(|exe| exe == self.program);
+            if !ours || !String::from_utf8_lossy(&command).contains(&folder) {
+                continue;
+            }
+            let Ok(rollup) = std::fs::read_to_string(process.join("smaps_rollup")) else { continue };
+            let rss = rollup.lines().find_map(|line| line.strip_prefix("Rss:")?.split_whitespace().next());
+            kib += rss.context("smaps_rollup names no Rss")?.parse::<u64>().context("read smaps_rollup")?;
+        }
+        ensure!(kib > 0, "no process of {} was found", self.program.display());
+        Ok(kib as f64 / 1024.0)
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_else(|error| format!("no log: {error}"))
+    }
+
+    /// Ends the server, and its pods with everything around them.
+    pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
+        if let Some(id) = self.child.id() {
+            kill(Pid::from_raw(i32::try_from(id)?), Signal::SIGTERM).context("tell the server to stop")?;
+        }
+        timeout(PATIENCE, self.child.wait()).await.context("the server does not stop")??;
+        let arguments = folders(self.folder.path(), &self.cgroup);
+        run(Command::new(&self.program).arg("cleanup").args(arguments)).await
+    }
+}
+
+fn folders(root: &Path, cgroup: &str) -> Vec<String> {
+    let of = |name: &str| root.join(name).display().to_string();
+    let flags = [("--data-dir", of("data")), ("--run-dir", of("run")), ("--pod-log-dir", of("log-pods"))];
+    let folders = flags.into_iter().flat_map(|(flag, folder)| [flag.to_owned(), folder]);
+    folders.chain(["--cgroup-root".to_owned(), cgroup.to_owned()]).collect()
+}
+
+async fn run(command: &mut Command) -> anyhow::Result<()> {
+    let output = command.output().await?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}

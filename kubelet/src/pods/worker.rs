@@ -417,6 +417,10 @@ impl Worker {
     }
 
     async fn ensure_sandbox(&mut self, pod: &Pod) -> Result<SandboxStatus, String> {
+        // Running it as the host's own users would be less than was asked for.
+        if pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false) {
+            return Err("this node does not support user namespaces (hostUsers: false) yet; remove the field".into());
+        }
         let known = self.sandbox().await;
         if let Some(ready) = known.as_ref().filter(|sandbox| sandbox.ready) {
             return Ok(ready.clone());

@@ -88,6 +88,12 @@ pub(crate) struct ServerOptions {
     /// More names and addresses for the API's certificate
     #[arg(long, value_name = "NAME")]
     pub(crate) tls_san: Vec<String>,
+    /// Static bearer tokens, one a line: token,user,uid,"group1,group2"
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_auth_file: Option<PathBuf>,
+    /// Trusted issuers of OpenID Connect tokens and rules for anonymous requests: an AuthenticationConfiguration
+    #[arg(long, value_name = "FILE")]
+    pub(crate) authentication_config: Option<PathBuf>,
     /// Where the administrator's kubeconfig is written, with mode 0600
     #[arg(long, default_value = "/etc/coracle/kubeconfig.yaml", value_name = "FILE")]
     pub(crate) write_kubeconfig: PathBuf,

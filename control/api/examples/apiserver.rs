@@ -36,8 +36,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
         advertise: address,
         nodes: Arc::new(NoNodes),
-        static_tokens: Vec::new(),
-        oidc: Vec::new(),
+        authn: Default::default(),
         disabled_admission: arguments.collect(),
     };
     let api = ApiServer::new(config, store, CancellationToken::new()).await?;

@@ -24,6 +24,8 @@ const CA_DAYS: u64 = 3650;
 const LEAF_DAYS: u64 = 365;
 /// Days before its end at which a certificate is made anew when the server starts.
 const RENEW_DAYS: u64 = 90;
+/// Name in the certificate that aggregated APIs trust.
+pub(crate) const PROXY_CLIENT: &str = "front-proxy-client";
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Certificates begin this long ago, for hosts whose clocks differ.
 const BACKDATE: Duration = Duration::from_secs(3600);
@@ -93,6 +95,10 @@ pub struct Pki {
     pub ca_pem: String,
     ca: Issuer<'static, KeyPair>,
     ca_key_pem: String,
+    /// Certificate, PEM, of the CA that vouches for this server's words about users to aggregated APIs. It is another one
+    /// than that of clients, so that no client certificate can pass for it.
+    pub proxy_ca_pem: String,
+    proxy_ca: Issuer<'static, KeyPair>,
     /// Key that signs ServiceAccount tokens: PKCS#8, ECDSA P-256.
     pub(crate) token_key: Arc<Vec<u8>>,
 }
@@ -105,16 +111,8 @@ impl Pki {
             path: dir.into(),
             source,
         })?;
-        let (cert, key) = (dir.join("ca.crt"), dir.join("ca.key"));
-        if !cert.exists() || !key.exists() {
-            let pair = KeyPair::generate().map_err(|e| crypto("make the CA's key")(&e))?;
-            let ca = ca_params().self_signed(&pair).map_err(|e| crypto("sign the CA")(&e))?;
-            write(&key, &pair.serialize_pem(), 0o600)?;
-            write(&cert, &ca.pem(), 0o644)?;
-        }
-        let (ca_pem, ca_key_pem) = (read(&cert)?, read(&key)?);
-        let pair = KeyPair::from_pem(&ca_key_pem).map_err(|e| crypto(format!("read {}", key.display()))(&e))?;
-        let ca = Issuer::from_ca_cert_pem(&ca_pem, pair).map_err(|e| crypto(format!("read {}", cert.display()))(&e))?;
+        let (ca_pem, ca_key_pem, ca) = authority(dir, "ca", "coracle-ca")?;
+        let (proxy_ca_pem, _, proxy_ca) = authority(dir, "front-proxy-ca", "coracle-front-proxy-ca")?;
         let token_path = dir.join("service-account.key");
         if !token_path.exists() {
             let pair = KeyPair::generate().map_err(|e| crypto("make the token key")(&e))?;
@@ -122,7 +120,8 @@ impl Pki {
         }
         let pair =
             KeyPair::from_pem(&read(&token_path)?).map_err(|e| crypto(format!("read {}", token_path.display()))(&e))?;
-        Ok(Self { dir: dir.into(), ca_pem, ca, ca_key_pem, token_key: Arc::new(pair.serialize_der()) })
+        let dir = dir.into();
+        Ok(Self { dir, ca_pem, ca, ca_key_pem, proxy_ca_pem, proxy_ca, token_key: Arc::new(pair.serialize_der()) })
     }
 
     /// Key of the CA, PEM, for those that sign certificate requests.
@@ -132,6 +131,21 @@ impl Pki {
 
     /// The identity `file` (without suffix) of the folder, made or renewed when needed.
     pub fn identity(&self, file: &str, name: &str, purpose: &Purpose) -> Result<Identity, PkiError> {
+        self.kept(file, name, purpose, &self.ca)
+    }
+
+    /// The client identity that aggregated APIs take users' names from.
+    pub(crate) fn proxy_identity(&self) -> Result<Identity, PkiError> {
+        self.kept("front-proxy-client", PROXY_CLIENT, &Purpose::Client(Vec::new()), &self.proxy_ca)
+    }
+
+    fn kept(
+        &self,
+        file: &str,
+        name: &str,
+        purpose: &Purpose,
+        ca: &Issuer<'static, KeyPair>,
+    ) -> Result<Identity, PkiError> {
         let (cert, key) = (self.dir.join(format!("{file}.crt")), self.dir.join(format!("{file}.key")));
         if cert.exists() && key.exists() {
             let identity = Identity { cert_pem: read(&cert)?, key_pem: read(&key)? };
@@ -139,7 +153,7 @@ impl Pki {
                 return Ok(identity);
             }
         }
-        let identity = self.issue(name, purpose)?;
+        let identity = issue(name, purpose, ca)?;
         write(&key, &identity.key_pem, 0o600)?;
         write(&cert, &identity.cert_pem, 0o644)?;
         Ok(identity)
@@ -147,10 +161,7 @@ impl Pki {
 
     /// A fresh key with a certificate of the CA.
     pub fn issue(&self, name: &str, purpose: &Purpose) -> Result<Identity, PkiError> {
-        let pair = KeyPair::generate().map_err(|e| crypto("make a key")(&e))?;
-        let params = leaf_params(name, purpose);
-        let cert = params.signed_by(&pair, &self.ca).map_err(|e| crypto(format!("sign {name}"))(&e))?;
-        Ok(Identity { cert_pem: cert.pem(), key_pem: pair.serialize_pem() })
+        issue(name, purpose, &self.ca)
     }
 
     /// The administrator's client certificate: `system:admin` in `system:masters`.
@@ -186,10 +197,31 @@ impl Pki {
     }
 }
 
-fn ca_params() -> CertificateParams {
+/// Reads an authority, making it when there is none: its certificate, its key and both to sign with.
+fn authority(dir: &Path, file: &str, name: &str) -> Result<(String, String, Issuer<'static, KeyPair>), PkiError> {
+    let (cert, key) = (dir.join(format!("{file}.crt")), dir.join(format!("{file}.key")));
+    if !cert.exists() || !key.exists() {
+        let pair = KeyPair::generate().map_err(|e| crypto("make the CA's key")(&e))?;
+        let ca = ca_params(name).self_signed(&pair).map_err(|e| crypto("sign the CA")(&e))?;
+        write(&key, &pair.serialize_pem(), 0o600)?;
+        write(&cert, &ca.pem(), 0o644)?;
+    }
+    let (cert_pem, key_pem) = (read(&cert)?, read(&key)?);
+    let pair = KeyPair::from_pem(&key_pem).map_err(|e| crypto(format!("read {}", key.display()))(&e))?;
+    let ca = Issuer::from_ca_cert_pem(&cert_pem, pair).map_err(|e| crypto(format!("read {}", cert.display()))(&e))?;
+    Ok((cert_pem, key_pem, ca))
+}
+
+fn issue(name: &str, purpose: &Purpose, ca: &Issuer<'static, KeyPair>) -> Result<Identity, PkiError> {
+    let pair = KeyPair::generate().map_err(|e| crypto("make a key")(&e))?;
+    let cert = leaf_params(name, purpose).signed_by(&pair, ca).map_err(|e| crypto(format!("sign {name}"))(&e))?;
+    Ok(Identity { cert_pem: cert.pem(), key_pem: pair.serialize_pem() })
+}
+
+fn ca_params(name: &str) -> CertificateParams {
     let mut params = CertificateParams::default();
     let made = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    params.distinguished_name = named(&format!("coracle-ca@{made}"), &[]);
+    params.distinguished_name = named(&format!("{name}@{made}"), &[]);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     valid_for(&mut params, CA_DAYS);

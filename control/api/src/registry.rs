@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
+use tokio::sync::watch;
 
 use crate::kinds::{Kind, builtin};
 
@@ -30,12 +30,12 @@ impl Rows {
 /// The table.
 pub struct Registry {
     rows: RwLock<Arc<Rows>>,
-    generation: AtomicU64,
+    generation: watch::Sender<u64>,
 }
 
 impl Default for Registry {
     fn default() -> Self {
-        Self { rows: RwLock::new(Arc::new(Rows::new(builtin().to_vec(), 1))), generation: AtomicU64::new(1) }
+        Self { rows: RwLock::new(Arc::new(Rows::new(builtin().to_vec(), 1))), generation: watch::Sender::new(1) }
     }
 }
 
@@ -66,8 +66,14 @@ impl Registry {
 
     /// Replaces all rows of CRDs.
     pub fn set_custom(&self, custom: Vec<Arc<Kind>>) {
-        let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
+        let generation = *self.generation.borrow() + 1;
         let all = builtin().iter().cloned().chain(custom).collect();
         *self.rows.write() = Arc::new(Rows::new(all, generation));
+        self.generation.send_replace(generation);
+    }
+
+    /// Tells of every change of the rows.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.generation.subscribe()
     }
 }

@@ -42,10 +42,8 @@ pub struct Config {
     pub advertise: SocketAddr,
     /// How kubelets are reached.
     pub nodes: Arc<dyn NodeConnector>,
-    /// Static tokens: token and user, as `--token-auth-file` holds them.
-    pub static_tokens: Vec<(String, UserInfo)>,
-    /// Trusted issuers of OpenID Connect tokens.
-    pub oidc: Vec<crate::authn::OidcIssuer>,
+    /// Who is trusted to say who somebody is.
+    pub authn: crate::authn::Settings,
     /// Admission plugins that do not run, by name (`--disable-admission-plugins`).
     pub disabled_admission: Vec<String>,
 }
@@ -98,6 +96,7 @@ pub struct ApiServer {
     pub(crate) chain: OnceLock<Vec<Arc<dyn Admission>>>,
     authz: OnceLock<Arc<dyn Authorizer>>,
     pub(crate) informers: Informers,
+    pub(crate) aggregated: crate::aggregate::Aggregated,
     pub(crate) documents: crate::discovery::Documents,
     pub(crate) frames: handlers::Frames,
     pub(crate) limits: handlers::Limits,
@@ -126,6 +125,7 @@ impl ApiServer {
             chain: OnceLock::new(),
             authz: OnceLock::new(),
             informers: Informers::new(store.clone()),
+            aggregated: crate::aggregate::Aggregated::default(),
             documents: crate::discovery::Documents::default(),
             frames: handlers::Frames::default(),
             limits: handlers::Limits::default(),
@@ -141,6 +141,7 @@ impl ApiServer {
         api.chain.get_or_init(|| admission::chain(&api));
         api.authz.get_or_init(|| authz::authorizer(&api));
         bootstrap::ensure(&api).await.map_err(step("create the objects of a fresh cluster"))?;
+        crate::aggregate::start(&api);
         Ok(api)
     }
 
@@ -189,7 +190,7 @@ impl ApiServer {
 
     /// The client identity that aggregated APIs and webhooks see.
     pub(crate) fn proxy_identity(&self) -> Result<Identity, PkiError> {
-        self.pki.identity("front-proxy-client", "system:auth-proxy", &Purpose::Client(Vec::new()))
+        self.pki.proxy_identity()
     }
 
     /// A client of this process, without a socket: the same path, the same admission and authorisation.

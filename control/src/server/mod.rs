@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use coracle_api::authn::Settings;
 use coracle_api::server::{ApiServer, Config};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -83,8 +84,7 @@ async fn start(options: &ServerOptions, parts: &mut Parts, shutdown: &Cancellati
         dns_ip: options.cluster_dns,
         advertise: SocketAddr::new(node_ip, bound.port()),
         nodes: nodes.clone(),
-        static_tokens: Vec::new(),
-        oidc: Vec::new(),
+        authn: Settings::read(options.token_auth_file.as_deref(), options.authentication_config.as_deref())?,
         disabled_admission: options.disable_admission_plugins.clone(),
     };
     let api = ApiServer::new(config, store, shutdown.clone()).await.context("start the API server")?;

@@ -11,25 +11,6 @@ use crate::http::{Response, json_response};
 use crate::pki::{Pki, PkiError};
 use crate::server::{ApiServer, Config};
 
-/// A trusted issuer of OpenID Connect tokens.
-#[derive(Clone, Debug)]
-pub struct OidcIssuer {
-    /// `iss` of its tokens.
-    pub issuer: String,
-    /// Accepted `aud`.
-    pub audiences: Vec<String>,
-    /// Claim that holds the user's name (`sub` when in doubt).
-    pub username_claim: String,
-    /// Put before names.
-    pub username_prefix: String,
-    /// Claim that holds the groups.
-    pub groups_claim: String,
-    /// Put before groups.
-    pub groups_prefix: String,
-    /// Its keys: a JSON Web Key Set.
-    pub jwks: Value,
-}
-
 /// The keys of a server.
 pub(super) struct Keys {
     /// `iss` of service account tokens.
@@ -39,7 +20,6 @@ pub(super) struct Keys {
     pair: EcdsaKeyPair,
     random: SystemRandom,
     jwk: Value,
-    pub(super) oidc: Vec<OidcIssuer>,
 }
 
 impl Keys {
@@ -56,7 +36,7 @@ impl Keys {
             "x": URL_SAFE_NO_PAD.encode(x), "y": URL_SAFE_NO_PAD.encode(y),
         });
         let issuer = format!("https://kubernetes.default.svc.{}", config.cluster_domain);
-        Ok(Self { issuer, id, pair, random, jwk, oidc: config.oidc.clone() })
+        Ok(Self { issuer, id, pair, random, jwk })
     }
 
     /// A signed token.
@@ -97,24 +77,62 @@ impl Keys {
     }
 }
 
+/// A token, taken apart.
+pub(super) struct Signed<'a> {
+    /// Header and claims as they were signed.
+    pub(super) text: &'a str,
+    pub(super) signature: Vec<u8>,
+    pub(super) header: Value,
+    pub(super) claims: Value,
+}
+
+impl<'a> Signed<'a> {
+    /// `None` when it is no JSON Web Token.
+    pub(super) fn parse(token: &'a str) -> Option<Self> {
+        let (text, signature) = token.rsplit_once('.')?;
+        let (header, claims) = text.split_once('.')?;
+        let parse = |part: &str| serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part).ok()?).ok();
+        Some(Self {
+            text,
+            signature: URL_SAFE_NO_PAD.decode(signature).ok()?,
+            header: parse(header)?,
+            claims: parse(claims)?,
+        })
+    }
+}
+
 /// Whether a key of a set signed this; `kid` picks the key when it is given.
-pub(super) fn verify_with(jwks: &Value, algorithm: &str, kid: &str, signed: &[u8], signature: &[u8]) -> bool {
+pub(super) fn verify_with(jwks: &Value, token: &Signed<'_>) -> bool {
+    let text = |member: &str| token.header.get(member).and_then(Value::as_str).unwrap_or_default();
+    let (algorithm, kid) = (text("alg"), text("kid"));
+    let rsa = match algorithm {
+        "RS256" => Some(&signature::RSA_PKCS1_2048_8192_SHA256),
+        "RS384" => Some(&signature::RSA_PKCS1_2048_8192_SHA384),
+        "RS512" => Some(&signature::RSA_PKCS1_2048_8192_SHA512),
+        "PS256" => Some(&signature::RSA_PSS_2048_8192_SHA256),
+        "PS384" => Some(&signature::RSA_PSS_2048_8192_SHA384),
+        "PS512" => Some(&signature::RSA_PSS_2048_8192_SHA512),
+        _ => None,
+    };
+    let curve: Option<&dyn signature::VerificationAlgorithm> = match algorithm {
+        "ES256" => Some(&signature::ECDSA_P256_SHA256_FIXED),
+        "ES384" => Some(&signature::ECDSA_P384_SHA384_FIXED),
+        _ => None,
+    };
     let keys = jwks.get("keys").and_then(Value::as_array).into_iter().flatten();
     let bytes = |key: &Value, member: &str| {
         key.get(member).and_then(Value::as_str).and_then(|s| URL_SAFE_NO_PAD.decode(s).ok())
     };
-    keys.filter(|key| kid.is_empty() || key["kid"].as_str().is_none_or(|id| id == kid)).any(|key| match algorithm {
-        "ES256" => {
-            let (Some(x), Some(y)) = (bytes(key, "x"), bytes(key, "y")) else { return false };
+    keys.filter(|key| kid.is_empty() || key["kid"].as_str().is_none_or(|id| id == kid)).any(|key| {
+        if let (Some(rsa), Some(n), Some(e)) = (rsa, bytes(key, "n"), bytes(key, "e")) {
+            return signature::RsaPublicKeyComponents { n, e }
+                .verify(rsa, token.text.as_bytes(), &token.signature)
+                .is_ok();
+        }
+        if let (Some(curve), Some(x), Some(y)) = (curve, bytes(key, "x"), bytes(key, "y")) {
             let point = [&[4], x.as_slice(), &y].concat();
-            UnparsedPublicKey::new(&signature::ECDSA_P256_SHA256_FIXED, point).verify(signed, signature).is_ok()
+            return UnparsedPublicKey::new(curve, point).verify(token.text.as_bytes(), &token.signature).is_ok();
         }
-        "RS256" => {
-            let (Some(n), Some(e)) = (bytes(key, "n"), bytes(key, "e")) else { return false };
-            signature::RsaPublicKeyComponents { n, e }
-                .verify(&signature::RSA_PKCS1_2048_8192_SHA256, signed, signature)
-                .is_ok()
-        }
-        _ => false,
+        false
     })
 }

@@ -1,7 +1,9 @@
 //! Authentication: client certificates, tokens, impersonation.
 
 mod keys;
+mod oidc;
 mod request;
+mod settings;
 mod token;
 
 use std::sync::Arc;
@@ -16,13 +18,15 @@ use crate::server::{ApiServer, Config};
 use crate::status::Status;
 use crate::user::{SYSTEM_AUTHENTICATED, UserInfo};
 
-pub use keys::OidcIssuer;
+pub use oidc::Issuer;
 pub(crate) use request::review;
+pub use settings::{Anonymous, AnonymousPath, Settings, SettingsError};
 
 /// Who is who.
 pub struct Authenticator {
     keys: keys::Keys,
     static_tokens: Vec<(Vec<u8>, Arc<UserInfo>)>,
+    settings: Settings,
     anonymous: Arc<UserInfo>,
 }
 
@@ -30,11 +34,12 @@ impl Authenticator {
     pub(crate) fn new(config: &Config, pki: &Pki) -> Result<Self, PkiError> {
         let keys = keys::Keys::new(config, pki)?;
         let static_tokens = config
-            .static_tokens
+            .authn
+            .tokens
             .iter()
             .map(|(token, user)| (token.as_bytes().to_vec(), Arc::new(user.clone())))
             .collect();
-        Ok(Self { keys, static_tokens, anonymous: Arc::new(UserInfo::anonymous()) })
+        Ok(Self { keys, static_tokens, settings: config.authn.clone(), anonymous: Arc::new(UserInfo::anonymous()) })
     }
 
     /// The user of a request: by certificate, else by bearer token, else anonymous.
@@ -43,6 +48,7 @@ impl Authenticator {
         api: &Arc<ApiServer>,
         certificate: Option<Arc<UserInfo>>,
         headers: &HeaderMap,
+        path: &str,
     ) -> Result<Arc<UserInfo>, Status> {
         if let Some(user) = certificate {
             return Ok(user);
@@ -57,7 +63,8 @@ impl Authenticator {
         match bearer {
             Some(token) if !token.is_empty() => self.token_user(api, &token, &[]).await.map(|(user, _)| user),
             _ if headers.contains_key(AUTHORIZATION) => Err(Status::unauthorized()),
-            _ => Ok(self.anonymous.clone()),
+            _ if self.settings.anonymous.admits(path) => Ok(self.anonymous.clone()),
+            _ => Err(Status::unauthorized()),
         }
     }
 
@@ -71,13 +78,22 @@ impl Authenticator {
         let given = token.as_bytes();
         if let Some((_, user)) = self.static_tokens.iter().find(|(known, _)| bool::from(known.as_slice().ct_eq(given)))
         {
-            return Ok((user.clone(), Vec::new()));
+            return self.agnostic(user.clone(), audiences);
         }
         if token.matches('.').count() == 2 {
-            return token::verify(&self.keys, api, token, audiences).await;
+            return token::verify(self, api, token, audiences).await;
         }
         if let Some(user) = request::bootstrap_token(api, token).await? {
-            return Ok((Arc::new(user), Vec::new()));
+            return self.agnostic(Arc::new(user), audiences);
+        }
+        Err(Status::unauthorized())
+    }
+
+    /// Credentials without audiences of their own hold for this server, and for nobody else.
+    fn agnostic(&self, user: Arc<UserInfo>, audiences: &[String]) -> Result<(Arc<UserInfo>, Vec<String>), Status> {
+        let own = &self.keys.issuer;
+        if audiences.is_empty() || audiences.contains(own) {
+            return Ok((user, vec![own.clone()]));
         }
         Err(Status::unauthorized())
     }

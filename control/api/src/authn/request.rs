@@ -86,6 +86,7 @@ pub(super) fn impersonate(api: &ApiServer, user: Arc<UserInfo>, headers: &Header
             Decision::Deny(reason) | Decision::NoOpinion(reason) => Err(crate::handlers::denied(&attributes, &reason)),
         }
     };
+    let asked = groups.clone();
     let mut acting = UserInfo { name: name.clone(), uid: uid.clone(), groups, ..UserInfo::default() };
     match name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':')) {
         Some((namespace, account)) => {
@@ -96,10 +97,8 @@ pub(super) fn impersonate(api: &ApiServer, user: Arc<UserInfo>, headers: &Header
         }
         None => may("", "users", "", "", &name)?,
     }
-    for group in &acting.groups {
-        if !group.starts_with("system:serviceaccounts") || !name.starts_with("system:serviceaccount:") {
-            may("", "groups", "", "", group)?;
-        }
+    for group in &asked {
+        may("", "groups", "", "", group)?;
     }
     if !uid.is_empty() {
         may("authentication.k8s.io", "uids", "", "", &uid)?;

@@ -2,13 +2,11 @@
 
 use std::sync::Arc;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use coracle_schema::FieldError;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use super::keys::{Keys, OidcIssuer, verify_with};
+use super::keys::{Keys, Signed};
 use crate::object;
 use crate::server::ApiServer;
 use crate::status::Status;
@@ -144,47 +142,43 @@ async fn bind(
 
 /// The user of a signed token, and for which of `audiences` it holds (the server's own when none are asked for).
 pub(super) async fn verify(
-    keys: &Keys,
+    authn: &super::Authenticator,
     api: &Arc<ApiServer>,
     token: &str,
     audiences: &[String],
 ) -> Result<(Arc<UserInfo>, Vec<String>), Status> {
-    let (signed, signature) = token.rsplit_once('.').ok_or_else(Status::unauthorized)?;
-    let (header, claims) = signed.split_once('.').ok_or_else(Status::unauthorized)?;
-    let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| Status::unauthorized());
-    let parse = |part: &str| serde_json::from_slice::<Value>(&decode(part)?).map_err(|_| Status::unauthorized());
-    let (header, claims, signature) = (parse(header)?, parse(claims)?, decode(signature)?);
+    let keys = &authn.keys;
+    let token = Signed::parse(token).ok_or_else(Status::unauthorized)?;
+    let claims = &token.claims;
     let now = Timestamp::now().as_second();
     let time = |claim: &str| claims.get(claim).and_then(Value::as_i64);
     if time("exp").is_none_or(|end| end < now) || time("nbf").is_some_and(|start| start > now + LEEWAY_S) {
         return Err(Status::unauthorized());
     }
-    let holds: Vec<String> = match claims.get("aud") {
-        Some(Value::String(one)) => vec![one.clone()],
-        Some(Value::Array(list)) => list.iter().filter_map(|v| v.as_str().map(str::to_owned)).collect(),
-        _ => Vec::new(),
-    };
-    let issuer = object::text(&claims, "/iss");
+    let issuer = object::text(claims, "/iss");
     if issuer != keys.issuer {
-        let trusted = keys.oidc.iter().find(|one| one.issuer == issuer).ok_or_else(Status::unauthorized)?;
-        let (algorithm, kid) = (object::text(&header, "/alg"), object::text(&header, "/kid"));
-        if !verify_with(&trusted.jwks, algorithm, kid, signed.as_bytes(), &signature)
-            || !holds.iter().any(|one| trusted.audiences.contains(one))
-        {
-            return Err(Status::unauthorized());
-        }
-        return oidc_user(trusted, &claims).map(|user| (Arc::new(user), Vec::new()));
+        let trusted = authn.settings.issuers.iter().find(|one| one.url() == issuer);
+        let user = trusted.ok_or_else(Status::unauthorized)?.user(api, &token).await.map_err(|why| {
+            tracing::info!(issuer, %why, "a token was refused");
+            Status::unauthorized()
+        })?;
+        return authn.agnostic(Arc::new(user), audiences);
     }
-    if object::text(&header, "/alg") != "ES256" || !keys.is_ours(signed.as_bytes(), &signature) {
+    if object::text(&token.header, "/alg") != "ES256" || !keys.is_ours(token.text.as_bytes(), &token.signature) {
         return Err(Status::unauthorized());
     }
+    let holds: Vec<&str> = match claims.get("aud") {
+        Some(Value::String(one)) => vec![one],
+        Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    };
     let own = [keys.issuer.clone()];
     let wanted = if audiences.is_empty() { &own[..] } else { audiences };
-    let shared: Vec<String> = wanted.iter().filter(|one| holds.contains(one)).cloned().collect();
+    let shared: Vec<String> = wanted.iter().filter(|one| holds.contains(&one.as_str())).cloned().collect();
     if shared.is_empty() {
         return Err(Status::unauthorized());
     }
-    service_account(api, &claims).await.map(|user| (Arc::new(user), shared))
+    service_account(api, claims).await.map(|user| (Arc::new(user), shared))
 }
 
 /// The service account of claims, when it and what the token is bound to still exist.
@@ -228,20 +222,4 @@ async fn service_account(api: &Arc<ApiServer>, claims: &Value) -> Result<UserInf
         user.extra.insert("authentication.kubernetes.io/credential-id".into(), vec![format!("JTI={id}")]);
     }
     Ok(user)
-}
-
-fn oidc_user(issuer: &OidcIssuer, claims: &Value) -> Result<UserInfo, Status> {
-    let name = claims.get(&issuer.username_claim).and_then(Value::as_str).ok_or_else(Status::unauthorized)?;
-    if issuer.username_claim == "email" && claims.get("email_verified").and_then(Value::as_bool) == Some(false) {
-        return Err(Status::unauthorized());
-    }
-    let groups = match claims.get(&issuer.groups_claim) {
-        Some(Value::String(one)) => vec![format!("{}{one}", issuer.groups_prefix)],
-        Some(Value::Array(list)) => {
-            list.iter().filter_map(Value::as_str).map(|g| format!("{}{g}", issuer.groups_prefix)).collect()
-        }
-        _ => Vec::new(),
-    };
-    let user = UserInfo { name: format!("{}{name}", issuer.username_prefix), groups, ..UserInfo::default() };
-    Ok(super::with_authenticated(user))
 }

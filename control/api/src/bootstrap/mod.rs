@@ -66,6 +66,7 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
         done?;
     }
     drop(writes);
+    publish_authorities(api).await?;
     refresh_endpoints(api).await
 }
 
@@ -120,6 +121,37 @@ fn kubernetes_service(api: &Arc<ApiServer>) -> Vec<(&'static str, &'static str, 
             "spec": {"parentRef": {"group": "", "resource": "services", "namespace": "default", "name": "kubernetes"}}}),
         ),
     ]
+}
+
+/// Whom aggregated APIs may trust: the CA of clients, and the CA of the certificate with which this server tells them of
+/// users. Servers that share a store add theirs to those of the others.
+async fn publish_authorities(api: &Arc<ApiServer>) -> Result<(), Status> {
+    let words = |list: &[&str]| json!(list).to_string();
+    let map = json!({"apiVersion": "v1", "kind": "ConfigMap",
+    "metadata": {"name": "extension-apiserver-authentication", "namespace": "kube-system"},
+    "data": {
+        "client-ca-file": api.pki.ca_pem,
+        "requestheader-client-ca-file": api.pki.proxy_ca_pem,
+        "requestheader-allowed-names": words(&[crate::pki::PROXY_CLIENT]),
+        "requestheader-username-headers": words(&["X-Remote-User"]),
+        "requestheader-uid-headers": words(&["X-Remote-Uid"]),
+        "requestheader-group-headers": words(&["X-Remote-Group"]),
+        "requestheader-extra-headers-prefix": words(&["X-Remote-Extra-"]),
+    }});
+    let (key, mut map) = complete("", "configmaps", map)?;
+    let store = api.store.as_ref();
+    let Some(entry) = store.get(&key).await? else { return write(store, &key, &map, Precondition::Absent).await };
+    let have: Value = serde_json::from_slice(&entry.value).map_err(Status::internal)?;
+    for member in ["client-ca-file", "requestheader-client-ca-file"] {
+        let known = have["data"][member].as_str().unwrap_or_default();
+        let ours = map["data"][member].as_str().unwrap_or_default().trim();
+        map["data"][member] = if known.contains(ours) { known.into() } else { format!("{known}{ours}\n").into() };
+    }
+    if have["data"] == map["data"] {
+        return Ok(());
+    }
+    map["metadata"] = have["metadata"].clone();
+    write(store, &key, &map, Precondition::Revision(entry.revision)).await
 }
 
 /// Points the service `kubernetes` at where this server listens, which may have changed since the last start.

@@ -112,7 +112,7 @@ pub(crate) async fn answer(
             "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": api.config.advertise.to_string()}],
         })),
         ["apis"] => json(json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups::all(api, &rows)})),
-        ["api", version] => resources(api, &rows, "", version).await,
+        ["api", version] => resources(&rows, "", version),
         ["apis", group] => groups::all(api, &rows)
             .into_iter()
             .find(|one| one["name"] == *group)
@@ -122,28 +122,20 @@ pub(crate) async fn answer(
                 json_response(200, &one)
             })
             .ok_or_else(Status::no_such_resource),
-        ["apis", group, version] => resources(api, &rows, group, version).await,
+        ["apis", group, version] => resources(&rows, group, version),
         ["openapi", "v2"] => openapi::v2(api, &rows, generation, headers),
-        ["openapi", "v3"] => Ok(openapi::v3_index(&rows)),
+        ["openapi", "v3"] => Ok(openapi::v3_index(api, &rows)),
         ["openapi", "v3", rest @ ..] => openapi::v3(api, &rows, generation, &rest.join("/"), headers, query).await,
-        [] | [""] => json(json!({"paths": paths(&rows)})),
+        [] | [""] => json(json!({"paths": paths(api, &rows)})),
         _ => Err(Status::no_such_resource()),
     }
 }
 
-async fn resources(
-    api: &Arc<ApiServer>,
-    rows: &crate::registry::Rows,
-    group: &str,
-    version: &str,
-) -> Result<Response, Status> {
-    if let Some(service) = crate::aggregate::target(api, group, version) {
-        return crate::aggregate::discovery(api, &service, group, version).await;
-    }
+fn resources(rows: &crate::registry::Rows, group: &str, version: &str) -> Result<Response, Status> {
     groups::resources(rows, group, version).map(|list| json_response(200, &list)).ok_or_else(Status::no_such_resource)
 }
 
-fn paths(rows: &crate::registry::Rows) -> Vec<String> {
+fn paths(api: &ApiServer, rows: &crate::registry::Rows) -> Vec<String> {
     let mut paths: Vec<String> = [
         "/api",
         "/api/v1",
@@ -166,7 +158,11 @@ fn paths(rows: &crate::registry::Rows) -> Vec<String> {
             paths.extend(versions.iter().map(|version| format!("/apis/{group}/{version}")));
         }
     }
+    for (group, version) in crate::aggregate::groups(api) {
+        paths.extend([format!("/apis/{group}"), format!("/apis/{group}/{version}")]);
+    }
     paths.sort();
+    paths.dedup();
     paths
 }
 

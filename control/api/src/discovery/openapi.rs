@@ -17,14 +17,15 @@ use crate::status::Status;
 /// `/openapi/v2`.
 pub(super) fn v2(api: &Arc<ApiServer>, rows: &Rows, generation: u64, headers: &HeaderMap) -> Result<Response, Status> {
     let document = api.documents.get(generation, "openapi v2", || {
-        serde_json::to_vec(&coracle_schema::openapi::v2(&resources(rows, |_| true), crate::KUBERNETES_VERSION))
-            .map_err(Status::internal)
+        let mut document = coracle_schema::openapi::v2(&resources(rows, |_| true), crate::KUBERNETES_VERSION);
+        crate::aggregate::merge_v2(api, &mut document);
+        serde_json::to_vec(&document).map_err(Status::internal)
     })?;
     Ok(document.answer(headers, "application/json"))
 }
 
 /// `/openapi/v3`: where the documents of the groups are.
-pub(super) fn v3_index(rows: &Rows) -> Response {
+pub(super) fn v3_index(api: &ApiServer, rows: &Rows) -> Response {
     let mut paths = serde_json::Map::new();
     for (group, versions) in groups::versions(rows) {
         for version in versions {
@@ -32,6 +33,9 @@ pub(super) fn v3_index(rows: &Rows) -> Response {
             let hash = content_hash(rows, &group, &version);
             paths.insert(name.clone(), json!({"serverRelativeURL": format!("/openapi/v3/{name}?hash={hash}")}));
         }
+    }
+    for (name, url) in crate::aggregate::v3_urls(api) {
+        paths.insert(name, json!({"serverRelativeURL": url}));
     }
     json_response(200, &json!({"paths": paths}))
 }

@@ -66,11 +66,14 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
     let user = match caller {
         Caller::Local(user) => user,
         Caller::Remote { certificate, .. } => {
-            let user = api.authn.authenticate(&api, certificate, &parts.headers).await?;
+            let user = api.authn.authenticate(&api, certificate, &parts.headers, &route.path).await?;
             api.authn.impersonate(&api, user, &parts.headers)?
         }
     };
     authorize(&api, &user, &route, &query)?;
+    if let Some(backend) = crate::aggregate::document_target(&api, &route) {
+        return crate::aggregate::pass_on(&api, &user, &backend, parts, body).await;
+    }
     let Some(resource) = route.resource.clone() else {
         return plain(&api, &user, &route, &parts, &query, body).await;
     };

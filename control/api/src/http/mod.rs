@@ -11,7 +11,7 @@ pub use body::{BoxError, ReqBody, ResBody};
 pub(crate) use body::{empty, stream};
 pub(crate) use negotiate::{Format, Include, Media, Shape};
 pub(crate) use negotiate::{SERVED, SERVED_CUSTOM};
-pub(crate) use query::Query;
+pub(crate) use query::{Query, encode};
 pub(crate) use respond::no_cache;
 pub(crate) use respond::{Response, bytes_response, json_response, status_response, text_response};
 pub(crate) use route::{ResourceRoute, Route, Verb};

@@ -37,6 +37,18 @@ impl Query {
     }
 }
 
+/// Percent encoding of everything that is not plain.
+pub(crate) fn encode(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => out.push(char::from(byte)),
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
+}
+
 /// Undoes percent encoding; `plus` also turns `+` into a space.
 pub(super) fn decode(text: &str, plus: bool) -> String {
     if !text.contains(['%', '+']) {

@@ -97,8 +97,7 @@ fn outbound_headers(inbound: &HeaderMap, way: &Way, upgrade: Option<&HeaderValue
     }
     // Credentials are for this server only.
     headers.remove(AUTHORIZATION);
-    let secret: Vec<HeaderName> =
-        headers.keys().filter(|name| name.as_str().starts_with("impersonate-")).cloned().collect();
+    let secret: Vec<HeaderName> = headers.keys().filter(|name| is_identity(name.as_str())).cloned().collect();
     for name in secret {
         headers.remove(name);
     }
@@ -109,10 +108,18 @@ fn outbound_headers(inbound: &HeaderMap, way: &Way, upgrade: Option<&HeaderValue
     if let Ok(host) = HeaderValue::from_str(&way.host) {
         headers.insert(HOST, host);
     }
+    for name in way.headers.keys() {
+        headers.remove(name);
+    }
     for (name, value) in &way.headers {
-        headers.insert(name, value.clone());
+        headers.append(name, value.clone());
     }
     headers
+}
+
+/// Headers that say who somebody is: only this server may set them.
+fn is_identity(name: &str) -> bool {
+    name.starts_with("impersonate-") || name.starts_with("x-remote-")
 }
 
 /// A redirection within the other end is one below our path.

@@ -168,12 +168,7 @@ fn with_query(path: &str, parameters: &[(&str, &str)]) -> String {
         text.push(if at == 0 { '?' } else { '&' });
         text.push_str(name);
         text.push('=');
-        for byte in value.bytes() {
-            match byte {
-                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => text.push(char::from(byte)),
-                _ => text.push_str(&format!("%{byte:02X}")),
-            }
-        }
+        text.push_str(&crate::http::encode(value));
     }
     text
 }

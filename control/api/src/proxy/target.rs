@@ -118,7 +118,7 @@ async fn dial(
         return Ok((stream, host));
     }
     // The certificates of pods are their own affair: the request came over a proxy that was asked for.
-    let tls = crate::tls_client::unverified().map_err(Status::internal)?;
+    let tls = crate::tls_client::unverified(None).map_err(Status::internal)?;
     let name = rustls_pki_types::ServerName::try_from(address.to_owned()).map_err(Status::internal)?;
     let stream = tokio_rustls::TlsConnector::from(tls)
         .connect(name, stream)

@@ -53,11 +53,15 @@ impl NodeConnector for EchoNode {
 
 impl Server {
     pub(crate) async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    pub(crate) async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let store = Embedded::open(folder.path().join("store"), EmbeddedOptions::default()).expect("a store");
-        let config = Config {
+        let mut config = Config {
             tls_dir: folder.path().join("tls"),
             tls_sans: Vec::new(),
             service_cidr: "10.43.0.0/16".into(),
@@ -67,11 +71,11 @@ impl Server {
             dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
             advertise: address,
             nodes: Arc::new(EchoNode),
-            static_tokens: Vec::new(),
-            oidc: Vec::new(),
+            authn: Default::default(),
             // There are no controllers here that would make the service accounts.
             disabled_admission: vec!["ServiceAccount".into()],
         };
+        change(&mut config);
         let stop = CancellationToken::new();
         let api = ApiServer::new(config, Arc::new(store), stop.clone()).await.expect("a server");
         let url = format!("https://{address}");
@@ -93,4 +97,57 @@ impl Server {
         change(&mut config);
         kube::Client::try_from(config).expect("a client")
     }
+}
+
+/// An HTTPS server on loopback with a certificate for these names; it asks clients for a certificate of `client_ca` when
+/// there is one. `answer` makes JSON out of the server's URL and the request. Its URL and its CA.
+#[allow(dead_code, reason = "not every test has one")]
+pub(crate) async fn https(
+    names: &[&str],
+    client_ca: Option<&str>,
+    answer: impl Fn(&str, &http::request::Parts) -> serde_json::Value + Send + Sync + 'static,
+) -> (String, String) {
+    use rustls_pki_types::pem::PemObject as _;
+    let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+    let signed = rcgen::generate_simple_self_signed(names).expect("a certificate");
+    let key = rustls_pki_types::PrivateKeyDer::try_from(signed.signing_key.serialize_der()).expect("a key");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .expect("versions");
+    let builder = match client_ca {
+        None => builder.with_no_client_auth(),
+        Some(pem) => {
+            let mut roots = rustls::RootCertStore::empty();
+            roots
+                .add(rustls_pki_types::CertificateDer::from_pem_slice(pem.as_bytes()).expect("a certificate"))
+                .expect("a CA");
+            let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            builder.with_client_cert_verifier(verifier.build().expect("a verifier"))
+        }
+    };
+    let config = builder.with_single_cert(vec![signed.cert.der().clone()], key).expect("a configuration");
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+    let url = format!("https://{}", listener.local_addr().expect("an address"));
+    let (answer, base) = (Arc::new(answer), url.clone());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (acceptor, answer, base) = (acceptor.clone(), answer.clone(), base.clone());
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(stream).await else { return };
+                let service = hyper::service::service_fn(|request: http::Request<hyper::body::Incoming>| {
+                    let value = answer(&base, &request.into_parts().0);
+                    let mut response = http::Response::new(value.to_string());
+                    if value.is_null() {
+                        *response.status_mut() = http::StatusCode::NOT_FOUND;
+                    }
+                    async move { Ok::<_, std::convert::Infallible>(response) }
+                });
+                let _ =
+                    hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            });
+        }
+    });
+    (url, signed.cert.pem())
 }

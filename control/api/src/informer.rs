@@ -221,6 +221,17 @@ impl<K: Cached> Informer<K> {
         let _ = self.revision.subscribe().wait_for(|seen| *seen >= revision).await;
     }
 
+    /// Waits until the cache shows that the object with this name and UID is gone or being deleted.
+    pub async fn deleted(&self, namespace: &str, name: &str, uid: &str) {
+        let there = || {
+            self.get(namespace, name).is_some_and(|object| {
+                object.meta().uid.as_deref() == Some(uid) && object.meta().deletion_timestamp.is_none()
+            })
+        };
+        // The sender lives as long as self, so waiting cannot fail.
+        let _ = self.revision.subscribe().wait_for(|_| !there()).await;
+    }
+
     /// The revision up to which the cache has seen every change of its kind.
     pub fn revision(&self) -> u64 {
         *self.revision.borrow()

@@ -11,7 +11,10 @@ mod workloads;
 
 use std::sync::Arc;
 
+use common::owned::Owned;
 use coracle_api::server::ApiServer;
+use k8s_openapi::api::apps::v1::{ControllerRevision, ReplicaSet};
+use k8s_openapi::api::core::v1::{Pod, ReplicationController};
 use tokio::task::JoinSet;
 
 pub use machine::WorkQueue;
@@ -26,7 +29,12 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
     running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api)));
     running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
-    running.spawn(machine::run(workloads::replica_set::ReplicaSets::new(&api)));
+    let pods = Arc::new(Owned::<Pod>::new(&api));
+    running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicationController>::new(&api, &pods)));
+    running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicaSet>::new(&api, &pods)));
+    let revisions = Arc::new(Owned::<ControllerRevision>::new(&api));
+    running.spawn(machine::run(workloads::stateful_set::StatefulSets::new(&api, &pods, &revisions)));
+    running.spawn(machine::run(workloads::daemon_set::DaemonSets::new(&api, &pods, &revisions)));
     running.spawn(machine::run(workloads::deployment::Deployments::new(&api)));
     running.spawn(garbage::run(api));
     while let Some(ended) = running.join_next().await {

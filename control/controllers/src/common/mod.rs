@@ -1,6 +1,9 @@
-//! What several controllers share: pods made from templates, readiness, hashes of templates.
+//! What several controllers share: what an object owns, pods made from templates, revisions, readiness.
 
+pub(crate) mod control;
 pub(crate) mod hash;
 pub(crate) mod intstr;
+pub(crate) mod owned;
 pub(crate) mod pods;
+pub(crate) mod revisions;
 pub(crate) mod selector;

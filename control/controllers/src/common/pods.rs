@@ -49,6 +49,22 @@ pub(crate) fn until_available(pod: &Pod, min_ready_seconds: i32, now: Timestamp)
     Some(left.max(SignedDuration::ZERO))
 }
 
+/// How many of the pods are available, and how long until the next one is if none changes.
+pub(crate) fn available(
+    pods: &[std::sync::Arc<Pod>],
+    min_ready_seconds: i32,
+    now: Timestamp,
+) -> (usize, Option<SignedDuration>) {
+    let waits: Vec<_> = pods.iter().filter_map(|pod| until_available(pod, min_ready_seconds, now)).collect();
+    let next = waits.iter().filter(|wait| !wait.is_zero()).min().copied();
+    (waits.iter().filter(|wait| wait.is_zero()).count(), next)
+}
+
+/// Whether the pod has been ready for long enough.
+pub(crate) fn is_available(pod: &Pod, min_ready_seconds: i32, now: Timestamp) -> bool {
+    until_available(pod, min_ready_seconds, now).is_some_and(|wait| wait.is_zero())
+}
+
 /// The phase, or an empty string before the first status.
 pub(crate) fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Error;
+use super::{Error, Key};
 
 tokio::task_local! {
     /// What the reconciliation under way has written.
@@ -24,17 +24,25 @@ tokio::task_local! {
 }
 
 /// A write that the cache of its kind will show.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Write {
     kind: TypeId,
-    revision: u64,
+    what: What,
+}
+
+#[derive(Clone, Debug)]
+enum What {
+    /// It has this revision.
+    Put(u64),
+    /// This object, by key and UID, is gone or on its way.
+    Deleted(Key, String),
 }
 
 /// An informer without its type: what waiting for it needs.
 trait Reach: Send + Sync {
     fn kind(&self) -> TypeId;
     fn synced(&self) -> BoxFuture<'_, ()>;
-    fn reached(&self, revision: u64) -> BoxFuture<'_, ()>;
+    fn shows<'a>(&'a self, what: &'a What) -> BoxFuture<'a, ()>;
 }
 
 impl<K: Cached> Reach for Informer<K> {
@@ -44,8 +52,11 @@ impl<K: Cached> Reach for Informer<K> {
     fn synced(&self) -> BoxFuture<'_, ()> {
         Box::pin(Informer::synced(self))
     }
-    fn reached(&self, revision: u64) -> BoxFuture<'_, ()> {
-        Box::pin(Informer::reached(self, revision))
+    fn shows<'a>(&'a self, what: &'a What) -> BoxFuture<'a, ()> {
+        match what {
+            What::Put(revision) => Box::pin(self.reached(*revision)),
+            What::Deleted(key, uid) => Box::pin(self.deleted(&key.namespace, &key.name, uid)),
+        }
     }
 }
 
@@ -90,9 +101,9 @@ impl Host {
     }
 
     /// Waits until the cache shows a write; at once for kinds that this controller does not read.
-    pub(super) async fn reached(&self, write: Write) {
+    pub(super) async fn reached(&self, write: &Write) {
         if let Some(informer) = self.used.iter().find(|informer| informer.kind() == write.kind) {
-            informer.reached(write.revision).await;
+            informer.shows(&write.what).await;
         }
     }
 
@@ -100,8 +111,12 @@ impl Host {
         let Some(revision) = object.resource_version().and_then(|version| version.parse().ok()) else {
             return;
         };
+        self.note::<K>(What::Put(revision));
+    }
+
+    fn note<K: Kind>(&self, what: What) {
         // Outside a reconciliation nobody asks for the writes.
-        let _ = WRITES.try_with(|writes| writes.lock().push(Write { kind: TypeId::of::<K>(), revision }));
+        let _ = WRITES.try_with(|writes| writes.lock().push(Write { kind: TypeId::of::<K>(), what }));
     }
 
     /// Creates an object.
@@ -143,14 +158,12 @@ impl Host {
         parameters.preconditions =
             object.uid().map(|uid| kube::api::Preconditions { uid: Some(uid), resource_version: None });
         match api.delete(&object.name_any(), &parameters).await {
-            Ok(either::Either::Left(marked)) => {
-                self.wrote(&marked);
-                Ok(())
-            }
-            Ok(either::Either::Right(_)) => Ok(()),
-            Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
-            Err(error) => Err(Error::at("delete")(error)),
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => {}
+            Err(error) => return Err(Error::at("delete")(error)),
         }
+        self.note::<K>(What::Deleted(Key::of(object), object.uid().unwrap_or_default()));
+        Ok(())
     }
 
     /// Publishes an event about an object. Events are news, not state: one that cannot be written is logged.

@@ -15,7 +15,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
-pub(crate) use host::{Host, Write};
+pub(crate) use host::{Host, Kind, Write};
 pub(crate) use owners::{controller_of, controller_reference, is_controlled_by};
 pub use queue::WorkQueue;
 
@@ -74,6 +74,31 @@ impl Error {
     /// Whether another writer was faster, which is no news: the next look sees its write.
     fn is_conflict(&self) -> bool {
         matches!(self, Self::Api { source: kube::Error::Api(status), .. } if status.code == 409)
+    }
+
+    /// Whether the object is not there (any more).
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Api { source: kube::Error::Api(status), .. } if status.code == 404)
+    }
+
+    /// Whether the name is taken.
+    pub(crate) fn is_already_exists(&self) -> bool {
+        matches!(self, Self::Api { source: kube::Error::Api(status), .. } if status.reason == "AlreadyExists")
+    }
+
+    /// Whether nothing can be made because the namespace is being deleted.
+    pub(crate) fn in_terminating_namespace(&self) -> bool {
+        let Self::Api { source: kube::Error::Api(status), .. } = self else { return false };
+        let causes = status.details.iter().flat_map(|details| &details.causes);
+        causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
+    }
+
+    /// What users read in events and conditions: the server's own words where it answered.
+    pub(crate) fn message(&self) -> String {
+        match self {
+            Self::Api { source: kube::Error::Api(status), .. } => status.message.clone(),
+            other => other.to_string(),
+        }
     }
 }
 
@@ -157,7 +182,7 @@ async fn work<C: Controller>(
 ) {
     let before = written.lock().remove(key);
     for write in before.into_iter().flatten() {
-        controller.host().reached(write).await;
+        controller.host().reached(&write).await;
     }
     let (result, writes) = host::WRITES
         .scope(Mutex::default(), async {

@@ -1,0 +1,216 @@
+//! A whole control plane in process, with every controller, and a stand-in for the nodes: pods come up, or do what a test
+//! says, and go when they are deleted.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use coracle_api::node::{NodeConnector, NodeStream};
+use coracle_api::status::Status;
+use coracle_api::user::UserInfo;
+use coracle_api::{ApiServer, Config};
+use coracle_store::{Embedded, EmbeddedOptions};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::{Api, Client, ResourceExt};
+use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// Namespace of every test.
+pub(crate) const NS: &str = "t";
+
+struct NoNodes;
+
+#[async_trait::async_trait]
+impl NodeConnector for NoNodes {
+    async fn connect(&self, node: &str) -> Result<Box<dyn NodeStream>, Status> {
+        Err(Status::unavailable(format!("there is no node {node} here")))
+    }
+}
+
+/// What a node makes of a pod: its next status, or nothing for now.
+pub(crate) type Behaviour = dyn Fn(&Pod) -> Option<Value> + Send + Sync;
+
+pub(crate) struct Cluster {
+    pub(crate) client: Client,
+    behaviour: Arc<Mutex<Arc<Behaviour>>>,
+    controllers: JoinHandle<()>,
+    nodes: JoinHandle<()>,
+    stop: CancellationToken,
+    _data: tempfile::TempDir,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.controllers.abort();
+        self.nodes.abort();
+        self.stop.cancel();
+    }
+}
+
+pub(crate) fn made<K: DeserializeOwned>(object: Value) -> K {
+    serde_json::from_value(object).expect("an object")
+}
+
+/// A pod that runs and is ready.
+pub(crate) fn running(pod: &Pod) -> Option<Value> {
+    (phase(pod) == "Pending").then(ready)
+}
+
+pub(crate) fn ready() -> Value {
+    let now = k8s_openapi::jiff::Timestamp::now().to_string();
+    json!({"phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": now}]})
+}
+
+/// The status of a pod that ended with these codes.
+pub(crate) fn ended(phase: &str, exit_code: i32) -> Value {
+    let now = k8s_openapi::jiff::Timestamp::now().to_string();
+    let state = json!({"terminated": {"exitCode": exit_code, "finishedAt": now, "startedAt": now, "reason": "Error"}});
+    json!({"phase": phase, "conditions": [{"type": "Ready", "status": "False", "lastTransitionTime": now}],
+        "containerStatuses": [{"name": "c", "image": "i", "imageID": "", "ready": false, "restartCount": 0, "state": state}]})
+}
+
+pub(crate) fn phase(pod: &Pod) -> &str {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
+}
+
+impl Cluster {
+    pub(crate) async fn start() -> Self {
+        let data = tempfile::tempdir().expect("a folder");
+        let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
+        let stop = CancellationToken::new();
+        let config = Config {
+            tls_dir: data.path().join("tls"),
+            tls_sans: Vec::new(),
+            service_cidr: "10.43.0.0/24".into(),
+            cluster_cidr: "10.42.0.0/16".into(),
+            node_ports: (30000, 30010),
+            cluster_domain: "cluster.local".into(),
+            dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
+            advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
+            nodes: Arc::new(NoNodes),
+            static_tokens: Vec::new(),
+            oidc: Vec::new(),
+            disabled_admission: Vec::new(),
+        };
+        let api = ApiServer::new(config, store, stop.clone()).await.expect("a server");
+        let client = api.client(UserInfo::new("admin", &["system:masters"]));
+        let behaviour: Arc<Mutex<Arc<Behaviour>>> = Arc::new(Mutex::new(Arc::new(running)));
+        let controllers = tokio::spawn(coracle_controllers::run(api.clone()));
+        let nodes = tokio::spawn(nodes(api, client.clone(), behaviour.clone()));
+        let cluster = Self { client, behaviour, controllers, nodes, stop, _data: data };
+        let namespaces = Api::<Namespace>::all(cluster.client.clone());
+        let new = PostParams::default();
+        namespaces.create(&new, &made(json!({"metadata": {"name": NS}}))).await.expect("a namespace");
+        let accounts: Api<k8s_openapi::api::core::v1::ServiceAccount> = cluster.of();
+        coracle_testkit::assert_eventually_async!(
+            30,
+            accounts.get_opt("default").await.expect("asked").is_some(),
+            "pods can be made"
+        );
+        cluster
+    }
+
+    /// Objects of a kind in the test's namespace.
+    pub(crate) fn of<K>(&self) -> Api<K>
+    where
+        K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>,
+    {
+        Api::namespaced(self.client.clone(), NS)
+    }
+
+    /// Makes an object in the test's namespace.
+    pub(crate) async fn make<K>(&self, object: Value) -> K
+    where
+        K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+            + Clone
+            + std::fmt::Debug
+            + DeserializeOwned
+            + serde::Serialize,
+    {
+        self.of::<K>().create(&PostParams::default(), &made(object)).await.expect("made")
+    }
+
+    /// Merge-patches an object in the test's namespace.
+    pub(crate) async fn patch<K>(&self, name: &str, patch: Value) -> K
+    where
+        K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+            + Clone
+            + std::fmt::Debug
+            + DeserializeOwned,
+    {
+        self.of::<K>().patch(name, &PatchParams::default(), &Patch::Merge(patch)).await.expect("patched")
+    }
+
+    pub(crate) async fn node(&self, name: &str, spec: Value) {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let node = made(json!({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}, "spec": spec}));
+        nodes.create(&PostParams::default(), &node).await.expect("a node");
+        // What node life cycle puts on a node that is not heard of is not what these tests are about.
+    }
+
+    /// What nodes make of pods from now on.
+    pub(crate) fn behave(&self, behaviour: impl Fn(&Pod) -> Option<Value> + Send + Sync + 'static) {
+        *self.behaviour.lock() = Arc::new(behaviour);
+    }
+
+    pub(crate) async fn pods(&self, selector: &str) -> Vec<Pod> {
+        let list = kube::api::ListParams::default().labels(selector);
+        let mut pods = self.of::<Pod>().list(&list).await.expect("listed").items;
+        pods.sort_by_key(ResourceExt::name_any);
+        pods
+    }
+
+    pub(crate) async fn names(&self, selector: &str) -> Vec<String> {
+        self.pods(selector).await.iter().map(ResourceExt::name_any).collect()
+    }
+
+    pub(crate) async fn set_status(&self, pod: &str, status: Value) {
+        let patch = Patch::Merge(json!({"status": status}));
+        self.of::<Pod>().patch_status(pod, &PatchParams::default(), &patch).await.expect("a status");
+    }
+
+    /// Reasons of the events about an object.
+    pub(crate) async fn reasons(&self, name: &str) -> Vec<String> {
+        let events = self.of::<k8s_openapi::api::core::v1::Event>();
+        let list = kube::api::ListParams::default().fields(&format!("involvedObject.name={name}"));
+        events.list(&list).await.expect("listed").items.into_iter().filter_map(|event| event.reason).collect()
+    }
+}
+
+/// How often pods are looked at again whose behaviour depends on more than themselves.
+const TICK: std::time::Duration = std::time::Duration::from_millis(50);
+
+async fn nodes(api: Arc<ApiServer>, client: Client, behaviour: Arc<Mutex<Arc<Behaviour>>>) {
+    let pods = api.informer::<Pod>();
+    pods.synced().await;
+    let mut deltas = pods.subscribe();
+    loop {
+        let _ = tokio::time::timeout(TICK, deltas.next()).await;
+        for pod in pods.list() {
+            let of: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+            let name = pod.name_any();
+            if pod.metadata.deletion_timestamp.is_some() {
+                if !matches!(phase(&pod), "Succeeded" | "Failed") && !pod.finalizers().is_empty() {
+                    let patch = Patch::Merge(json!({"status": {"phase": "Failed"}}));
+                    let _ = of.patch_status(&name, &PatchParams::default(), &patch).await;
+                }
+                let _ = of.delete(&name, &DeleteParams::default().grace_period(0)).await;
+                continue;
+            }
+            let next = behaviour.lock().clone()(&pod);
+            if let Some(status) = next {
+                let patch = Patch::Merge(json!({"status": status}));
+                // One that has gone meanwhile has no status.
+                let _ = of.patch_status(&name, &PatchParams::default(), &patch).await;
+            }
+        }
+    }
+}
+
+/// A template of one container with this label `app`.
+pub(crate) fn template(app: &str, image: &str) -> Value {
+    json!({"metadata": {"labels": {"app": app}}, "spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": image}]}})
+}

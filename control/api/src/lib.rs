@@ -41,6 +41,7 @@ mod wire;
 pub use health::{KUBERNETES_VERSION, git_version};
 pub use http::{BoxError, ReqBody, ResBody};
 pub use in_process::Service;
+pub use pki::request::CertificateRequest;
 pub use pki::{Identity, Pki, PkiError, Purpose};
 pub use registry::{Registry, Rows};
 pub use server::{ApiServer, Caller, Config, StartError};

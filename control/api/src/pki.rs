@@ -3,6 +3,8 @@
 //! Everything lies in one folder (mode 0700, keys 0600). What is there is used, what is missing or about to expire is made;
 //! the CA and the token key are never replaced, since others hold what they signed.
 
+pub(crate) mod request;
+
 use std::fs;
 use std::io::Write as _;
 use std::net::IpAddr;

@@ -2,6 +2,7 @@
 //! identity. A controller is one file and one row in [`run`].
 #![forbid(unsafe_code)]
 
+mod certificates;
 mod cluster;
 mod common;
 mod garbage;
@@ -28,6 +29,9 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(cluster::quota::Quotas::new(&api)));
     running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
     running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api)));
+    running.spawn(machine::run(certificates::approve::Approver::new(&api)));
+    running.spawn(machine::run(certificates::sign::Signer::new(&api)));
+    running.spawn(machine::run(certificates::clean::Cleaner::new(&api)));
     running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
     let pods = Arc::new(Owned::<Pod>::new(&api));
     running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicationController>::new(&api, &pods)));

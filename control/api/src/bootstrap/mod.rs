@@ -4,6 +4,8 @@
 //! They are written straight into the store, as no request made them. Each is created when it is missing and left alone when
 //! it is there, so that what an administrator changed stays changed.
 
+mod own;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -58,6 +60,7 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
         }
     }
     all.extend(kubernetes_service(api));
+    all.extend(own::objects());
     let mut writes = futures::stream::iter(
         all.into_iter().map(|(group, resource, object)| create(api.store.as_ref(), group, resource, object)),
     )

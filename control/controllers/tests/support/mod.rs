@@ -1,0 +1,118 @@
+//! A control plane of a test's own, in process: API server, store in a temporary folder, every controller.
+#![allow(dead_code, reason = "each test file uses its part of what they share")]
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use coracle_api::node::{NodeConnector, NodeStream};
+use coracle_api::status::Status;
+use coracle_api::user::UserInfo;
+use coracle_api::{ApiServer, Config};
+use coracle_store::{Embedded, EmbeddedOptions};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::Namespace;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::{Api, Client, Resource};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+struct NoNodes;
+
+#[async_trait::async_trait]
+impl NodeConnector for NoNodes {
+    async fn connect(&self, node: &str) -> Result<Box<dyn NodeStream>, Status> {
+        Err(Status::unavailable(format!("there is no node {node} here")))
+    }
+}
+
+/// An object of JSON.
+pub(crate) fn made<K: DeserializeOwned>(object: Value) -> K {
+    serde_json::from_value(object).expect("an object")
+}
+
+/// The control plane; it ends with the value.
+pub(crate) struct Cluster {
+    pub(crate) api: Arc<ApiServer>,
+    pub(crate) client: Client,
+    controllers: JoinHandle<()>,
+    stop: CancellationToken,
+    // Last, so that the store is closed first.
+    _data: tempfile::TempDir,
+}
+
+impl Cluster {
+    pub(crate) async fn start() -> Self {
+        let data = tempfile::tempdir().expect("a folder");
+        let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
+        let stop = CancellationToken::new();
+        let config = Config {
+            tls_dir: data.path().join("tls"),
+            tls_sans: Vec::new(),
+            service_cidr: "10.43.0.0/24".into(),
+            cluster_cidr: "10.42.0.0/16".into(),
+            node_ports: (30000, 30010),
+            cluster_domain: "cluster.local".into(),
+            dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
+            advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
+            nodes: Arc::new(NoNodes),
+            authn: Default::default(),
+            disabled_admission: Vec::new(),
+        };
+        let api = ApiServer::new(config, store, stop.clone()).await.expect("a server");
+        let controllers = tokio::spawn(coracle_controllers::run(api.clone()));
+        let client = api.client(UserInfo::new("admin", &["system:masters"]));
+        Self { api, client, controllers, stop, _data: data }
+    }
+
+    /// A client of somebody else.
+    pub(crate) fn client_of(&self, user: &str, groups: &[&str]) -> Client {
+        self.api.client(UserInfo::new(user, groups))
+    }
+
+    pub(crate) fn all<K: Resource<DynamicType = ()>>(&self) -> Api<K> {
+        Api::all(self.client.clone())
+    }
+
+    pub(crate) fn ns<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self, namespace: &str) -> Api<K> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    pub(crate) async fn namespace(&self, name: &str) {
+        self.create(&self.all::<Namespace>(), json!({"metadata": {"name": name}})).await;
+    }
+
+    pub(crate) async fn create<K>(&self, api: &Api<K>, object: Value) -> K
+    where
+        K: Resource<DynamicType = ()> + DeserializeOwned + Serialize + Clone + std::fmt::Debug,
+    {
+        api.create(&PostParams::default(), &made(object)).await.expect("created")
+    }
+
+    /// Merges into an object.
+    pub(crate) async fn patch<K>(&self, api: &Api<K>, name: &str, patch: Value) -> K
+    where
+        K: Resource<DynamicType = ()> + DeserializeOwned + Serialize + Clone + std::fmt::Debug,
+    {
+        api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await.expect("patched")
+    }
+
+    /// Merges into an object's status, as whoever owns the status would.
+    pub(crate) async fn patch_status<K>(&self, api: &Api<K>, name: &str, patch: Value) -> K
+    where
+        K: Resource<DynamicType = ()> + DeserializeOwned + Serialize + Clone + std::fmt::Debug,
+    {
+        api.patch_status(name, &PatchParams::default(), &Patch::Merge(json!({"status": patch})))
+            .await
+            .expect("status patched")
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.controllers.abort();
+        self.stop.cancel();
+    }
+}

@@ -91,8 +91,7 @@ impl Cluster {
             dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
             advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
             nodes: Arc::new(NoNodes),
-            static_tokens: Vec::new(),
-            oidc: Vec::new(),
+            authn: Default::default(),
             disabled_admission: Vec::new(),
         };
         let api = ApiServer::new(config, store, stop.clone()).await.expect("a server");

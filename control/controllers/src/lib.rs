@@ -28,11 +28,17 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(cluster::namespaces::Namespaces::new(&api)));
     running.spawn(machine::run(cluster::quota::Quotas::new(&api)));
     running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
-    running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api)));
+    let on_node = Arc::new(api.informer::<Pod>().index(common::pods::node_of));
+    running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api, &on_node)));
+    running.spawn(machine::run(cluster::taint_eviction::TaintEviction::new(&api, &on_node)));
+    running.spawn(machine::run(cluster::pod_gc::PodGc::new(&api, &on_node)));
     running.spawn(machine::run(certificates::approve::Approver::new(&api)));
     running.spawn(machine::run(certificates::sign::Signer::new(&api)));
     running.spawn(machine::run(certificates::clean::Cleaner::new(&api)));
+    running.spawn(machine::run(network::endpoints::EndpointsController::new(&api)));
     running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
+    running.spawn(machine::run(network::mirror::Mirror::new(&api)));
+    running.spawn(machine::run(network::balancer::Balancer::new(&api)));
     let pods = Arc::new(Owned::<Pod>::new(&api));
     running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicationController>::new(&api, &pods)));
     running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicaSet>::new(&api, &pods)));

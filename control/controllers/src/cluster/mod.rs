@@ -4,5 +4,8 @@ pub(crate) mod accounts;
 pub(crate) mod namespaces;
 pub(crate) mod node_ipam;
 pub(crate) mod node_lifecycle;
+pub(crate) mod pod_gc;
 pub(crate) mod quota;
 pub(crate) mod root_ca;
+pub(crate) mod taint_eviction;
+mod zones;

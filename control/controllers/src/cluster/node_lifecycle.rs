@@ -1,9 +1,10 @@
 //! Node life cycle: a node whose lease is no longer renewed becomes unknown, is tainted, and its pods are not ready.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coracle_api::informer::Informer;
+use coracle_api::informer::{Index, Informer};
 use coracle_api::server::ApiServer;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, PodCondition, Taint};
@@ -11,13 +12,18 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::runtime::events::EventType;
 use kube::{Api, ResourceExt};
+use parking_lot::Mutex;
+use tokio::time::Instant;
 
+use super::zones::Zones;
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
 
 /// Namespace of the nodes' leases.
 const LEASES: &str = "kube-node-lease";
 /// Time without a sign of life after which a node counts as unknown (`--node-monitor-grace-period`).
 const GRACE: SignedDuration = SignedDuration::from_secs(50);
+/// How often a node that is unknown is looked at.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 const NOT_READY: &str = "node.kubernetes.io/not-ready";
 const UNREACHABLE: &str = "node.kubernetes.io/unreachable";
 
@@ -36,23 +42,50 @@ pub(crate) struct NodeLifecycle {
     host: Host,
     nodes: Arc<Informer<Node>>,
     leases: Arc<Informer<Lease>>,
-    pods: Arc<Informer<Pod>>,
+    on_node: Arc<Index<Pod>>,
+    /// Signs of life as last seen, by node, and when they were first seen like this: clocks of hosts are not compared.
+    seen: Mutex<HashMap<String, (Signs, Timestamp)>>,
+    zones: Mutex<Zones>,
 }
 
+/// Lease renewal and heartbeat.
+type Signs = (Option<Timestamp>, Option<Timestamp>);
+
 impl NodeLifecycle {
-    pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, on_node: &Arc<Index<Pod>>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        Self { nodes: host.informer(), leases: host.informer(), pods: host.informer(), host }
+        // The eviction of pods reads them; this controller only waits until they are there.
+        drop(host.informer::<Pod>());
+        Self {
+            nodes: host.informer(),
+            leases: host.informer(),
+            on_node: on_node.clone(),
+            seen: Mutex::default(),
+            zones: Mutex::default(),
+            host,
+        }
     }
 
-    /// When the node last showed life: its lease, its conditions' heartbeat, or its creation.
-    fn last_seen(&self, node: &Node) -> Option<Timestamp> {
-        let lease = self
-            .leases
-            .get(LEASES, &node.name_any())
-            .and_then(|lease| lease.spec.as_ref()?.renew_time.as_ref().map(|time| time.0));
+    /// When the node last showed life, by this process's clock. What was there when the process began counts from when the
+    /// node wrote it, since nothing better is known.
+    fn last_seen(&self, node: &Node) -> Timestamp {
+        let now = Timestamp::now();
+        let name = node.name_any();
+        let lease = self.leases.get(LEASES, &name);
+        let renewed = lease.and_then(|lease| lease.spec.as_ref()?.renew_time.as_ref().map(|time| time.0));
         let heartbeat = ready(node).and_then(|condition| condition.last_heartbeat_time.as_ref().map(|time| time.0));
-        [lease, heartbeat, node.creation_timestamp().map(|time| time.0)].into_iter().flatten().max()
+        let created = node.creation_timestamp().map(|time| time.0);
+        let signs = (renewed, heartbeat);
+        let mut seen = self.seen.lock();
+        match seen.get(&name) {
+            Some((known, since)) if *known == signs => *since,
+            known => {
+                let written = renewed.max(heartbeat).or(created).unwrap_or(now);
+                let since = if known.is_some() { now } else { written.min(now) };
+                seen.insert(name, (signs, since));
+                since
+            }
+        }
     }
 
     async fn mark_unknown(&self, node: &Node, now: Timestamp) -> Result<Node, Error> {
@@ -89,9 +122,8 @@ impl NodeLifecycle {
     /// Pods of a node that is not ready do not serve.
     async fn mark_pods_not_ready(&self, node: &Node) -> Result<(), Error> {
         let name = node.name_any();
-        for pod in self.pods.list() {
-            let on_node = pod.spec.as_ref().is_some_and(|spec| spec.node_name.as_deref() == Some(&name));
-            if !on_node || !crate::common::pods::is_ready(&pod) {
+        for pod in self.on_node.get(&name) {
+            if !crate::common::pods::is_ready(&pod) {
                 continue;
             }
             let mut changed = (*pod).clone();
@@ -116,6 +148,25 @@ fn not_ready(condition: &mut PodCondition) {
     let now = Timestamp::now();
     condition.status = "False".into();
     condition.last_transition_time = Some(Time(Timestamp::from_second(now.as_second()).unwrap_or(now)));
+}
+
+/// Whether a taint of this controller drives pods away.
+fn evicting(taint: &Taint) -> bool {
+    taint.effect == "NoExecute" && [NOT_READY, UNREACHABLE].contains(&taint.key.as_str())
+}
+
+fn evicts(taints: &[Taint]) -> bool {
+    taints.iter().any(evicting)
+}
+
+/// Region and zone.
+fn zone(node: &Node) -> String {
+    let label = |name: &str| node.labels().get(name).map(String::as_str).unwrap_or_default();
+    format!("{}/{}", label("topology.kubernetes.io/region"), label("topology.kubernetes.io/zone"))
+}
+
+fn is_ready(node: &Node) -> bool {
+    ready(node).is_some_and(|condition| condition.status == "True")
 }
 
 fn ready(node: &Node) -> Option<&NodeCondition> {
@@ -169,9 +220,25 @@ impl Controller for NodeLifecycle {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.nodes, |_, delta, queue| {
+        sources.watch(&self.nodes, |this, delta, queue| {
             if let Some(node) = &delta.new {
+                this.last_seen(node);
+                this.zones.lock().put(&node.name_any(), zone(node), is_ready(node));
                 queue.add(Key::of(&**node));
+            } else if let Some(gone) = &delta.old {
+                this.seen.lock().remove(&gone.name_any());
+                this.zones.lock().remove(&gone.name_any());
+            }
+        });
+        // Only noted: what a lease says is looked at when the node's time runs out, so that renewals cost next to nothing.
+        sources.watch(&self.leases, |this, delta, queue| {
+            let Some(lease) = delta.new.as_ref().filter(|lease| lease.namespace().as_deref() == Some(LEASES)) else {
+                return;
+            };
+            let Some(node) = this.nodes.get("", &lease.name_any()) else { return };
+            this.last_seen(&node);
+            if !is_ready(&node) {
+                queue.add(Key::of(&*node));
             }
         });
     }
@@ -181,13 +248,23 @@ impl Controller for NodeLifecycle {
             return Ok(Outcome::Done);
         };
         let now = Timestamp::now();
-        let silent = self.last_seen(&node).map_or(GRACE, |seen| now.duration_since(seen));
+        let silent = now.duration_since(self.last_seen(&node));
         let mut node = (*node).clone();
         if silent >= GRACE && ready(&node).is_none_or(|condition| condition.status != "Unknown") {
             node = self.mark_unknown(&node, now).await?;
         }
-        let taints = taints(&node, now);
-        if taints != node.spec.clone().unwrap_or_default().taints.unwrap_or_default() {
+        self.zones.lock().put(&key.name, zone(&node), is_ready(&node));
+        let before = node.spec.clone().unwrap_or_default().taints.unwrap_or_default();
+        let mut taints = taints(&node, now);
+        let mut turn = None;
+        if evicts(&taints) && !evicts(&before) {
+            // Pods leave at a bounded rate, so that a fault of the network does not move everything at once.
+            turn = self.zones.lock().turn(&zone(&node), Instant::now());
+            if turn.is_some() {
+                taints.retain(|taint| !evicting(taint));
+            }
+        }
+        if taints != before {
             let api: Api<Node> = Api::all(self.host.client.clone());
             let patch = serde_json::json!({"metadata": {"resourceVersion": node.resource_version()}, "spec": {"taints": taints}});
             node = self.host.patch(&api, &key.name, patch).await?;
@@ -197,7 +274,8 @@ impl Controller for NodeLifecycle {
         }
         // The lease alone keeps the node alive, so look again when it would run out.
         let left = Duration::try_from(GRACE - silent).unwrap_or_default();
-        Ok(Outcome::After(if left.is_zero() { Duration::from_secs(5) } else { left }))
+        let left = if left.is_zero() { LOOK_AGAIN } else { left };
+        Ok(Outcome::After(turn.map_or(left, |turn| left.min(turn))))
     }
 }
 

@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use k8s_openapi::api::core::v1::{Pod, PodCondition, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use kube::ResourceExt;
+use kube::{Api, ResourceExt};
+
+use crate::machine::{Error, Host};
 
 /// Annotation by which users rank pods for removal (KEP-2255); lower goes first.
 const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
@@ -73,6 +75,56 @@ pub(crate) fn phase(pod: &Pod) -> &str {
 /// Whether the pod still counts: neither finished nor being deleted.
 pub(crate) fn is_active(pod: &Pod) -> bool {
     !matches!(phase(pod), "Succeeded" | "Failed") && pod.metadata.deletion_timestamp.is_none()
+}
+
+/// The node that a pod is bound to, as an index takes it.
+pub(crate) fn node_of(pod: &Pod) -> Vec<String> {
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+    node.filter(|name| !name.is_empty()).into_iter().collect()
+}
+
+/// The time, as conditions hold it: in whole seconds.
+pub(crate) fn now() -> Time {
+    let now = Timestamp::now();
+    Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
+}
+
+/// Says in a pod's status why it is about to be deleted (condition `DisruptionTarget`, KEP-3329), and that it has failed when
+/// nobody is left who could say how it ended.
+pub(crate) async fn mark_disrupted(
+    host: &Host,
+    api: &Api<Pod>,
+    pod: &Pod,
+    reason: &str,
+    message: &str,
+    failed: bool,
+) -> Result<(), Error> {
+    const TYPE: &str = "DisruptionTarget";
+    let mut conditions = pod.status.clone().unwrap_or_default().conditions.unwrap_or_default();
+    let held = conditions.iter().any(|condition| condition.type_ == TYPE && condition.status == "True");
+    if held && !failed {
+        return Ok(());
+    }
+    if !held {
+        conditions.retain(|condition| condition.type_ != TYPE);
+        conditions.push(PodCondition {
+            type_: TYPE.into(),
+            status: "True".into(),
+            reason: Some(reason.into()),
+            message: Some(message.into()),
+            last_transition_time: Some(now()),
+            ..PodCondition::default()
+        });
+    }
+    let mut status = serde_json::json!({"conditions": conditions});
+    if failed {
+        status["phase"] = "Failed".into();
+    }
+    let patch = serde_json::json!({
+        "metadata": {"uid": pod.uid(), "resourceVersion": pod.resource_version()}, "status": status,
+    });
+    host.patch_status(api, &pod.name_any(), patch).await?;
+    Ok(())
 }
 
 /// The order in which pods are given up when there are too many (kube-controller `ActivePodsWithRanks`): unbound before

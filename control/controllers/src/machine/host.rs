@@ -94,7 +94,7 @@ impl Host {
         informer
     }
 
-    pub(super) async fn synced(&self) {
+    pub(crate) async fn synced(&self) {
         for informer in &self.used {
             informer.synced().await;
         }
@@ -152,9 +152,31 @@ impl Host {
         Ok(patched)
     }
 
+    /// Merge-patches an object's status.
+    pub(crate) async fn patch_status<K: Kind>(
+        &self,
+        api: &Api<K>,
+        name: &str,
+        patch: serde_json::Value,
+    ) -> Result<K, Error> {
+        let parameters = PatchParams { field_manager: Some(self.name.into()), ..PatchParams::default() };
+        let patch = Patch::Merge(patch);
+        let patched = api.patch_status(name, &parameters, &patch).await.map_err(Error::at("patch status"))?;
+        self.wrote(&patched);
+        Ok(patched)
+    }
+
     /// Deletes an object if it is still the one with this UID; one that is gone already is no error.
     pub(crate) async fn delete<K: Kind>(&self, api: &Api<K>, object: &K) -> Result<(), Error> {
-        let mut parameters = DeleteParams::background();
+        self.delete_with(api, object, DeleteParams::background()).await
+    }
+
+    /// Deletes an object as [`Host::delete`] does, without a grace period.
+    pub(crate) async fn delete_now<K: Kind>(&self, api: &Api<K>, object: &K) -> Result<(), Error> {
+        self.delete_with(api, object, DeleteParams::background().grace_period(0)).await
+    }
+
+    async fn delete_with<K: Kind>(&self, api: &Api<K>, object: &K, mut parameters: DeleteParams) -> Result<(), Error> {
         parameters.preconditions =
             object.uid().map(|uid| kube::api::Preconditions { uid: Some(uid), resource_version: None });
         match api.delete(&object.name_any(), &parameters).await {

@@ -1,28 +1,23 @@
 //! EndpointSlice: the addresses behind each Service with a selector, in slices of a bounded size (discovery.k8s.io/v1).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use coracle_api::informer::{Delta, Informer};
 use coracle_api::server::ApiServer;
 use k8s_openapi::api::core::v1::{ContainerPort, Node, ObjectReference, Pod, Service, ServicePort};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointHints, EndpointSlice, ForNode, ForZone};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use kube::{Api, ResourceExt};
+use kube::ResourceExt;
 
+use super::slices::{self, Group, HEADLESS, MANAGED_BY, SERVICE_NAME};
 use crate::common::{pods, selector};
 use crate::machine::{
     Controller, Error, Host, Key, Outcome, Sources, WorkQueue, controller_reference, is_controlled_by,
 };
 
-/// Label that names the Service of a slice.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
-const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGER: &str = "endpointslice-controller.k8s.io";
-const HEADLESS: &str = "service.kubernetes.io/headless";
-/// Endpoints of one slice (`--max-endpoints-per-slice`).
-const MAX_ENDPOINTS: usize = 100;
 const ZONE: &str = "topology.kubernetes.io/zone";
 
 pub(crate) struct EndpointSlices {
@@ -33,39 +28,10 @@ pub(crate) struct EndpointSlices {
     slices: Arc<Informer<EndpointSlice>>,
 }
 
-/// What endpoints must share to stand in one slice.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-struct Group {
-    address_type: &'static str,
-    /// Name, number, protocol, application protocol of each port.
-    ports: Vec<(String, i32, String, Option<String>)>,
-}
-
 impl EndpointSlices {
     pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
         let mut host = Host::new(api, Self::NAME);
         Self { services: host.informer(), pods: host.informer(), nodes: host.informer(), slices: host.informer(), host }
-    }
-
-    /// Queues the Services that a changed pod belongs or belonged to.
-    fn pod_changed(&self, delta: &Delta<Pod>, queue: &WorkQueue<Key>) {
-        let Some(pod) = delta.new.as_ref().or(delta.old.as_ref()) else {
-            return;
-        };
-        if let (Some(old), Some(new)) = (&delta.old, &delta.new)
-            && view(old) == view(new)
-        {
-            return;
-        }
-        for service in self.services.list_ns(&pod.namespace().unwrap_or_default()) {
-            let Some(wanted) = service.spec.as_ref().and_then(|spec| spec.selector.as_ref()) else {
-                continue;
-            };
-            let belongs = |pod: &Arc<Pod>| selector::matches_map(wanted, pod.metadata.labels.as_ref());
-            if !wanted.is_empty() && [&delta.old, &delta.new].into_iter().flatten().any(belongs) {
-                queue.add(Key::of(&*service));
-            }
-        }
     }
 
     /// The endpoints that the Service should have, by group.
@@ -98,8 +64,8 @@ impl EndpointSlices {
                 groups.entry(group).or_default().push(endpoint(service, &pod, address, node, zone, publish_all));
             }
         }
-        for endpoints in groups.values_mut() {
-            endpoints.sort_by(|a, b| a.addresses.cmp(&b.addresses));
+        for endpoint in groups.values_mut().flatten() {
+            endpoint.hints = hints(endpoint, spec.traffic_distribution.as_deref());
         }
         if groups.is_empty() {
             // A Service without pods has an empty slice for each family, so that its consumers know it was seen.
@@ -110,6 +76,27 @@ impl EndpointSlices {
             }
         }
         groups
+    }
+}
+
+/// Queues the Services that a changed pod belongs or belonged to.
+pub(super) fn pod_changed(services: &Informer<Service>, delta: &Delta<Pod>, queue: &WorkQueue<Key>) {
+    let Some(pod) = delta.new.as_ref().or(delta.old.as_ref()) else {
+        return;
+    };
+    if let (Some(old), Some(new)) = (&delta.old, &delta.new)
+        && view(old) == view(new)
+    {
+        return;
+    }
+    for service in services.list_ns(&pod.namespace().unwrap_or_default()) {
+        let Some(wanted) = service.spec.as_ref().and_then(|spec| spec.selector.as_ref()) else {
+            continue;
+        };
+        let belongs = |pod: &Arc<Pod>| selector::matches_map(wanted, pod.metadata.labels.as_ref());
+        if !wanted.is_empty() && [&delta.old, &delta.new].into_iter().flatten().any(belongs) {
+            queue.add(Key::of(&*service));
+        }
     }
 }
 
@@ -125,7 +112,27 @@ fn view(pod: &Pod) -> impl PartialEq + use<> {
     )
 }
 
-fn address(pod: &Pod, address_type: &str) -> Option<String> {
+/// Where traffic to a ready endpoint should come from (KEP-4444, KEP-3015).
+fn hints(endpoint: &Endpoint, distribution: Option<&str>) -> Option<EndpointHints> {
+    let by_node = match distribution? {
+        "PreferClose" | "PreferSameZone" => false,
+        "PreferSameNode" => true,
+        _ => return None,
+    };
+    endpoint.conditions.as_ref().filter(|conditions| conditions.ready == Some(true))?;
+    let zones = endpoint.zone.iter().map(|name| ForZone { name: name.clone() }).collect::<Vec<_>>();
+    let nodes =
+        endpoint.node_name.iter().filter(|_| by_node).map(|name| ForNode { name: name.clone() }).collect::<Vec<_>>();
+    if zones.is_empty() && nodes.is_empty() {
+        return None;
+    }
+    Some(EndpointHints {
+        for_zones: Some(zones).filter(|zones| !zones.is_empty()),
+        for_nodes: Some(nodes).filter(|nodes| !nodes.is_empty()),
+    })
+}
+
+pub(super) fn address(pod: &Pod, address_type: &str) -> Option<String> {
     let ips = pod.status.as_ref()?.pod_ips.as_ref()?;
     ips.iter().map(|ip| ip.ip.clone()).find(|ip| ip.contains(':') == (address_type == "IPv6"))
 }
@@ -147,7 +154,7 @@ fn ports(ports: &[ServicePort], pod: &Pod) -> Vec<(String, i32, String, Option<S
         .collect()
 }
 
-fn named_port(pod: &Pod, name: &str, protocol: &str) -> Option<i32> {
+pub(super) fn named_port(pod: &Pod, name: &str, protocol: &str) -> Option<i32> {
     let spec = pod.spec.as_ref()?;
     let sidecars =
         spec.init_containers.iter().flatten().filter(|container| container.restart_policy.as_deref() == Some("Always"));
@@ -195,7 +202,8 @@ fn endpoint(
     }
 }
 
-fn slice(service: &Service, owner: &OwnerReference, group: &Group, endpoints: Vec<Endpoint>) -> EndpointSlice {
+/// What the Service's slices have in common.
+fn model(service: &Service) -> EndpointSlice {
     let mut labels = service.labels().clone();
     labels.remove(HEADLESS);
     labels.insert(SERVICE_NAME.into(), service.name_any());
@@ -208,58 +216,11 @@ fn slice(service: &Service, owner: &OwnerReference, group: &Group, endpoints: Ve
             generate_name: Some(format!("{}-", service.name_any())),
             namespace: service.namespace(),
             labels: Some(labels),
-            owner_references: Some(vec![owner.clone()]),
+            owner_references: Some(vec![controller_reference(service)]),
             ..ObjectMeta::default()
         },
-        address_type: group.address_type.into(),
-        endpoints: Some(endpoints),
-        ports: Some(
-            group
-                .ports
-                .iter()
-                .map(|(name, port, protocol, app_protocol)| EndpointPort {
-                    name: Some(name.clone()),
-                    port: Some(*port),
-                    protocol: Some(protocol.clone()),
-                    app_protocol: app_protocol.clone(),
-                })
-                .collect(),
-        ),
+        ..EndpointSlice::default()
     }
-}
-
-/// Shares endpoints out over the slices that exist: what a slice holds and is still wanted stays there, so that a change
-/// of one endpoint rewrites one slice; the rest fills gaps, then new slices.
-fn share_out(
-    existing: &[Arc<EndpointSlice>],
-    wanted: Vec<Endpoint>,
-) -> Vec<(Option<Arc<EndpointSlice>>, Vec<Endpoint>)> {
-    let mut left: BTreeMap<Vec<String>, Endpoint> =
-        wanted.into_iter().map(|endpoint| (endpoint.addresses.clone(), endpoint)).collect();
-    let mut shares: Vec<_> = existing
-        .iter()
-        .map(|slice| {
-            let kept: Vec<_> =
-                slice.endpoints.iter().flatten().filter_map(|held| left.remove(&held.addresses)).collect();
-            (Some(slice.clone()), kept)
-        })
-        .collect();
-    let mut left = left.into_values();
-    for (_, share) in &mut shares {
-        let room = MAX_ENDPOINTS.saturating_sub(share.len());
-        share.extend(left.by_ref().take(room));
-    }
-    loop {
-        let share: Vec<_> = left.by_ref().take(MAX_ENDPOINTS).collect();
-        if share.is_empty() {
-            break;
-        }
-        shares.push((None, share));
-    }
-    if shares.is_empty() {
-        shares.push((None, Vec::new()));
-    }
-    shares
 }
 
 impl Controller for EndpointSlices {
@@ -275,19 +236,14 @@ impl Controller for EndpointSlices {
                 queue.add(Key::of(&**service));
             }
         });
-        sources.watch(&self.pods, |this, delta, queue| this.pod_changed(delta, queue));
-        sources.watch(&self.slices, |_, delta, queue| {
-            let Some(slice) = delta.new.as_ref().or(delta.old.as_ref()) else {
-                return;
-            };
-            if let Some(service) = slice
-                .labels()
-                .get(SERVICE_NAME)
-                .filter(|_| slice.labels().get(MANAGED_BY).is_some_and(|by| by == MANAGER))
-            {
-                queue.add(Key::new(&slice.namespace().unwrap_or_default(), service));
+        sources.watch(&self.pods, |this, delta, queue| pod_changed(&this.services, delta, queue));
+        sources.watch(&self.nodes, |this, delta, queue| {
+            let zone = |node: &Option<Arc<Node>>| node.as_ref().and_then(|node| node.labels().get(ZONE).cloned());
+            if zone(&delta.old) != zone(&delta.new) {
+                this.services.list().iter().for_each(|service| queue.add(Key::of(&**service)));
             }
         });
+        sources.watch(&self.slices, |_, delta, queue| slices::changed(delta, MANAGER, queue));
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {
@@ -301,60 +257,14 @@ impl Controller for EndpointSlices {
         {
             return Ok(Outcome::Done);
         }
-        let api: Api<EndpointSlice> = Api::namespaced(self.host.client.clone(), &key.namespace);
         let uid = service.uid().unwrap_or_default();
-        let owner = controller_reference(&*service);
-        let mut existing: Vec<_> = self
+        let existing = self
             .slices
             .list_ns(&key.namespace)
             .into_iter()
-            .filter(|slice| {
-                is_controlled_by(&slice.metadata, &uid)
-                    && slice.labels().get(MANAGED_BY).is_some_and(|by| by == MANAGER)
-            })
+            .filter(|slice| is_controlled_by(&slice.metadata, &uid) && slices::is_managed(slice, MANAGER))
             .collect();
-        existing.sort_by_key(|slice| slice.name_any());
-        let mut kept = BTreeSet::new();
-        for (group, endpoints) in self.wanted(&service) {
-            let model = slice(&service, &owner, &group, Vec::new());
-            let same: Vec<_> = existing
-                .iter()
-                .filter(|slice| {
-                    slice.address_type == model.address_type
-                        && slice.ports.as_deref().unwrap_or_default() == model.ports.as_deref().unwrap_or_default()
-                })
-                .cloned()
-                .collect();
-            for (held, share) in share_out(&same, endpoints) {
-                match held {
-                    Some(_)
-                        if share.is_empty()
-                            && kept.iter().any(|name| same.iter().any(|slice| &slice.name_any() == name)) => {}
-                    Some(held) => {
-                        kept.insert(held.name_any());
-                        let changed = EndpointSlice {
-                            metadata: ObjectMeta { labels: model.metadata.labels.clone(), ..held.metadata.clone() },
-                            endpoints: Some(share),
-                            ..model.clone()
-                        };
-                        if changed.metadata.labels != held.metadata.labels
-                            || changed.endpoints.as_deref().unwrap_or_default()
-                                != held.endpoints.as_deref().unwrap_or_default()
-                        {
-                            self.host.replace(&api, &changed).await?;
-                        }
-                    }
-                    None => {
-                        let made =
-                            self.host.create(&api, &EndpointSlice { endpoints: Some(share), ..model.clone() }).await?;
-                        kept.insert(made.name_any());
-                    }
-                }
-            }
-        }
-        for slice in existing.iter().filter(|slice| !kept.contains(&slice.name_any())) {
-            self.host.delete(&api, &**slice).await?;
-        }
+        slices::apply(&self.host, &model(&service), existing, self.wanted(&service)).await?;
         Ok(Outcome::Done)
     }
 }
@@ -363,31 +273,19 @@ impl Controller for EndpointSlices {
 mod tests {
     use super::*;
 
-    fn endpoint(number: usize) -> Endpoint {
-        Endpoint { addresses: vec![format!("10.42.{}.{}", number / 250, number % 250)], ..Endpoint::default() }
-    }
-
-    fn held(name: &str, numbers: impl Iterator<Item = usize>) -> Arc<EndpointSlice> {
-        Arc::new(EndpointSlice {
-            metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() },
-            endpoints: Some(numbers.map(endpoint).collect()),
-            ..EndpointSlice::default()
-        })
-    }
-
     #[test]
-    fn endpoints_stay_in_their_slices_and_new_ones_fill_gaps() {
-        let existing = [held("a", 0..100), held("b", 100..150)];
-        let shares = share_out(&existing, (1..260).map(endpoint).collect());
-        let sizes: Vec<_> = shares.iter().map(|(_, share)| share.len()).collect();
-        assert_eq!(sizes, [100, 100, 59]);
-        assert!((1..100).all(|number| shares[0].1.contains(&endpoint(number))), "an endpoint moved");
-        let all: usize = sizes.iter().sum();
-        assert_eq!(all, 259);
-    }
-
-    #[test]
-    fn a_service_without_pods_keeps_one_empty_slice() {
-        assert_eq!(share_out(&[], Vec::new()).len(), 1);
+    fn hints_follow_the_traffic_distribution() {
+        let endpoint = |ready| Endpoint {
+            conditions: Some(EndpointConditions { ready: Some(ready), ..EndpointConditions::default() }),
+            zone: Some("z".into()),
+            node_name: Some("n".into()),
+            ..Endpoint::default()
+        };
+        assert_eq!(hints(&endpoint(true), None), None);
+        assert_eq!(hints(&endpoint(false), Some("PreferSameZone")), None);
+        let close = hints(&endpoint(true), Some("PreferClose")).expect("hints");
+        assert_eq!((close.for_zones.expect("zones")[0].name.as_str(), close.for_nodes), ("z", None));
+        let node = hints(&endpoint(true), Some("PreferSameNode")).expect("hints");
+        assert_eq!(node.for_nodes.expect("nodes")[0].name, "n");
     }
 }

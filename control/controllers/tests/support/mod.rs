@@ -37,7 +37,7 @@ pub(crate) fn made<K: DeserializeOwned>(object: Value) -> K {
 pub(crate) struct Cluster {
     pub(crate) api: Arc<ApiServer>,
     pub(crate) client: Client,
-    controllers: JoinHandle<()>,
+    controllers: Option<JoinHandle<()>>,
     stop: CancellationToken,
     // Last, so that the store is closed first.
     _data: tempfile::TempDir,
@@ -45,6 +45,20 @@ pub(crate) struct Cluster {
 
 impl Cluster {
     pub(crate) async fn start() -> Self {
+        let mut cluster = Self::idle().await;
+        cluster.control();
+        cluster
+    }
+
+    /// Starts the controllers, anew if they run.
+    pub(crate) fn control(&mut self) {
+        if let Some(running) = self.controllers.replace(tokio::spawn(coracle_controllers::run(self.api.clone()))) {
+            running.abort();
+        }
+    }
+
+    /// A control plane without controllers.
+    pub(crate) async fn idle() -> Self {
         let data = tempfile::tempdir().expect("a folder");
         let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
         let stop = CancellationToken::new();
@@ -62,9 +76,8 @@ impl Cluster {
             disabled_admission: Vec::new(),
         };
         let api = ApiServer::new(config, store, stop.clone()).await.expect("a server");
-        let controllers = tokio::spawn(coracle_controllers::run(api.clone()));
         let client = api.client(UserInfo::new("admin", &["system:masters"]));
-        Self { api, client, controllers, stop, _data: data }
+        Self { api, client, controllers: None, stop, _data: data }
     }
 
     /// A client of somebody else.
@@ -112,7 +125,9 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.controllers.abort();
+        if let Some(running) = &self.controllers {
+            running.abort();
+        }
         self.stop.cancel();
     }
 }

@@ -8,6 +8,7 @@ mod common;
 mod garbage;
 mod machine;
 mod network;
+mod storage;
 mod workloads;
 
 use std::sync::Arc;
@@ -39,6 +40,12 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
     running.spawn(machine::run(network::mirror::Mirror::new(&api)));
     running.spawn(machine::run(network::balancer::Balancer::new(&api)));
+    running.spawn(machine::run(storage::bind::Binder::new(&api)));
+    running.spawn(machine::run(storage::ephemeral::Ephemeral::new(&api)));
+    running.spawn(machine::run(storage::protect::Claims::new(&api)));
+    running.spawn(machine::run(storage::protect::Volumes::new(&api)));
+    running.spawn(machine::run(storage::protect::AttributeClasses::new(&api)));
+    running.spawn(machine::run(storage::attach::Attach::new(&api, &on_node)));
     let pods = Arc::new(Owned::<Pod>::new(&api));
     running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicationController>::new(&api, &pods)));
     running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicaSet>::new(&api, &pods)));

@@ -2,6 +2,7 @@
 
 mod facts;
 mod lease;
+pub(crate) mod local_volumes;
 pub mod status;
 
 use std::sync::Arc;
@@ -76,7 +77,8 @@ impl NodeAgent {
     pub async fn register(&self) -> Result<Node, NodeError> {
         let name = &self.config.node_name;
         if self.api().get_opt(name).await.map_err(self.failed("look for"))?.is_some() {
-            let patch = json!({"metadata": {"labels": self.facts.labels(&self.config)}});
+            let patch = json!({"metadata": {"labels": self.facts.labels(&self.config),
+                "annotations": status::annotations(&self.config)}});
             let parameters = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
             return self.api().patch(name, &parameters, &Patch::Merge(patch)).await.map_err(self.failed("label"));
         }
@@ -113,7 +115,11 @@ impl NodeAgent {
 
     /// Renews the Lease and reports the status until the future is dropped.
     pub async fn run(&self, health: Arc<dyn Health>) {
-        tokio::join!(lease::keep(&self.config, &self.client), self.report(health));
+        tokio::join!(
+            lease::keep(&self.config, &self.client),
+            local_volumes::keep(&self.config, &self.client),
+            self.report(health)
+        );
     }
 
     /// Writes the status when it has changed, and at the interval that shows that the agent lives.

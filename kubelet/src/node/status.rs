@@ -19,6 +19,15 @@ const MAX_IMAGES: usize = 50;
 /// The version of Kubernetes whose behaviour this node has.
 pub const KUBELET_VERSION: &str = concat!("v1.36.0+coracle-", env!("CARGO_PKG_VERSION"));
 
+/// What the node's annotations tell the controllers of volumes.
+pub(super) fn annotations(config: &Config) -> BTreeMap<String, String> {
+    let folder = super::local_volumes::folder(&config.layout).to_string_lossy().into_owned();
+    BTreeMap::from([
+        ("volumes.kubernetes.io/controller-managed-attach-detach".to_owned(), "true".to_owned()),
+        (super::local_volumes::FOLDER.to_owned(), folder),
+    ])
+}
+
 /// The object of a node that registers itself.
 pub(super) fn first(config: &Config, facts: &Facts) -> Node {
     let taints = config.register_with_taints.iter().map(|(key, value, effect)| Taint {
@@ -32,10 +41,7 @@ pub(super) fn first(config: &Config, facts: &Facts) -> Node {
         metadata: ObjectMeta {
             name: Some(config.node_name.clone()),
             labels: Some(facts.labels(config)),
-            annotations: Some(BTreeMap::from([(
-                "volumes.kubernetes.io/controller-managed-attach-detach".to_owned(),
-                "true".to_owned(),
-            )])),
+            annotations: Some(annotations(config)),
             ..ObjectMeta::default()
         },
         spec: Some(NodeSpec { taints: (!taints.is_empty()).then_some(taints), ..NodeSpec::default() }),

@@ -1,15 +1,18 @@
 //! `persistentVolumeClaim` and `ephemeral` volumes: from claim to volume to what is behind it.
 
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use kube::Api;
 
-use super::error::VolumeError;
+use super::error::{IoContext as _, VolumeError};
 use super::host_path;
 use super::ownership;
 use super::plugin::{Context, Plugin, Ready};
+use crate::node::local_volumes;
 
 /// A claim named by the pod.
 pub(super) struct ClaimVolume;
@@ -53,6 +56,19 @@ impl Plugin for EphemeralVolume {
             return Err(VolumeError::Claim { claim: name, reason: "it was not created for this pod".into() });
         }
         setup_claim(context, &claim, false).await
+    }
+}
+
+/// Makes the folder of a local volume that the control plane made on demand. Whoever runs in the pod may write there.
+fn make_local(path: &Path) -> Result<(), VolumeError> {
+    if path.exists() {
+        return Ok(());
+    }
+    let parent = path.parent().unwrap_or(path);
+    DirBuilder::new().recursive(true).mode(0o711).create(parent).step("create folder", parent)?;
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error).step("create folder", path),
+        _ => fs::set_permissions(path, fs::Permissions::from_mode(0o777)).step("open to all", path),
     }
 }
 
@@ -103,6 +119,9 @@ async fn setup_claim(
     };
     let group = context.fs_group();
     let mut ready = if let Some(local) = &spec.local {
+        if local_volumes::is_ours(&context.manager.config.layout, Path::new(&local.path)) {
+            make_local(Path::new(&local.path))?;
+        }
         checked(&local.path, "Directory")?;
         if let Some(group) = group.filter(|_| !read_only) {
             ownership::apply(Path::new(&local.path), group, false, ownership::policy(context.pod)).await?;

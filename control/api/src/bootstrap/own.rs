@@ -23,12 +23,19 @@ const JOINING: [(&str, &str, &str); 3] = [
 
 /// Rules that the built-in controllers need beyond those of Kubernetes: role, service account of `kube-system`, rules.
 fn rules() -> Vec<(&'static str, &'static str, Value)> {
-    vec![(
-        "coracle:kubelet-serving-approver",
-        "certificate-controller",
-        json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"],
-            "resourceNames": ["kubernetes.io/kubelet-serving"], "verbs": ["approve"]}]),
-    )]
+    vec![
+        (
+            "coracle:kubelet-serving-approver",
+            "certificate-controller",
+            json!([{"apiGroups": ["certificates.k8s.io"], "resources": ["signers"],
+                "resourceNames": ["kubernetes.io/kubelet-serving"], "verbs": ["approve"]}]),
+        ),
+        (
+            "coracle:local-volumes",
+            "persistent-volume-binder",
+            json!([{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "patch"]}]),
+        ),
+    ]
 }
 
 fn binding(name: &str, role: &str, subject: &Value) -> Value {
@@ -43,6 +50,14 @@ pub(super) fn objects() -> Vec<(&'static str, &'static str, Value)> {
         let subject = json!({"apiGroup": RBAC, "kind": "Group", "name": group});
         all.push((RBAC, "clusterrolebindings", binding(name, role, &subject)));
     }
+    all.push((
+        "storage.k8s.io",
+        "storageclasses",
+        json!({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass",
+            "metadata": {"name": "coracle-local", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
+            "provisioner": "coracle.io/local", "reclaimPolicy": "Delete", "volumeBindingMode": "WaitForFirstConsumer",
+            "allowVolumeExpansion": true}),
+    ));
     for (name, account, rules) in rules() {
         let role = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
             "metadata": {"name": name}, "rules": rules});

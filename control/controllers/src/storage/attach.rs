@@ -1,0 +1,220 @@
+//! Attachment of volumes whose driver needs it (CSI): a VolumeAttachment for each volume on each node where a pod uses it,
+//! for as long as that is so and, on a node that answers, until the node has let go of the volume.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use coracle_api::informer::{Index, Informer};
+use coracle_api::server::ApiServer;
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment, VolumeAttachmentSource, VolumeAttachmentSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::{Api, ResourceExt};
+use parking_lot::Mutex;
+use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
+
+use crate::common::pods;
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue};
+
+/// Time for a node to let go of a volume that no pod there uses, before it is detached all the same
+/// (`maxWaitForUnmountDuration`).
+const UNMOUNT_MOST: Duration = Duration::from_secs(360);
+/// How often a node that has not let go is looked at.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
+
+pub(crate) struct Attach {
+    host: Host,
+    pods: Arc<Informer<Pod>>,
+    on_node: Arc<Index<Pod>>,
+    nodes: Arc<Informer<Node>>,
+    claims: Arc<Informer<PersistentVolumeClaim>>,
+    volumes: Arc<Informer<PersistentVolume>>,
+    drivers: Arc<Informer<CSIDriver>>,
+    attachments: Arc<Informer<VolumeAttachment>>,
+    /// Since when an attachment has been unwanted, by its name; only such are here.
+    unwanted: Mutex<BTreeMap<String, Instant>>,
+}
+
+impl Attach {
+    pub(crate) fn new(api: &Arc<ApiServer>, on_node: &Arc<Index<Pod>>) -> Self {
+        let mut host = Host::new(api, Self::NAME);
+        Self {
+            pods: host.informer(),
+            on_node: on_node.clone(),
+            nodes: host.informer(),
+            claims: host.informer(),
+            volumes: host.informer(),
+            drivers: host.informer(),
+            attachments: host.informer(),
+            unwanted: Mutex::default(),
+            host,
+        }
+    }
+
+    /// The bound volumes of a pod.
+    fn volumes_of(&self, pod: &Pod) -> Vec<Arc<PersistentVolume>> {
+        let namespace = pod.namespace().unwrap_or_default();
+        let sources = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+        sources
+            .filter_map(|volume| {
+                let name = match (&volume.persistent_volume_claim, &volume.ephemeral) {
+                    (Some(claim), _) => claim.claim_name.clone(),
+                    (None, Some(_)) => format!("{}-{}", pod.name_any(), volume.name),
+                    _ => return None,
+                };
+                let claim = self.claims.get(&namespace, &name)?;
+                self.volumes.get("", claim.spec.as_ref()?.volume_name.as_deref()?)
+            })
+            .collect()
+    }
+
+    /// Whether the volume's driver wants to be told to attach it; of a driver that does not say so it does.
+    fn needs_attachment(&self, volume: &PersistentVolume) -> bool {
+        let Some(csi) = volume.spec.as_ref().and_then(|spec| spec.csi.as_ref()) else { return false };
+        self.drivers.get("", &csi.driver).is_none_or(|driver| driver.spec.attach_required != Some(false))
+    }
+
+    /// What is to be attached to a node, by the name of the attachment.
+    fn wanted(&self, node: &str) -> BTreeMap<String, VolumeAttachment> {
+        let mut wanted = BTreeMap::new();
+        for pod in self.on_node.get(node).iter().filter(|pod| !matches!(pods::phase(pod), "Succeeded" | "Failed")) {
+            for volume in self.volumes_of(pod).iter().filter(|volume| self.needs_attachment(volume)) {
+                if let Some(attachment) = attachment(volume, node) {
+                    wanted.insert(attachment.name_any(), attachment);
+                }
+            }
+        }
+        wanted
+    }
+
+    /// Whether the node may still have the volume mounted.
+    fn in_use(&self, held: &VolumeAttachment, node: &str) -> bool {
+        let Some(node) = self.nodes.get("", node) else { return false };
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        if taints.into_iter().any(|taint| taint.key == OUT_OF_SERVICE) {
+            return false;
+        }
+        let volume = held.spec.source.persistent_volume_name.as_deref().and_then(|name| self.volumes.get("", name));
+        let Some(csi) = volume.as_ref().and_then(|volume| volume.spec.as_ref()?.csi.as_ref()) else { return false };
+        let unique = format!("kubernetes.io/csi/{}^{}", csi.driver, csi.volume_handle);
+        node.status.iter().flat_map(|status| status.volumes_in_use.iter().flatten()).any(|name| *name == unique)
+    }
+
+    fn queue_pod(&self, pod: &Pod, queue: &WorkQueue<Key>) {
+        for node in pods::node_of(pod) {
+            if self.volumes_of(pod).iter().any(|volume| self.needs_attachment(volume)) {
+                queue.add(Key::new("", &node));
+            }
+        }
+    }
+}
+
+/// The attachment of a volume to a node; its name says which, as `csi-` and a hash of volume, driver and node.
+fn attachment(volume: &PersistentVolume, node: &str) -> Option<VolumeAttachment> {
+    let csi = volume.spec.as_ref()?.csi.as_ref()?;
+    let name = hex::encode(Sha256::digest(format!("{}{}{node}", csi.volume_handle, csi.driver)));
+    Some(VolumeAttachment {
+        metadata: ObjectMeta { name: Some(format!("csi-{name}")), ..ObjectMeta::default() },
+        spec: VolumeAttachmentSpec {
+            attacher: csi.driver.clone(),
+            node_name: node.into(),
+            source: VolumeAttachmentSource {
+                persistent_volume_name: volume.metadata.name.clone(),
+                ..VolumeAttachmentSource::default()
+            },
+        },
+        status: None,
+    })
+}
+
+impl Controller for Attach {
+    const NAME: &'static str = "attachdetach-controller";
+
+    fn host(&self) -> &Host {
+        &self.host
+    }
+
+    fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
+        sources.watch(&self.pods, |this, delta, queue| {
+            let view = |pod: &Option<Arc<Pod>>| pod.as_ref().map(|pod| (pods::node_of(pod), pods::is_active(pod)));
+            if view(&delta.old) != view(&delta.new) {
+                for pod in [&delta.old, &delta.new].into_iter().flatten() {
+                    this.queue_pod(pod, queue);
+                }
+            }
+        });
+        // A claim that is bound late changes what its pods need.
+        sources.watch(&self.claims, |this, delta, queue| {
+            let named = |claim: &Option<Arc<PersistentVolumeClaim>>| {
+                claim.as_ref().and_then(|claim| claim.spec.as_ref()?.volume_name.clone())
+            };
+            let Some(claim) = delta.new.as_ref().filter(|_| named(&delta.old) != named(&delta.new)) else { return };
+            let namespace = claim.namespace().unwrap_or_default();
+            this.pods.list_ns(&namespace).iter().for_each(|pod| this.queue_pod(pod, queue));
+        });
+        sources.watch(&self.attachments, |_, delta, queue| {
+            for held in [&delta.old, &delta.new].into_iter().flatten() {
+                queue.add(Key::new("", &held.spec.node_name));
+            }
+        });
+        sources.watch(&self.nodes, |_, delta, queue| {
+            let view = |node: &Option<Arc<Node>>| {
+                let node = node.as_ref()?;
+                Some((node.status.as_ref()?.volumes_in_use.clone(), node.spec.as_ref()?.taints.clone()))
+            };
+            if let Some(node) = delta.new.as_ref().or(delta.old.as_ref())
+                && view(&delta.old) != view(&delta.new)
+            {
+                queue.add(Key::new("", &node.name_any()));
+            }
+        });
+    }
+
+    async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {
+        let node = &*key.name;
+        let api: Api<VolumeAttachment> = Api::all(self.host.client.clone());
+        let mut wanted = self.wanted(node);
+        let held: Vec<_> = self.attachments.list().into_iter().filter(|held| held.spec.node_name == node).collect();
+        let mut outcome = Outcome::Done;
+        let mut unwanted = BTreeSet::new();
+        for held in held {
+            if wanted.remove(&held.name_any()).is_some() || held.metadata.deletion_timestamp.is_some() {
+                self.unwanted.lock().remove(&held.name_any());
+                continue;
+            }
+            unwanted.insert(held.name_any());
+            let since = *self.unwanted.lock().entry(held.name_any()).or_insert_with(Instant::now);
+            if self.in_use(&held, node) && since.elapsed() < UNMOUNT_MOST {
+                outcome = Outcome::After(LOOK_AGAIN);
+                continue;
+            }
+            self.host.delete(&api, &*held).await?;
+            self.unwanted.lock().remove(&held.name_any());
+        }
+        for attachment in wanted.values() {
+            self.host.create(&api, attachment).await?;
+        }
+        Ok(outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attachment_is_named_for_volume_driver_and_node() {
+        let volume: PersistentVolume = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "v"}, "spec": {"csi": {"driver": "d", "volumeHandle": "h"}},
+        }))
+        .expect("a volume");
+        let made = attachment(&volume, "n").expect("an attachment");
+        // sha256 of "hdn", as other parts of Kubernetes compute it.
+        assert_eq!(made.name_any().len(), "csi-".len() + 64);
+        assert_ne!(made.name_any(), attachment(&volume, "m").expect("an attachment").name_any());
+        assert_eq!((made.spec.attacher.as_str(), made.spec.source.persistent_volume_name.as_deref()), ("d", Some("v")));
+    }
+}

@@ -224,10 +224,10 @@ async fn tokens_tell_who_somebody_is() {
     let request =
         serde_json::from_value(json!({"spec": {"audiences": [], "expirationSeconds": 600}})).expect("a request");
     let answer = accounts.create_token_request("robot", &PostParams::default(), &request).await.expect("a token");
-    let token = answer.status.expect("a status").token;
+    let token = answer.status.expect("a status").token.expect("a token");
     let robot = server
         .client_with(|config| {
-            config.auth_info = kube::config::AuthInfo { token: token.clone().map(Into::into), ..Default::default() };
+            config.auth_info = kube::config::AuthInfo { token: Some(token.clone().into()), ..Default::default() };
         })
         .await;
     let forbidden = Api::<Namespace>::all(robot.clone()).list(&ListParams::default()).await.expect_err("it may not");
@@ -235,14 +235,25 @@ async fn tokens_tell_who_somebody_is() {
         matches!(&forbidden, kube::Error::Api(s) if s.message == "namespaces is forbidden: User \"system:serviceaccount:default:robot\" cannot list resource \"namespaces\" in API group \"\" at the cluster scope"),
         "{forbidden}"
     );
-    let review =
-        json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token.clone()}});
-    let post = http::Request::post("/apis/authentication.k8s.io/v1/tokenreviews")
-        .header("content-type", "application/json")
-        .body(review.to_string().into_bytes())
-        .expect("a request");
-    let reviewed: Value = client.request(post).await.expect("reviewed");
-    assert_eq!(reviewed["status"]["user"]["username"], "system:serviceaccount:default:robot");
+    let reviewed = async |token: &str| -> Value {
+        let review = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
+        let post = http::Request::post("/apis/authentication.k8s.io/v1/tokenreviews")
+            .header("content-type", "application/json")
+            .body(review.to_string().into_bytes())
+            .expect("a request");
+        client.request(post).await.expect("reviewed")
+    };
+    // The second time the signature is remembered; that does not make a forged one good, nor other claims under it.
+    for _ in 0..2 {
+        assert_eq!(reviewed(&token).await["status"]["user"]["username"], "system:serviceaccount:default:robot");
+        let (signed, signature) = token.rsplit_once('.').expect("three parts");
+        let (header, claims) = signed.split_once('.').expect("three parts");
+        let swap =
+            |part: &str| if part.starts_with('A') { part.replacen('A', "B", 1) } else { format!("A{}", &part[1..]) };
+        for forged in [format!("{signed}.{}", swap(signature)), format!("{header}.{}.{signature}", swap(claims))] {
+            assert_ne!(reviewed(&forged).await["status"]["authenticated"], true, "{forged}");
+        }
+    }
     accounts.delete("robot", &DeleteParams::default()).await.expect("deleted");
     let gone = Api::<Namespace>::all(robot).list(&ListParams::default()).await.expect_err("its account is gone");
     assert!(matches!(gone, kube::Error::Api(s) if s.code == 401));

@@ -1,7 +1,10 @@
 //! Keys that sign and verify tokens, and their publication as OpenID Connect discovery.
 
+use std::collections::HashSet;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use parking_lot::Mutex;
 use ring::rand::SystemRandom;
 use ring::signature::{self, EcdsaKeyPair, KeyPair as _, UnparsedPublicKey};
 use serde_json::{Value, json};
@@ -10,6 +13,9 @@ use sha2::{Digest as _, Sha256};
 use crate::http::{Response, json_response};
 use crate::pki::{Pki, PkiError};
 use crate::server::{ApiServer, Config};
+
+/// Signatures that are remembered as good, 32 bytes each: more than a cluster has pods that talk to it.
+const VERIFIED: usize = 16_384;
 
 /// The keys of a server.
 pub(super) struct Keys {
@@ -20,6 +26,9 @@ pub(super) struct Keys {
     pair: EcdsaKeyPair,
     random: SystemRandom,
     jwk: Value,
+    /// Digests of tokens whose signature was good. A verification costs as much as a whole GET; what a token claims, how
+    /// long, and whether its account still exists is looked at each time.
+    verified: Mutex<HashSet<[u8; 32]>>,
 }
 
 impl Keys {
@@ -36,7 +45,7 @@ impl Keys {
             "x": URL_SAFE_NO_PAD.encode(x), "y": URL_SAFE_NO_PAD.encode(y),
         });
         let issuer = format!("https://kubernetes.default.svc.{}", config.cluster_domain);
-        Ok(Self { issuer, id, pair, random, jwk })
+        Ok(Self { issuer, id, pair, random, jwk, verified: Mutex::default() })
     }
 
     /// A signed token.
@@ -50,9 +59,22 @@ impl Keys {
 
     /// Whether our key signed this.
     pub(super) fn is_ours(&self, signed: &[u8], signature: &[u8]) -> bool {
-        UnparsedPublicKey::new(&signature::ECDSA_P256_SHA256_FIXED, self.pair.public_key().as_ref())
+        let digest: [u8; 32] = Sha256::new().chain_update(signature).chain_update(signed).finalize().into();
+        if self.verified.lock().contains(&digest) {
+            return true;
+        }
+        // The signature's length is fixed, so no other pair has the same bytes in a row.
+        let good = UnparsedPublicKey::new(&signature::ECDSA_P256_SHA256_FIXED, self.pair.public_key().as_ref())
             .verify(signed, signature)
-            .is_ok()
+            .is_ok();
+        if good {
+            let mut verified = self.verified.lock();
+            if verified.len() >= VERIFIED {
+                verified.clear();
+            }
+            verified.insert(digest);
+        }
+        good
     }
 
     /// `/.well-known/openid-configuration` and `/openid/v1/jwks`.

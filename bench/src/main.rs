@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod hollow;
 mod host;
 mod kube_apiserver;
 mod oci;
@@ -37,7 +38,9 @@ enum Verb {
     PodStart,
     /// Requests over TLS: coracle, kube-apiserver with etcd
     Api,
-    /// Everything
+    /// Leases, a Deployment and its update on many nodes without hosts behind them
+    Hollow,
+    /// Everything but hollow
     All,
 }
 
@@ -82,6 +85,15 @@ struct Options {
     /// Length of a round
     #[arg(long, global = true, default_value_t = 1000)]
     round_ms: u64,
+    /// Hollow nodes
+    #[arg(long, global = true, default_value_t = 1000)]
+    nodes: usize,
+    /// Pods of the Deployment on hollow nodes
+    #[arg(long, global = true, default_value_t = 3000)]
+    replicas: usize,
+    /// Run the hollow nodes of this cluster until interrupted, and measure nothing
+    #[arg(long, global = true, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
     /// Objects that a LIST returns
     #[arg(long, global = true, default_value_t = 10_000)]
     objects: usize,
@@ -93,20 +105,28 @@ fn main() -> anyhow::Result<()> {
         Measure::PeakRss { command } => return oci::peak_rss(&command),
         Measure::Verb(verb) => verb,
     };
-    let wanted = |one| verb == one || verb == Verb::All;
+    let wanted = |one| verb == one || (verb == Verb::All && one != Verb::Hollow);
+    if let (Verb::Hollow, Some(kubeconfig)) = (verb, &options.kubeconfig) {
+        let runtime = tokio::runtime::Runtime::new().context("start the async runtime")?;
+        return runtime.block_on(hollow::serve(kubeconfig, options.nodes));
+    }
     let program = |given: &Option<PathBuf>, name| given.clone().map_or_else(|| peers::beside(name), Ok);
     host::enter()?;
     let mut figures = Vec::new();
     if wanted(Verb::Oci) {
         figures.extend(oci::measure(&program(&options.corun, "corun")?, options.runs).context("oci")?);
     }
-    if wanted(Verb::PodStart) || wanted(Verb::Api) {
+    if wanted(Verb::PodStart) || wanted(Verb::Api) || wanted(Verb::Hollow) {
         let coracle = program(&options.coracle, "coracle")?;
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
         if wanted(Verb::PodStart) {
             let measured = runtime.block_on(pod_start::measure(&coracle, options.pods, options.burst));
             figures.extend(measured.context("pod-start")?);
+        }
+        if wanted(Verb::Hollow) {
+            let measured = runtime.block_on(hollow::measure(&coracle, options.nodes, options.replicas));
+            figures.extend(measured.context("hollow")?);
         }
         if wanted(Verb::Api) {
             let load = api::Load {

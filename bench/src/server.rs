@@ -100,6 +100,16 @@ impl Server {
         Ok(kib as f64 / 1024.0)
     }
 
+    /// Time that the server itself has computed, in seconds.
+    pub(crate) fn cpu_s(&self) -> anyhow::Result<f64> {
+        let id = self.child.id().context("the server has ended")?;
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).context("read the server's times")?;
+        // proc(5): user and system time are the 14th and 15th field; the name before may hold spaces.
+        let fields = stat.rsplit_once(')').context("read the server's times")?.1;
+        let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        Ok(ticks as f64 / 100.0)
+    }
+
     fn log(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_else(|error| format!("no log: {error}"))
     }

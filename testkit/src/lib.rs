@@ -5,8 +5,10 @@ mod eventually;
 mod image;
 mod kubectl;
 mod need;
+mod pypi;
 
 pub use eventually::{Deadline, eventually};
 pub use image::Image;
 pub use kubectl::kubectl;
 pub use need::need;
+pub use pypi::python;

@@ -26,6 +26,10 @@ pub async fn run(api: Arc<ApiServer>) {
     let mut running = JoinSet::new();
     running.spawn(machine::run(cluster::accounts::Accounts::new(&api)));
     running.spawn(machine::run(cluster::root_ca::RootCa::new(&api)));
+    running.spawn(machine::run(cluster::token_secrets::TokenSecrets::new(&api)));
+    running.spawn(machine::run(cluster::aggregation::Aggregation::new(&api)));
+    running.spawn(machine::run(cluster::policy_status::PolicyStatus::new(&api)));
+    running.spawn(machine::run(cluster::resource_claims::ResourceClaims::new(&api)));
     running.spawn(machine::run(cluster::namespaces::Namespaces::new(&api)));
     running.spawn(machine::run(cluster::quota::Quotas::new(&api)));
     running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
@@ -39,6 +43,7 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(network::endpoints::EndpointsController::new(&api)));
     running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
     running.spawn(machine::run(network::mirror::Mirror::new(&api)));
+    running.spawn(machine::run(network::service_cidrs::ServiceCidrs::new(&api)));
     running.spawn(machine::run(network::balancer::Balancer::new(&api)));
     running.spawn(machine::run(storage::bind::Binder::new(&api)));
     running.spawn(machine::run(storage::ephemeral::Ephemeral::new(&api)));

@@ -12,6 +12,7 @@ pub mod policy;
 pub mod quota;
 pub mod service_account;
 pub mod storage;
+pub mod typecheck;
 pub mod webhook;
 
 use std::sync::Arc;

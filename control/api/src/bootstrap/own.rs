@@ -35,6 +35,23 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
             "persistent-volume-binder",
             json!([{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "patch"]}]),
         ),
+        (
+            "coracle:token-secrets",
+            "service-account-token-controller",
+            json!([
+                {"apiGroups": [""], "resources": ["serviceaccounts"], "verbs": ["get"]},
+                {"apiGroups": [""], "resources": ["serviceaccounts/token"], "verbs": ["create"]},
+                {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get", "update", "delete"]},
+            ]),
+        ),
+        (
+            "coracle:service-addresses",
+            "service-cidrs-controller",
+            json!([
+                {"apiGroups": ["networking.k8s.io"], "resources": ["ipaddresses"], "verbs": ["delete"]},
+                {"apiGroups": [""], "resources": ["services"], "verbs": ["get"]},
+            ]),
+        ),
     ]
 }
 

@@ -213,8 +213,15 @@ impl Controller for Namespaces {
         let mut left = Left::default();
         let rows = self.api.registry.rows();
         let stored = rows.all.iter().filter(|kind| kind.namespaced() && kind.stored() && kind.is_storage_version());
-        for kind in stored {
+        // Pods go before what they rest on (KEP-5080).
+        let (pods, others): (Vec<_>, Vec<_>) = stored.partition(|kind| kind.is("", "pods"));
+        for kind in pods {
             self.empty(kind, &key.name, &mut left).await?;
+        }
+        if left.content.is_empty() && left.failures.is_empty() {
+            for kind in others {
+                self.empty(kind, &key.name, &mut left).await?;
+            }
         }
         self.report(&namespace, &left).await?;
         if !left.content.is_empty() || !left.failures.is_empty() {

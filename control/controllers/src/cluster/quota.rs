@@ -17,6 +17,8 @@ use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue};
 
 /// All objects in the store.
 const EVERYTHING: &str = "/registry/";
+/// Objects that may count for more or less after a change.
+const RESIZED: [&str; 2] = ["/registry/services/", "/registry/persistentvolumeclaims/"];
 /// How often everything is counted anew, whatever happened.
 const RESYNC: Duration = Duration::from_secs(300);
 /// Pause before a lost watch is taken up again.
@@ -49,6 +51,7 @@ impl Quotas {
                     EventKind::Delete => true,
                     EventKind::Put => {
                         event.entry.create_revision == event.entry.revision
+                            || RESIZED.iter().any(|prefix| event.entry.key.starts_with(prefix))
                             || pod_ended(&event.entry.key, &event.entry.value)
                     }
                 };

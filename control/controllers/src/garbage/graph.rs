@@ -50,8 +50,9 @@ impl Item {
 pub(super) enum Verdict {
     /// Nothing.
     Keep,
-    /// All its owners are gone or wait for it: delete it, after its own dependents if `foreground`.
-    Delete { foreground: bool },
+    /// All its owners are gone or wait for it: delete it, after its own dependents if `foreground`. If one of these waits for
+    /// its own dependents it may be in a circle with this one: then it is to hold up its owners no longer (`unblock`).
+    Delete { foreground: bool, unblock: bool },
     /// Some owners live: only the references to the others go.
     Disown(Vec<Arc<str>>),
     /// Its dependents stay: take the references to it from these, then its finalizer.
@@ -125,6 +126,12 @@ impl Graph {
         reachable.then_some(owner)
     }
 
+    /// Whether an object refers to an owner that is in a namespace which the object may not refer into.
+    pub(super) fn refers_astray(&self, item: &Item) -> bool {
+        let known = |uid: &str| self.by_uid.contains_key(uid);
+        item.metadata.owner_references.iter().any(|owner| known(&owner.uid) && self.owner(item, &owner.uid).is_none())
+    }
+
     /// What is to be done about an object.
     pub(super) fn judge(&self, key: &str) -> Verdict {
         let Some(item) = self.items.get(key) else { return Verdict::Keep };
@@ -159,7 +166,14 @@ impl Graph {
             (true, _) => Verdict::Keep,
             (false, true) => Verdict::Disown(gone),
             (false, false) => {
-                Verdict::Delete { foreground: waiting && self.dependents.contains_key(&item.metadata.uid) }
+                let dependents = self.dependents_of(&item.metadata.uid);
+                let circle = || {
+                    let mut held = dependents.iter().filter_map(|key| self.items.get(key));
+                    held.any(|dependent| dependent.waits(FOREGROUND))
+                };
+                let blocks = item.metadata.owner_references.iter().any(|owner| owner.block_owner_deletion);
+                let foreground = waiting && !dependents.is_empty();
+                Verdict::Delete { foreground, unblock: foreground && blocks && circle() }
             }
         }
     }
@@ -205,7 +219,7 @@ mod tests {
         let mut touched = graph.change(&key("owner"), None);
         touched.sort();
         assert_eq!(touched, [key("child"), key("shared")]);
-        assert_eq!(graph.judge("/child"), Verdict::Delete { foreground: false });
+        assert_eq!(graph.judge("/child"), Verdict::Delete { foreground: false, unblock: false });
         assert_eq!(graph.judge("/shared"), Verdict::Disown(vec!["owner".into()]));
     }
 
@@ -217,9 +231,25 @@ mod tests {
             item("grandchild", &["child"], &[]),
         ]);
         assert_eq!(graph.judge("/owner"), Verdict::Keep);
-        assert_eq!(graph.judge("/child"), Verdict::Delete { foreground: true });
+        assert_eq!(graph.judge("/child"), Verdict::Delete { foreground: true, unblock: false });
         assert!(graph.change(&key("child"), None).contains(&key("owner")));
         assert_eq!(graph.judge("/owner"), Verdict::Release(FOREGROUND));
+    }
+
+    #[test]
+    fn a_circle_is_broken_where_it_closes() {
+        let mut graph = graph(&[item("a", &["c"], &[FOREGROUND]), item("b", &["a"], &[]), item("c", &["b"], &[])]);
+        assert_eq!(graph.judge("/b"), Verdict::Delete { foreground: true, unblock: false });
+        graph.change(&key("b"), Some(item("b", &["a"], &[FOREGROUND])));
+        assert_eq!(graph.judge("/c"), Verdict::Delete { foreground: true, unblock: true });
+        let mut freed = item("c", &["b"], &[FOREGROUND]);
+        freed.metadata.owner_references[0].block_owner_deletion = false;
+        graph.change(&key("c"), Some(freed));
+        assert_eq!(graph.judge("/b"), Verdict::Release(FOREGROUND));
+        graph.change(&key("b"), None);
+        assert_eq!(graph.judge("/a"), Verdict::Release(FOREGROUND));
+        graph.change(&key("a"), None);
+        assert_eq!(graph.judge("/c"), Verdict::Release(FOREGROUND));
     }
 
     #[test]

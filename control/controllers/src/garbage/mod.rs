@@ -12,7 +12,9 @@ use coracle_api::server::ApiServer;
 use coracle_api::user::UserInfo;
 use coracle_store::{Entry, Error as StoreError, EventKind, ListOptions};
 use http::{Method, Request};
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use parking_lot::RwLock;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -119,8 +121,22 @@ impl Collector {
         let Some(item) = item else { return Ok(()) };
         match verdict {
             Verdict::Keep => Ok(()),
-            Verdict::Delete { foreground } => {
-                let policy = if foreground { "Foreground" } else { "Background" };
+            Verdict::Delete { foreground, unblock } => {
+                if self.may_not_have_such_owners(&item).await? {
+                    return Ok(());
+                }
+                if self.graph.read().refers_astray(&item) {
+                    self.report_astray(&item).await;
+                }
+                if unblock {
+                    self.unblock(&item).await?;
+                }
+                // What an earlier deletion asked for its own dependents is kept.
+                let policy = match item.metadata.finalizers.iter().any(|held| held == ORPHAN) {
+                    true => "Orphan",
+                    false if foreground => "Foreground",
+                    false => "Background",
+                };
                 let body = json!({
                     "apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": policy,
                     "preconditions": {"uid": item.metadata.uid},
@@ -139,6 +155,71 @@ impl Collector {
             }
             Verdict::Release(finalizer) => self.release(&item, finalizer).await,
         }
+    }
+
+    /// Whether an object without a namespace names an owner of a kind that lives in one. Nobody can say whether such an owner
+    /// is gone, so the object stays.
+    async fn may_not_have_such_owners(&self, item: &Item) -> Result<bool, kube::Error> {
+        if !item.metadata.namespace.is_empty() {
+            return Ok(false);
+        }
+        let Some(path) = self.path(item) else { return Ok(true) };
+        let request = Request::get(path).body(Vec::new()).map_err(kube::Error::HttpError)?;
+        let current: Value = match self.client.request(request).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => return Ok(true),
+            other => other?,
+        };
+        let references = current["metadata"]["ownerReferences"].as_array().cloned().unwrap_or_default();
+        let namespaced = references.iter().any(|reference| {
+            let text = |field: &str| reference[field].as_str().unwrap_or_default();
+            let (group, version) = text("apiVersion").split_once('/').unwrap_or(("", text("apiVersion")));
+            self.api.registry.find_kind(group, version, text("kind")).is_some_and(|kind| kind.namespaced())
+        });
+        if namespaced {
+            self.report_astray(item).await;
+        }
+        Ok(namespaced)
+    }
+
+    /// Tells in an event that an object names an owner where it may have none.
+    async fn report_astray(&self, item: &Item) {
+        let reporter = Reporter { controller: "garbage-collector-controller".into(), instance: None };
+        let about = ObjectReference {
+            api_version: Some(item.api_version.clone()),
+            kind: Some(item.kind.clone()),
+            name: Some(item.metadata.name.clone()),
+            namespace: Some(item.metadata.namespace.clone()).filter(|namespace| !namespace.is_empty()),
+            uid: Some(item.metadata.uid.to_string()),
+            ..ObjectReference::default()
+        };
+        let event = Event {
+            type_: EventType::Warning,
+            reason: "OwnerRefInvalidNamespace".into(),
+            note: Some(format!(
+                "an ownerReference of {} {} leads into another namespace",
+                item.kind, item.metadata.name
+            )),
+            action: "Collect".into(),
+            secondary: None,
+        };
+        if let Err(error) = Recorder::new(self.client.clone(), reporter).publish(&event, &about).await {
+            tracing::warn!(%error, name = %item.metadata.name, "event not written");
+        }
+    }
+
+    /// Lets an object hold up its owners no longer.
+    async fn unblock(&self, item: &Item) -> Result<(), kube::Error> {
+        self.edit(
+            item,
+            |metadata| {
+                for reference in metadata["ownerReferences"].as_array_mut().into_iter().flatten() {
+                    reference["blockOwnerDeletion"] = false.into();
+                }
+                metadata["ownerReferences"].clone()
+            },
+            "ownerReferences",
+        )
+        .await
     }
 
     /// Takes the references to owners from an object.

@@ -132,8 +132,9 @@ impl<'a> Walk<'a> {
         match child {
             Some(child) => Known::Schema(child),
             None => {
-                // Fields that are kept without a schema are as unknown to rules as to the schema.
-                if schema.name.is_empty() {
+                // Fields that are kept without a schema are as unknown to rules as to the schema; named types without fields
+                // hold anything.
+                if schema.name.is_empty() || !schema.fields.is_empty() {
                     self.error(expr, &format!("undefined field '{name}'"));
                 }
                 Known::Nothing

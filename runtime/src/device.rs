@@ -76,9 +76,8 @@ impl Rule {
 }
 
 /// Allowed in every container whatever its rules say: making nodes, and use of the default devices and ptys.
-const ALWAYS: [Rule; 11] = [
-    Rule::allow(CHARACTER, None, None, MKNOD),
-    Rule::allow(BLOCK, None, None, MKNOD),
+const ALWAYS: [Rule; 10] = [
+    Rule { allow: true, kind: None, major: None, minor: None, access: MKNOD },
     Rule::allow(CHARACTER, Some(1), Some(3), ALL),
     Rule::allow(CHARACTER, Some(1), Some(8), ALL),
     Rule::allow(CHARACTER, Some(1), Some(7), ALL),
@@ -120,7 +119,9 @@ pub fn compile(rules: &[Rule]) -> Option<Vec<Instruction>> {
             return Some(program);
         }
         let mut body = Vec::new();
-        if rule.allow {
+        if rule.allow && rule.access == ALL {
+            // Takes all away that could still be asked for. Said plainly, it spares the verifier two states a rule.
+        } else if rule.allow {
             body.push(instruction(AND_IMMEDIATE, 3, 0, 0, i32::from(!rule.access & ALL)));
             body.push(instruction(JUMP_NOT_EQUAL, 3, 0, 2, 0));
         } else {

@@ -33,6 +33,9 @@ pub enum Error {
     Controller { controller: String, file: PathBuf, advice: String },
     #[error("cannot {action} cgroup {path}: {source}")]
     Cgroup { action: &'static str, path: PathBuf, source: std::io::Error },
+    /// A program that maps ids for unprivileged users failed.
+    #[error("{helper}: {reason}")]
+    Helper { helper: &'static str, reason: String },
     #[error("{kind} hook {path} {reason}")]
     Hook { kind: &'static str, path: PathBuf, reason: String },
     #[error("container {0:?} does not exist")]
@@ -134,6 +137,7 @@ steps! {
     Domainname = "set the domain name",
     Sysctl = "set sysctl",
     Loopback = "bring up interface",
+    NetDevice = "move network interface",
     OomScore = "set oom_score_adj to",
     Rlimit = "set rlimit",
     Scheduler = "set the scheduler",

@@ -5,7 +5,7 @@ use crate::child::{self, Failure, Message, Program, Surroundings};
 use crate::error::{Result, Step, StepResult};
 use crate::hooks::StateTemplate;
 use crate::plan::{Options, Plan};
-use crate::spawn::{Init, OwnNamespaces, Stdio, Story, Streams, procfs, set_oom_score};
+use crate::spawn::{Init, OwnNamespaces, Stdio, Story, Streams, procfs, set_oom_score, usher};
 use coracle_sys::process::{self, CloneRequest};
 use coracle_sys::{channel, identity, namespace, path};
 use oci_spec::runtime::{Process, Spec};
@@ -36,15 +36,19 @@ pub fn spawn(
     let (sync, theirs) = channel::pair().step(Step::Channel, "")?;
     let procfs = procfs()?;
     let all = namespaces.own_flags();
-    let own = if all & libc::CLONE_NEWPID as u64 != 0 {
+    let has_user = all as i32 & libc::CLONE_NEWUSER != 0;
+    // A user without privileges may join the other namespaces only from within the user namespace that owns them.
+    let through_user = has_user && !nix::unistd::geteuid().is_root();
+    let own = if all & libc::CLONE_NEWPID as u64 != 0 && !through_user {
         OwnNamespaces::enter_pid_of(target.pidfd)?
     } else {
         OwnNamespaces::none()
     };
-    let joined = all as i32 & !libc::CLONE_NEWPID;
+    let early = if through_user { libc::CLONE_NEWUSER | libc::CLONE_NEWPID } else { libc::CLONE_NEWPID };
+    let joined = all as i32 & !early;
     let mut program = Program { arguments: plan.arguments.clone(), environment: plan.environment.clone() };
     let parent_end = sync.as_raw_fd();
-    let cloned = process::clone3(CloneRequest { flags: 0, cgroup: cgroup.map(Cgroup::as_fd) }, || {
+    let body = || {
         const FAILED: i32 = 1;
         process::close(parent_end);
         let mut work = || -> std::result::Result<(), Failure> {
@@ -56,7 +60,7 @@ pub fn spawn(
             if joined != 0 {
                 namespace::setns(target.pidfd, joined).map_err(at(Step::JoinNamespace))?;
             }
-            if joined & libc::CLONE_NEWUSER != 0 {
+            if has_user {
                 identity::set_gid(0).map_err(at(Step::BecomeRoot))?;
                 identity::set_uid(0).map_err(at(Step::BecomeRoot))?;
             }
@@ -83,8 +87,17 @@ pub fn spawn(
             let _ = channel::send(theirs.as_fd(), &Message::failed(&failure).encode(), None);
         }
         FAILED
-    })
-    .step(Step::Clone, "");
+    };
+    let request = CloneRequest { flags: 0, cgroup: cgroup.map(Cgroup::as_fd) };
+    let cloned = if through_user {
+        let enter = || {
+            namespace::setns(target.pidfd, early & all as i32)
+                .map_err(|errno| Failure::new(Step::JoinUserNamespace, c"", errno))
+        };
+        usher(enter, request, body)
+    } else {
+        process::clone3(request, body).step(Step::Clone, "")
+    };
     own.restore()?;
     let child = cloned?;
     drop(theirs);

@@ -15,6 +15,7 @@ pub mod exec;
 pub mod features;
 pub mod hooks;
 mod idmap;
+mod net_device;
 mod plan;
 mod resolve;
 pub mod sealed;
@@ -27,7 +28,7 @@ pub use cgroup::Cgroup;
 pub use coracle_sys::process::Exit;
 pub use error::{Error, Result, Step};
 pub use plan::{Gate, Options, Plan};
-pub use spawn::{Init, Stage, Stdio, spawn, spawn_gated};
+pub use spawn::{Given, Init, Stage, Stdio, spawn, spawn_gated};
 
 /// Reads the failure that a container waiting behind [`Gate::Listener`] answers with.
 pub fn decode_failure(message: &[u8]) -> Error {

@@ -19,7 +19,10 @@ const CHUNK_BYTES: usize = 1 << 30;
 
 /// Executes this program again from where its file cannot be written to, unless that has been done. To be called first
 /// in `main`.
-pub fn ensure() -> Result<()> {
+///
+/// What comes back is the mount that this program runs from. A detached mount that is closed makes the kernel wait for
+/// a grace period; [`crate::spawn_gated`] attaches it where the old root is let go anyway, which costs nothing.
+pub fn ensure() -> Result<Option<OwnedFd>> {
     let path = std::path::PathBuf::from("/proc/self/exe");
     let read = |source: std::io::Error| Error::Read { path: path.clone(), source };
     let own = std::fs::File::open(&path).map_err(read)?;
@@ -28,7 +31,7 @@ pub fn ensure() -> Result<()> {
     if readonly
         || fcntl(&own, FcntlArg::F_GET_SEALS).is_ok_and(|seals| SealFlag::from_bits_retain(seals).contains(SEALS))
     {
-        return Ok(());
+        return own_mount(&own).map_err(|errno| read(errno.into()));
     }
     let file = match readonly_mount() {
         Ok(mount) => mount,
@@ -52,10 +55,27 @@ pub fn ensure() -> Result<()> {
     Err(read(errno.into()))
 }
 
+/// The descriptor that this program was executed through, if it is its own file.
+fn own_mount(own: &std::fs::File) -> coracle_sys::Result<Option<OwnedFd>> {
+    let Some(number) = coracle_sys::process::executed_descriptor() else { return Ok(None) };
+    let Ok(mount) = coracle_sys::process::adopt(number) else { return Ok(None) };
+    let (there, here) = (coracle_sys::path::stat(mount.as_fd())?, coracle_sys::path::stat(own.as_fd())?);
+    if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino) {
+        // Somebody else's descriptor, which stays theirs.
+        std::mem::forget(mount);
+        return Ok(None);
+    }
+    coracle_sys::process::set_close_on_exec(mount.as_fd(), true)?;
+    // The kernel has named this process after the descriptor's number.
+    nix::sys::prctl::set_name(c"corun")?;
+    Ok(Some(mount))
+}
+
 fn readonly_mount() -> coracle_sys::Result<OwnedFd> {
     let tree = mount::clone_tree(None, c"/proc/self/exe", false)?;
     let readonly = Attributes { set: mount::MOUNT_ATTR_RDONLY, ..Attributes::default() };
     mount::set_attributes(tree.as_fd(), &readonly, false)?;
+    coracle_sys::process::set_close_on_exec(tree.as_fd(), false)?;
     Ok(tree)
 }
 

@@ -4,6 +4,7 @@ use crate::cgroup::Cgroup;
 use crate::child::{self, Failure, MESSAGE_BYTES, Message, Note, Prepared, Program, Word};
 use crate::error::{Error, Result, Step, StepResult};
 use crate::hooks;
+use crate::net_device::{self, NetDevice};
 use crate::plan::{Gate, IdMap, Plan, Source, UserNamespace};
 use coracle_sys::mount::{self, Attributes, MOUNT_ATTR_IDMAP};
 use coracle_sys::process::{self, CLONE_NEWTIME, Child, CloneRequest, Exit};
@@ -36,6 +37,8 @@ pub struct Init {
     sync: OwnedFd,
     stage: Stage,
     started: bool,
+    /// Whether it says that all is set up; an end before that is a failure.
+    announces: bool,
     finished: bool,
     story: Story,
     console: Option<OwnedFd>,
@@ -49,6 +52,7 @@ pub(crate) struct Story {
     pub hooks: oci_spec::runtime::Hooks,
     pub state: hooks::StateTemplate,
     pub listener: Option<(std::path::PathBuf, String)>,
+    pub net_devices: Vec<NetDevice>,
     pub namespaces: u64,
     /// An exec'd process starts without waiting for a word.
     pub starts_itself: bool,
@@ -56,29 +60,42 @@ pub(crate) struct Story {
 
 /// Clones the container's first process with [`Gate::Parent`].
 pub fn spawn(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>) -> Result<Init> {
-    spawn_gated(plan, cgroup, stdio, None)
+    spawn_gated(plan, cgroup, stdio, Given::default())
 }
 
-/// The same with the listening socket that [`Gate::Listener`] needs.
-pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, listener: Option<OwnedFd>) -> Result<Init> {
+/// Descriptors that some containers need.
+#[derive(Debug, Default)]
+pub struct Given {
+    /// The listening socket of [`Gate::Listener`].
+    pub listener: Option<OwnedFd>,
+    /// What [`crate::sealed::ensure`] gave.
+    pub own_mount: Option<OwnedFd>,
+}
+
+/// The same with what a caller of another kind has to give.
+pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given: Given) -> Result<Init> {
+    let Given { listener, own_mount } = given;
     if (plan.options.gate == Gate::Listener) != listener.is_some() {
         return Err(Error::config("gate", "a listener goes with the gate that needs it"));
     }
     let streams = Streams::new(stdio)?;
     let (sync, theirs) = channel::pair().step(Step::Channel, "")?;
     let procfs = procfs()?;
+    let (root, privileged) = root(plan)?;
     let mut prepared = Prepared {
         sync: theirs,
         parent_sync: sync.as_raw_fd(),
         stdio: streams.numbers,
-        root: root_tree(plan)?,
-        sources: sources(plan, cgroup)?,
+        root,
+        privileged,
+        sources: sources(plan, cgroup, privileged)?,
         made: plan.mounts.iter().map(|_| None).collect(),
-        nodes: nodes(plan)?,
+        nodes: nodes(plan, privileged)?,
         joins: joins(plan)?,
         listener,
         program: Program { arguments: plan.process.arguments.clone(), environment: plan.process.environment.clone() },
-        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks),
+        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks) || !plan.net_devices.is_empty(),
+        own_mount,
         container_hooks: plan.hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty()),
         procfs,
     };
@@ -99,7 +116,8 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, liste
         child: cloned?,
         sync,
         stage: Stage::SettingUp,
-        started: false,
+        started: plan.options.gate == Gate::Open,
+        announces: true,
         finished: false,
         console: None,
         seccomp: None,
@@ -108,6 +126,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, liste
             hooks: plan.hooks.clone(),
             state: hooks::StateTemplate::new(plan),
             listener: plan.process.seccomp.as_ref().and_then(|filter| filter.listener.clone()),
+            net_devices: plan.net_devices.clone(),
             namespaces: plan.namespaces.own_flags(),
             starts_itself: false,
         },
@@ -142,32 +161,33 @@ pub(crate) fn set_oom_score(procfs: BorrowedFd<'_>, pid: i32, score: &CStr) -> R
     Ok(())
 }
 
-fn root_tree(plan: &Plan) -> Result<OwnedFd> {
+/// The container's root as a detached mount; or, for a caller who may not make one, the folder itself, of which the new
+/// process makes one in its own user namespace (then the second answer is false).
+fn root(plan: &Plan) -> Result<(OwnedFd, bool)> {
     let name = plan.root.to_string_lossy();
-    let tree = mount::clone_tree(None, &plan.root, true).step(Step::OpenRoot, &name)?;
-    let kind = path::stat(tree.as_fd()).step(Step::OpenRoot, &name)?.st_mode & libc::S_IFMT;
-    if kind != libc::S_IFDIR {
-        return Err(Error::Step { step: Step::OpenRoot, subject: name.into_owned(), errno: Errno::ENOTDIR });
+    let folder = path::open(&plan.root, libc::O_PATH | libc::O_DIRECTORY).step(Step::OpenRoot, &name)?;
+    match child::root_tree(plan) {
+        Err(Errno::EPERM) if matches!(plan.namespaces.user, UserNamespace::New { .. }) => Ok((folder, false)),
+        other => Ok((other.step(Step::OpenRoot, &name)?, true)),
     }
-    let propagation = if plan.root_propagation.0 == libc::MS_PRIVATE { libc::MS_PRIVATE } else { libc::MS_SLAVE };
-    let quiet = Attributes { propagation, ..Attributes::default() };
-    mount::set_attributes(tree.as_fd(), &quiet, true).step(Step::RootPropagation, &name)?;
-    Ok(tree)
 }
 
-/// Copies of the bind sources with all attributes set, so that the child has only to attach them: it may lack the right
-/// to reach or change them.
-fn sources(plan: &Plan, cgroup: Option<&Cgroup>) -> Result<Vec<Option<(OwnedFd, bool)>>> {
+/// Copies of the bind sources with all attributes set, where the new process could not make them: it may lack the right
+/// to reach or change them. The others it makes itself, in the order of the mounts.
+fn sources(plan: &Plan, cgroup: Option<&Cgroup>, privileged: bool) -> Result<Vec<Option<(OwnedFd, bool)>>> {
+    let early = privileged && plan.opens_before_clone();
     let mut trees = Vec::with_capacity(plan.mounts.len());
     for step in &plan.mounts {
         let (tree, name) = match &step.source {
-            Source::Bind { path, recursive } => {
+            Source::Bind { path, recursive } if early || step.id_map.is_some() => {
                 let name = path.to_string_lossy().into_owned();
                 (mount::clone_tree(None, path, *recursive).step(Step::OpenSource, &name)?, name)
             }
             // Without a cgroup namespace the file system would show the host's whole tree; the container sees its own.
             Source::New { filesystem, .. }
-                if filesystem.as_c_str() == c"cgroup2" && !plan.namespaces.has_own(libc::CLONE_NEWCGROUP) =>
+                if privileged
+                    && filesystem.as_c_str() == c"cgroup2"
+                    && !plan.namespaces.has_own(libc::CLONE_NEWCGROUP) =>
             {
                 let Some(cgroup) = cgroup else {
                     trees.push(None);
@@ -176,20 +196,12 @@ fn sources(plan: &Plan, cgroup: Option<&Cgroup>) -> Result<Vec<Option<(OwnedFd, 
                 let name = cgroup.folder().display().to_string();
                 (mount::clone_tree(Some(cgroup.as_fd()), c"", false).step(Step::OpenSource, &name)?, name)
             }
-            Source::New { .. } => {
+            _ => {
                 trees.push(None);
                 continue;
             }
         };
-        for (attributes, recursive) in [(&step.attributes, false), (&step.recursive_attributes, true)] {
-            if !attributes.is_empty() {
-                mount::set_attributes(tree.as_fd(), attributes, recursive).step(Step::MountAttributes, &name)?;
-            }
-        }
-        for (flag, recursive) in &step.propagation {
-            let change = Attributes { propagation: *flag, ..Attributes::default() };
-            mount::set_attributes(tree.as_fd(), &change, *recursive).step(Step::MountAttributes, &name)?;
-        }
+        child::apply(step, tree.as_fd()).step(Step::MountAttributes, &name)?;
         if let Some(map) = &step.id_map {
             map_ids(tree.as_fd(), map, &name)?;
         }
@@ -224,23 +236,58 @@ fn map_ids(tree: BorrowedFd<'_>, map: &IdMap, name: &str) -> Result<()> {
 }
 
 fn write_id_maps(pid: i32, uid_map: &str, gid_map: &str) -> Result<()> {
-    for (file, map) in [("gid_map", gid_map), ("uid_map", uid_map)] {
+    let write = |file: &str, text: &str| {
         let path = std::path::PathBuf::from(format!("/proc/{pid}/{file}"));
         std::fs::OpenOptions::new()
             .write(true)
             .open(&path)
-            .and_then(|mut file| std::io::Write::write_all(&mut file, map.as_bytes()))
-            .map_err(|source| Error::Write { path, source })?;
+            .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
+            .map_err(|source| Error::Write { path, source })
+    };
+    for (file, map, helper) in [("gid_map", gid_map, "newgidmap"), ("uid_map", uid_map, "newuidmap")] {
+        match write(file, map) {
+            Err(Error::Write { source, .. }) if source.raw_os_error() == Some(libc::EPERM) && !is_root() => {
+                // One's own id may be mapped without privilege once groups cannot be dropped any more; what
+                // /etc/subuid and /etc/subgid allow beyond that is up to programs made for it.
+                if file == "gid_map"
+                    && map.lines().count() == 1
+                    && write("setgroups", "deny").is_ok()
+                    && write(file, map).is_ok()
+                {
+                    continue;
+                }
+                help_with_map(helper, pid, map)?;
+            }
+            other => other?,
+        }
     }
     Ok(())
 }
 
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// Lets newuidmap(1) or newgidmap(1) write a map.
+fn help_with_map(helper: &'static str, pid: i32, map: &str) -> Result<()> {
+    let fail = |reason: String| Error::Helper { helper, reason };
+    let output = std::process::Command::new(helper)
+        .arg(pid.to_string())
+        .args(map.split_whitespace())
+        .output()
+        .map_err(|source| fail(format!("cannot be run ({source}): install the package uidmap")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(fail(String::from_utf8_lossy(&output.stderr).trim().to_string()))
+}
+
 /// In a user namespace devices cannot be made, but the host's can be bound.
-fn nodes(plan: &Plan) -> Result<Vec<Option<OwnedFd>>> {
+fn nodes(plan: &Plan, privileged: bool) -> Result<Vec<Option<OwnedFd>>> {
     plan.devices
         .iter()
         .map(|step| {
-            if !plan.namespaces.has_user() {
+            if !plan.namespaces.has_user() || !privileged {
                 return Ok(None);
             }
             let name = step.path.to_string_lossy();
@@ -317,18 +364,28 @@ impl OwnNamespaces {
     }
 }
 
-/// A user namespace must be joined before the other namespaces are made, for it shall own them; an usher joins it and
-/// clones the container's first process as its own sibling, which makes it a child of the caller.
+/// A user namespace must be joined before the other namespaces are made, for it shall own them.
 fn clone_through_usher(file: &CStr, request: CloneRequest<'_>, plan: &Plan, prepared: &mut Prepared) -> Result<Child> {
     let user = open_namespace(file)?;
+    let enter = || {
+        namespace::setns(user.as_fd(), libc::CLONE_NEWUSER)
+            .map_err(|errno| Failure::new(Step::JoinUserNamespace, file, errno))
+    };
+    usher(enter, request, || child::run(plan, prepared))
+}
+
+/// A process that enters where the caller must not or may not go, and clones another one as its own sibling, which makes
+/// that one a child of the caller.
+pub(crate) fn usher(
+    enter: impl FnOnce() -> std::result::Result<(), Failure>,
+    request: CloneRequest<'_>,
+    child: impl FnOnce() -> i32,
+) -> Result<Child> {
     let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
     let usher = process::clone3(CloneRequest::default(), || {
-        let made = namespace::setns(user.as_fd(), libc::CLONE_NEWUSER)
-            .map_err(|errno| Failure::new(Step::JoinUserNamespace, file, errno))
-            .and_then(|()| {
-                process::clone3_sibling(request, || child::run(plan, prepared))
-                    .map_err(|errno| Failure::new(Step::Clone, c"", errno))
-            });
+        let made = enter().and_then(|()| {
+            process::clone3_sibling(request, child).map_err(|errno| Failure::new(Step::Clone, c"", errno))
+        });
         let message = match made {
             Ok(pid) => Message::pid(pid),
             Err(failure) => Message::failed(&failure),
@@ -391,6 +448,7 @@ impl Init {
             sync,
             stage: Stage::SettingUp,
             started: story.starts_itself,
+            announces: false,
             finished: false,
             story,
             console: None,
@@ -506,6 +564,11 @@ impl Init {
                 self.go()?;
             }
             Note::NamespacesMade => {
+                if !self.story.net_devices.is_empty() {
+                    let name = std::ffi::CString::new(format!("/proc/{}/ns/net", self.child.pid))
+                        .map_err(|_| Error::config("pid", "is not a number"))?;
+                    net_device::move_all(&self.story.net_devices, open_namespace(&name)?.as_fd())?;
+                }
                 hooks::run_runtime(&self.story, self.child.pid)?;
                 self.go()?;
             }
@@ -538,7 +601,8 @@ impl Init {
 
     /// The channel's end: the program was executed, or the process is no more.
     fn closed(&mut self) -> Result<bool> {
-        let exit = if self.started { None } else { Some(self.wait()?) };
+        let executed = self.started && (self.stage == Stage::Created || !self.announces);
+        let exit = if executed { None } else { Some(self.wait()?) };
         match exit {
             None => {
                 self.stage = Stage::Running;

@@ -26,6 +26,37 @@ pub fn parse<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Resul
     serde_json::from_slice(bytes).map_err(|source| Error::Json { path: path.to_path_buf(), source })
 }
 
+/// Reads a specification or a process from JSON. Capabilities that nobody knows are left out, as the specification wants
+/// it; what was left out is handed back to be told.
+pub fn parse_with_capabilities<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<(T, Vec<String>)> {
+    match parse(path, bytes) {
+        Ok(value) => Ok((value, Vec::new())),
+        Err(error) => {
+            let mut document: serde_json::Value = parse(path, bytes)?;
+            let mut unknown = Vec::new();
+            let process = if document.get("process").is_some() { &mut document["process"] } else { &mut document };
+            let sets = process.get_mut("capabilities").and_then(serde_json::Value::as_object_mut);
+            for set in sets.into_iter().flat_map(|sets| sets.values_mut()).filter_map(serde_json::Value::as_array_mut) {
+                set.retain(|name| {
+                    let known = name.as_str().is_none_or(|name| crate::capability::number(name).is_some());
+                    if !known {
+                        unknown.extend(name.as_str().map(String::from));
+                    }
+                    known
+                });
+            }
+            if unknown.is_empty() {
+                return Err(error);
+            }
+            let value =
+                serde_json::from_value(document).map_err(|source| Error::Json { path: path.to_path_buf(), source })?;
+            unknown.sort();
+            unknown.dedup();
+            Ok((value, unknown))
+        }
+    }
+}
+
 /// The capabilities of a container by default: those that programs of an image expect, as container engines give them.
 pub const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",

@@ -35,8 +35,11 @@ pub struct State {
     /// RFC 3339.
     pub created: String,
     pub owner: String,
-    /// Name of the cgroup from the top of the hierarchy.
+    /// Name of the cgroup from the top of the hierarchy; empty for a container of an unprivileged user without one.
     pub cgroup: PathBuf,
+    /// The mount that the root lay on, where the container's mounts are stacked upon it on the host itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mounted_over: Option<u64>,
     #[serde(default)]
     pub annotations: HashMap<String, String>,
 }
@@ -132,7 +135,22 @@ impl Folder {
 
     pub fn load_spec(&self) -> Result<Spec> {
         let file = self.path.join(CONFIG_FILE);
+        // What was left out at the creation was told then.
+        Ok(spec::parse_with_capabilities(&file, &spec::read_bounded(&file)?)?.0)
+    }
+
+    /// The specification as the JSON that it was given in.
+    pub fn load_json(&self) -> Result<serde_json::Value> {
+        let file = self.path.join(CONFIG_FILE);
         spec::parse(&file, &spec::read_bounded(&file)?)
+    }
+
+    /// Replaces the specification: later commands go by what was changed since the creation.
+    pub fn save_json(&self, document: &serde_json::Value) -> Result<()> {
+        let (file, new) = (self.path.join(CONFIG_FILE), self.path.join("config.json.new"));
+        std::fs::write(&new, document.to_string())
+            .and_then(|()| std::fs::rename(&new, &file))
+            .map_err(|source| Error::Write { path: file, source })
     }
 
     pub fn start_socket(&self) -> PathBuf {
@@ -193,8 +211,26 @@ impl State {
         if folder.start_socket().exists() {
             return Status::Created;
         }
-        let frozen = Cgroup::open(&self.cgroup).and_then(|cgroup| cgroup.is_frozen()).unwrap_or(false);
+        let frozen = self.cgroup().is_some_and(|cgroup| cgroup.is_frozen().unwrap_or(false));
         if frozen { Status::Paused } else { Status::Running }
+    }
+
+    /// Its cgroup, if it has one and that still exists.
+    pub fn cgroup(&self) -> Option<Cgroup> {
+        if self.cgroup.as_os_str().is_empty() { None } else { Cgroup::open(&self.cgroup).ok() }
+    }
+
+    /// The same for those who cannot do without.
+    pub fn need_cgroup(&self) -> Result<Cgroup> {
+        if self.cgroup.as_os_str().is_empty() {
+            return Err(Error::unsupported("this", "the container has no cgroup: its user may not make one"));
+        }
+        Cgroup::open(&self.cgroup)
+    }
+
+    /// Takes away what a container without a mount namespace has mounted on the host.
+    pub fn unmount(&self) -> Result<()> {
+        self.mounted_over.map_or(Ok(()), |below| unmount_above(&self.rootfs, below))
     }
 
     pub fn template(&self) -> StateTemplate {
@@ -205,6 +241,21 @@ impl State {
             annotations: self.annotations.clone(),
         }
     }
+}
+
+/// The id of the mount that a path leads to.
+pub fn mount_id(path: &Path) -> Result<u64> {
+    let name = crate::plan::c_path("root.path", path)?;
+    coracle_sys::path::mount_id(&name).map_err(|errno| Error::Read { path: path.to_path_buf(), source: errno.into() })
+}
+
+/// Detaches all that was mounted over a folder since it lay on the mount `below`.
+pub fn unmount_above(path: &Path, below: u64) -> Result<()> {
+    let name = crate::plan::c_path("root.path", path)?;
+    if mount_id(path)? == below {
+        return Ok(());
+    }
+    coracle_sys::mount::detach(&name).map_err(|errno| Error::Write { path: path.to_path_buf(), source: errno.into() })
 }
 
 /// Now, as RFC 3339 in UTC with nanoseconds.

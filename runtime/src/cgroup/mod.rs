@@ -147,6 +147,22 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Gives the cgroup and the files that the kernel lists for it to a user, who may then make cgroups below it.
+    pub fn give_to(&self, uid: u32) -> Result<()> {
+        /// What the kernel names where it lists nothing (cgroups(7)).
+        const DELEGATED: &str = "cgroup.procs cgroup.subtree_control cgroup.threads";
+        let listed = std::fs::read_to_string("/sys/kernel/cgroup/delegate").unwrap_or_else(|_| DELEGATED.into());
+        for file in std::iter::once("").chain(listed.split_whitespace()) {
+            let path = self.path.join(file);
+            match std::os::unix::fs::chown(&path, Some(uid), None) {
+                // The list holds files of every controller, the cgroup those of the ones that it has.
+                Err(source) if source.kind() == std::io::ErrorKind::NotFound => {}
+                other => other.map_err(|source| Error::Cgroup { action: "give away", path, source })?,
+            }
+        }
+        Ok(())
+    }
+
     /// Replaces the device rules.
     pub fn limit_devices(&self, rules: &[device::Rule]) -> Result<()> {
         let error = |errno: coracle_sys::Errno| Error::Cgroup {
@@ -325,6 +341,11 @@ fn remove_tree(folder: &Path, depth: u32) -> std::io::Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
+}
+
+/// Whether resources hold nothing that a file of the cgroup would have to take.
+pub fn only_devices(resources: &LinuxResources) -> bool {
+    settings(resources, |_| true).is_ok_and(|settings| settings.is_empty())
 }
 
 /// The numbers of a file like `memory.stat`.

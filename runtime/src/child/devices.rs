@@ -23,7 +23,13 @@ pub(super) fn make(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> 
     for (step, node) in plan.devices.iter().zip(&mut prepared.nodes) {
         let folder =
             resolve::find_or_make(root, below_root(&step.folder), Kind::Folder).on(Step::MakeDevice, &step.path)?;
-        if let Some(node) = node.take() {
+        let node = match node.take() {
+            None if plan.namespaces.has_user() => {
+                Some(mount::clone_tree(None, &step.path, false).on(Step::OpenSource, &step.path)?)
+            }
+            node => node,
+        };
+        if let Some(node) = node {
             let target = bind_target(folder.as_fd(), &step.name).on(Step::MakeDevice, &step.path)?;
             mount::attach(node.as_fd(), target.as_fd()).on(Step::MakeDevice, &step.path)?;
             continue;

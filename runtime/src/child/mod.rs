@@ -15,6 +15,7 @@ pub(crate) use devices::open_terminal;
 use message::{At, listen};
 pub(crate) use message::{Failure, MESSAGE_BYTES, Message, Note, Word};
 pub(crate) use process::{Program, Surroundings, finish};
+pub(crate) use root::{apply, root_tree};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 /// Everything that the new process needs beside the plan, opened by its parent.
@@ -27,9 +28,11 @@ pub(crate) struct Prepared {
     pub stdio: [RawFd; 3],
     /// A procfs of the host, checked to be one.
     pub procfs: OwnedFd,
-    /// Detached copy of the root file system.
+    /// Detached copy of the root file system; the folder itself when the parent may not make one.
     pub root: OwnedFd,
-    /// Detached copies of bind sources, one for each mount of the plan, and whether each is a folder.
+    /// Whether the parent may make mounts.
+    pub privileged: bool,
+    /// Detached copies of bind sources made by the parent, and whether each is a folder; one for each mount of the plan.
     pub sources: Vec<Option<(OwnedFd, bool)>>,
     /// File systems made by the new process, kept until they become read-only.
     pub made: Vec<Option<OwnedFd>>,
@@ -37,6 +40,8 @@ pub(crate) struct Prepared {
     pub nodes: Vec<Option<OwnedFd>>,
     /// Namespaces to join.
     pub joins: Vec<(OwnedFd, i32)>,
+    /// The mount that the runtime's program comes from.
+    pub own_mount: Option<OwnedFd>,
     /// The listening socket of [`Gate::Listener`].
     pub listener: Option<OwnedFd>,
     pub program: Program,
@@ -67,10 +72,18 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
         listen(sync, Word::Go)?;
     }
     if plan.namespaces.has_user() {
-        identity::set_groups(&[]).at(Step::BecomeRoot)?;
+        match identity::set_groups(&[]) {
+            // An unprivileged user's group map goes with giving up to change groups.
+            Err(coracle_sys::Errno::EPERM) if !prepared.privileged => {}
+            other => other.at(Step::BecomeRoot)?,
+        }
         identity::set_gid(0).at(Step::BecomeRoot)?;
         identity::set_uid(0).at(Step::BecomeRoot)?;
         identity::set_parent_death_signal(libc::SIGKILL).at(Step::BecomeRoot)?;
+    }
+    // Others in a shared PID namespace shall not look into this process while it is still the runtime.
+    if prepared.privileged {
+        identity::set_dumpable(false).at(Step::Identity)?;
     }
     namespace::setsid().at(Step::NewSession)?;
     for (file, flag) in &prepared.joins {
@@ -109,6 +122,7 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
         [fd, fd, fd]
     });
     let announce = || match plan.options.gate {
+        Gate::Open => tell(prepared.sync.as_fd(), Note::Created).map(|()| None),
         Gate::Parent => {
             tell(prepared.sync.as_fd(), Note::Created)?;
             listen(prepared.sync.as_fd(), Word::Start)?;

@@ -29,14 +29,28 @@ const HARMLESS_IN_PROC: [&CStr; 11] = [
 
 /// Attaches the root and all that the plan mounts in it.
 pub(super) fn build(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
-    let top = path::open(c"/", libc::O_PATH | libc::O_DIRECTORY).on(Step::OpenRoot, c"/")?;
-    let propagation = if plan.root_propagation.0 == libc::MS_PRIVATE { libc::MS_PRIVATE } else { libc::MS_SLAVE };
-    let quiet = Attributes { propagation, ..Attributes::default() };
-    mount::set_attributes(top.as_fd(), &quiet, true).at(Step::RootPropagation)?;
-    // The root is stacked upon the old one, where no path of the host is needed to reach it.
+    // The root is stacked upon the old one, where no path of the host is needed to reach it. Without a mount namespace
+    // that would be the host's own; then it stands where it lies.
+    let place = if plan.mounts_apart() { c"/" } else { plan.root.as_c_str() };
+    let top = path::open(place, libc::O_PATH | libc::O_DIRECTORY).on(Step::OpenRoot, place)?;
+    if plan.mounts_apart() {
+        let quiet = Attributes { propagation: quiet_propagation(plan), ..Attributes::default() };
+        mount::set_attributes(top.as_fd(), &quiet, true).at(Step::RootPropagation)?;
+    }
+    if !prepared.privileged {
+        prepared.root = root_tree(plan).on(Step::OpenRoot, &plan.root)?;
+    }
+    if let Some(own) = prepared.own_mount.take().filter(|_| plan.namespaces.new & libc::CLONE_NEWNS as u64 != 0) {
+        // Over any file of the old root, with which it goes.
+        let spot = path::open(c"/proc/version", libc::O_PATH).on(Step::OpenProc, c"/proc/version")?;
+        mount::attach(own.as_fd(), spot.as_fd()).on(Step::AttachMount, c"/proc/version")?;
+    }
     mount::attach(prepared.root.as_fd(), top.as_fd()).on(Step::AttachRoot, &plan.root)?;
     for (index, step) in plan.mounts.iter().enumerate() {
-        let source = prepared.sources[index].take();
+        let source = match (prepared.sources[index].take(), &step.source) {
+            (None, Source::Bind { path, recursive }) => Some(open_source(step, path, *recursive)?),
+            (source, _) => source,
+        };
         let made = mount_one(prepared.root.as_fd(), step, source)?;
         prepared.made[index] = made;
     }
@@ -47,6 +61,38 @@ pub(super) fn build(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure>
     resolve::find_or_make(prepared.root.as_fd(), below_root(&plan.process.cwd), Kind::Folder)
         .on(Step::WorkingDirectory, &plan.process.cwd)?;
     Ok(())
+}
+
+fn quiet_propagation(plan: &Plan) -> u64 {
+    if plan.root_propagation.0 == libc::MS_PRIVATE { libc::MS_PRIVATE } else { libc::MS_SLAVE }
+}
+
+/// The container's root as a detached mount, without its mounts' events going back to where it comes from.
+pub(crate) fn root_tree(plan: &Plan) -> coracle_sys::Result<OwnedFd> {
+    let tree = mount::clone_tree(None, &plan.root, true)?;
+    let quiet = Attributes { propagation: quiet_propagation(plan), ..Attributes::default() };
+    mount::set_attributes(tree.as_fd(), &quiet, true)?;
+    Ok(tree)
+}
+
+/// Gives a detached mount the attributes and the propagation of its step.
+pub(crate) fn apply(step: &MountStep, tree: BorrowedFd<'_>) -> coracle_sys::Result<()> {
+    for (attributes, recursive) in [(&step.attributes, false), (&step.recursive_attributes, true)] {
+        if !attributes.is_empty() {
+            mount::set_attributes(tree, attributes, recursive)?;
+        }
+    }
+    step.propagation.iter().try_for_each(|(flag, recursive)| {
+        mount::set_attributes(tree, &Attributes { propagation: *flag, ..Attributes::default() }, *recursive)
+    })
+}
+
+/// A copy of a bind source in this process's mount namespace, and whether it is a folder.
+fn open_source(step: &MountStep, path: &CStr, recursive: bool) -> Result<(OwnedFd, bool), Failure> {
+    let tree = mount::clone_tree(None, path, recursive).on(Step::OpenSource, path)?;
+    apply(step, tree.as_fd()).on(Step::MountAttributes, path)?;
+    let kind = path::stat(tree.as_fd()).on(Step::OpenSource, path)?.st_mode & libc::S_IFMT;
+    Ok((tree, kind == libc::S_IFDIR))
 }
 
 /// Makes one mount; a new file system that must become read-only later is handed back.
@@ -213,7 +259,9 @@ fn null_device(root: BorrowedFd<'_>) -> Result<OwnedFd, Failure> {
 pub(super) fn enter(plan: &Plan, prepared: &Prepared) -> Result<(), Failure> {
     let root = prepared.root.as_fd();
     path::fchdir(root).at(Step::Pivot)?;
-    if plan.options.no_pivot {
+    if !plan.mounts_apart() {
+        path::chroot(c".").at(Step::Pivot)?;
+    } else if plan.options.no_pivot {
         mount::mount(c".", c"/", c"", libc::MS_MOVE).at(Step::Pivot)?;
         path::chroot(c".").at(Step::Pivot)?;
     } else {

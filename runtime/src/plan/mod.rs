@@ -8,6 +8,7 @@ mod process;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::idmap;
+use crate::net_device::NetDevice;
 pub(crate) use mounts::{IdMap, MountStep, Source, option_names as mount_option_names};
 pub(crate) use namespaces::{Namespaces, UserNamespace};
 use oci_spec::runtime::{Hooks, LinuxResources, Process, Spec};
@@ -22,6 +23,8 @@ const MAX_MOUNTS: usize = 4096;
 /// How the first process, once it is set up, learns that it shall start the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
+    /// It does not wait at all.
+    Open,
     /// By a message of the process that made it ([`crate::Init::start`]).
     Parent,
     /// By whoever connects to the listening socket given to [`crate::spawn::spawn_gated`].
@@ -104,6 +107,7 @@ pub struct Plan {
     pub(crate) masked: Vec<CString>,
     pub(crate) readonly: Vec<CString>,
     pub(crate) sysctls: Vec<Sysctl>,
+    pub(crate) net_devices: Vec<NetDevice>,
     pub(crate) hostname: Option<CString>,
     pub(crate) domainname: Option<CString>,
     pub(crate) process: ProcessPlan,
@@ -121,7 +125,6 @@ impl Plan {
     pub fn compile(spec: &Spec, bundle: &Path, options: &Options) -> Result<Self> {
         version(spec.version())?;
         let linux = spec.linux().clone().unwrap_or_default_empty();
-        refuse_net_devices(&linux)?;
         let process = spec.process().as_ref().ok_or_else(|| Error::config("process", "is missing"))?;
         let root = spec.root().as_ref().ok_or_else(|| Error::config("root", "is missing"))?;
         let namespaces = Namespaces::compile(&linux)?;
@@ -165,6 +168,7 @@ impl Plan {
             masked: paths("linux.maskedPaths", linux.masked_paths().as_deref())?,
             readonly: paths("linux.readonlyPaths", linux.readonly_paths().as_deref())?,
             sysctls: sysctls(&linux, &namespaces)?,
+            net_devices: net_devices(&linux, &namespaces)?,
             hostname: set(spec.hostname(), "hostname", libc::CLONE_NEWUTS)?,
             domainname: set(spec.domainname(), "domainname", libc::CLONE_NEWUTS)?,
             process: ProcessPlan::compile(process, &linux, options)?,
@@ -176,7 +180,41 @@ impl Plan {
             namespaces,
         };
         check_hooks(&plan.hooks)?;
+        let hides = !plan.masked.is_empty() || !plan.readonly.is_empty();
+        if hides && !plan.mounts_apart() {
+            return Err(Error::config(
+                "linux.maskedPaths, linux.readonlyPaths",
+                "need a mount namespace: without one they would hide the host's files from the host",
+            ));
+        }
         Ok(plan)
+    }
+
+    /// Whether the container has mounts of its own. One without a mount namespace mounts on the host, below its root.
+    pub fn mounts_apart(&self) -> bool {
+        self.namespaces.has_own(libc::CLONE_NEWNS)
+    }
+
+    /// Gives the cgroup to the container's root, where the specification's rule says so: a user namespace and a cgroup
+    /// namespace of its own and cgroups mounted for writing.
+    pub fn delegate(&self, cgroup: &crate::Cgroup) -> Result<()> {
+        let writable = self.mounts.iter().any(|mount| {
+            let attributes = mount.attributes.set | mount.recursive_attributes.set;
+            mount.is_filesystem(b"cgroup2") && attributes & coracle_sys::mount::MOUNT_ATTR_RDONLY == 0
+        });
+        if !writable || self.namespaces.new & libc::CLONE_NEWCGROUP as u64 == 0 {
+            return Ok(());
+        }
+        let root = match &self.namespaces.user {
+            UserNamespace::Shared => None,
+            _ => self.namespaces.uid_mappings.iter().find(|mapping| mapping.container_id() == 0),
+        };
+        root.map_or(Ok(()), |mapping| cgroup.give_to(mapping.host_id()))
+    }
+
+    /// Whether the new process may open what is mounted only with the caller's rights and in the caller's namespace.
+    pub(crate) fn opens_before_clone(&self) -> bool {
+        self.namespaces.has_user() || self.namespaces.joined.iter().any(|join| join.flag == libc::CLONE_NEWNS)
     }
 
     /// Resources that the container's cgroup gets.
@@ -197,6 +235,11 @@ impl Plan {
     /// The specification's hooks.
     pub fn hooks(&self) -> &Hooks {
         &self.hooks
+    }
+
+    /// Whether the program starts without a word of the caller's.
+    pub fn starts_by_itself(&self) -> bool {
+        self.options.gate == Gate::Open
     }
 
     /// Whether the program gets a terminal.
@@ -362,15 +405,23 @@ fn sysctl_path(key: &str) -> String {
     }
 }
 
-/// Moving an interface must carry its addresses over, which this runtime cannot do.
-fn refuse_net_devices(linux: &oci_spec::runtime::Linux) -> Result<()> {
-    match linux.net_devices().as_ref().and_then(|devices| devices.keys().next()) {
-        None => Ok(()),
-        Some(name) => Err(Error::unsupported(
-            format!("linux.netDevices.{name}"),
-            "move the interface with `ip link set NAME netns PID` in a createRuntime hook",
-        )),
+/// Interfaces to move, in the order of their names.
+fn net_devices(linux: &oci_spec::runtime::Linux, namespaces: &Namespaces) -> Result<Vec<NetDevice>> {
+    let mut devices = linux
+        .net_devices()
+        .iter()
+        .flatten()
+        .map(|(name, device)| NetDevice::new(name, device.name().as_deref()))
+        .collect::<Result<Vec<_>>>()?;
+    if !devices.is_empty() && !namespaces.has_own(libc::CLONE_NEWNET) {
+        return Err(Error::config("linux.netDevices", "needs a network namespace of the container's own"));
     }
+    devices.sort_by(|a, b| a.name.cmp(&b.name));
+    if let Some(pair) = devices.windows(2).find(|pair| pair[0].new_name == pair[1].new_name) {
+        let name = pair[0].new_name.to_string_lossy().into_owned();
+        return Err(Error::config("linux.netDevices", format!("two interfaces would be called {name}")));
+    }
+    Ok(devices)
 }
 
 fn check_hooks(hooks: &Hooks) -> Result<()> {

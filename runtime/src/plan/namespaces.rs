@@ -92,12 +92,6 @@ impl Namespaces {
         // Once inside another mount namespace, the other files could no longer be found there; they are opened before,
         // but the order keeps every step valid by itself.
         namespaces.joined.sort_by_key(|join| join.flag == libc::CLONE_NEWNS);
-        if seen & libc::CLONE_NEWNS as u64 == 0 {
-            return Err(Error::config(
-                "linux.namespaces",
-                "a mount namespace is needed: without one the host's root would change",
-            ));
-        }
         let maps = !namespaces.uid_mappings.is_empty() || !namespaces.gid_mappings.is_empty();
         if maps && matches!(namespaces.user, UserNamespace::Shared) {
             return Err(Error::config("linux.uidMappings", "goes with a user namespace only"));

@@ -103,6 +103,16 @@ pub fn stat(fd: BorrowedFd<'_>) -> Result<libc::stat> {
     Ok(stat)
 }
 
+/// The id of the mount behind a path of this process's mount namespace.
+pub fn mount_id(path: &CStr) -> Result<u64> {
+    const STATX_MNT_ID: u32 = 0x1000;
+    // SAFETY: statx is plain data for which all zeroes is valid.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: path is a C string and stat outlives the call.
+    check(unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, STATX_MNT_ID, &raw mut stat) }.into())?;
+    Ok(stat.stx_mnt_id)
+}
+
 /// The magic number of the file system behind a descriptor.
 pub fn filesystem_magic(fd: BorrowedFd<'_>) -> Result<i64> {
     // SAFETY: statfs is plain data for which all zeroes is valid.

@@ -241,6 +241,25 @@ pub fn adopt(fd: RawFd) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Whether a descriptor is closed when this process executes a program.
+pub fn set_close_on_exec(fd: BorrowedFd<'_>, close: bool) -> Result<()> {
+    let flags = if close { libc::FD_CLOEXEC } else { 0 };
+    // SAFETY: only sets a flag.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, flags) }.into())?;
+    Ok(())
+}
+
+/// The descriptor through which this program was executed ([`execve_fd`]): the kernel names it `/dev/fd/N`.
+pub fn executed_descriptor() -> Option<RawFd> {
+    // SAFETY: takes an integer only.
+    let name = unsafe { libc::getauxval(libc::AT_EXECFN) } as *const c_char;
+    if name.is_null() {
+        return None;
+    }
+    // SAFETY: the kernel put a C string there, which stays as long as the process.
+    unsafe { CStr::from_ptr(name) }.to_str().ok()?.strip_prefix("/dev/fd/")?.parse().ok()
+}
+
 /// `prctl` with integer arguments.
 pub fn prctl(option: i32, a: u64, b: u64, c: u64, d: u64) -> Result<i64> {
     const TAKES_POINTER: [i32; 3] = [libc::PR_SET_MM, libc::PR_SET_NAME, libc::PR_GET_NAME];

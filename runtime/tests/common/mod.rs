@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Programs of busybox that tests use.
-const APPLETS: [&str; 22] = [
+const APPLETS: [&str; 26] = [
     "sh", "true", "false", "ls", "cat", "id", "mount", "ps", "sleep", "mkdir", "echo", "hostname", "env", "stat",
-    "head", "grep", "touch", "test", "readlink", "tty", "wc", "kill",
+    "head", "grep", "touch", "test", "readlink", "tty", "wc", "kill", "sort", "uniq", "ip", "dd",
 ];
 const LIMIT: Duration = Duration::from_secs(30);
 static COUNTER: AtomicU32 = AtomicU32::new(0);
@@ -138,7 +138,7 @@ impl Drop for Bundle {
     }
 }
 
-fn runtime() -> Command {
+pub(crate) fn runtime() -> Command {
     match std::env::var_os("CORACLE_TEST_RUNTIME") {
         Some(other) => Command::new(coracle_testkit::need(&other.to_string_lossy(), &other.to_string_lossy())),
         None => Command::new(env!("CARGO_BIN_EXE_corun")),

@@ -38,6 +38,35 @@ const CREATE_FLAGS: &[Flag] = &[
     (&["preserve-fds"], true),
 ];
 
+/// Read, so that the answer is that the command is not supported, and not that a flag is unknown.
+const FROZEN_FLAGS: &[Flag] = &[
+    (&["bundle", "b"], true),
+    (&["console-socket"], true),
+    (&["detach", "d"], false),
+    (&["pid-file"], true),
+    (&["no-subreaper"], false),
+    (&["no-pivot"], false),
+    (&["image-path"], true),
+    (&["work-path"], true),
+    (&["parent-path"], true),
+    (&["leave-running"], false),
+    (&["tcp-established"], false),
+    (&["tcp-skip-in-flight"], false),
+    (&["link-remap"], false),
+    (&["ext-unix-sk"], false),
+    (&["shell-job"], false),
+    (&["lazy-pages"], false),
+    (&["status-fd"], true),
+    (&["page-server"], true),
+    (&["file-locks"], false),
+    (&["pre-dump"], false),
+    (&["manage-cgroups-mode"], true),
+    (&["empty-ns"], true),
+    (&["auto-dedup"], false),
+    (&["lsm-profile"], true),
+    (&["lsm-mount-context"], true),
+];
+
 pub(crate) const COMMANDS: &[Command] = &[
     Command { name: "create", usage: "ID", about: "make a container that waits to be started", flags: CREATE_FLAGS },
     Command { name: "start", usage: "ID", about: "start a created container", flags: &[] },
@@ -93,6 +122,7 @@ pub(crate) const COMMANDS: &[Command] = &[
             (&["preserve-fds"], true),
             (&["cgroup"], true),
             (&["ignore-paused"], false),
+            (&["no-subreaper"], false),
         ],
     },
     Command {
@@ -129,6 +159,8 @@ pub(crate) const COMMANDS: &[Command] = &[
             (&["memory-reservation"], true),
             (&["memory-swap"], true),
             (&["pids-limit"], true),
+            (&["l3-cache-schema"], true),
+            (&["mem-bw-schema"], true),
         ],
     },
     Command {
@@ -144,8 +176,8 @@ pub(crate) const COMMANDS: &[Command] = &[
         flags: &[(&["bundle", "b"], true), (&["rootless"], false)],
     },
     Command { name: "features", usage: "", about: "show what this runtime can do", flags: &[] },
-    Command { name: "checkpoint", usage: "ID", about: "not supported", flags: &[] },
-    Command { name: "restore", usage: "ID", about: "not supported", flags: &[] },
+    Command { name: "checkpoint", usage: "ID", about: "not supported", flags: FROZEN_FLAGS },
+    Command { name: "restore", usage: "ID", about: "not supported", flags: FROZEN_FLAGS },
 ];
 
 /// Flags given, by their first name, in order.
@@ -172,6 +204,11 @@ impl Flags {
     }
 }
 
+/// The first word names no command; scripts tell this failure by its status.
+#[derive(Debug, thiserror::Error)]
+#[error("unknown command {0:?}: see corun --help")]
+pub(crate) struct UnknownCommand(String);
+
 /// A command line, taken apart.
 pub(crate) struct Invocation {
     pub global: Flags,
@@ -191,10 +228,7 @@ pub(crate) fn parse(mut line: Vec<String>) -> Result<Invocation> {
     if name == "help" {
         return Ok(Invocation { global, command: None, flags: Flags::default(), words: Vec::new() });
     }
-    let command = COMMANDS
-        .iter()
-        .find(|command| command.name == name)
-        .ok_or_else(|| anyhow!("unknown command {name:?}: see corun --help"))?;
+    let command = COMMANDS.iter().find(|command| command.name == name).ok_or(UnknownCommand(name))?;
     let mut given = flags(command.flags, &mut line)?;
     let mut words: Vec<String> = line.pop().into_iter().collect();
     // Commands with one word take flags behind it, too, as people type them.

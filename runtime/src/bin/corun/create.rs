@@ -3,7 +3,7 @@
 use crate::{Context, console};
 use anyhow::{Context as _, Result, bail};
 use coracle_runtime::state::{self, Folder, State};
-use coracle_runtime::{Cgroup, Gate, Init, Options, Plan, Stdio, hooks, sealed, spawn_gated, spec};
+use coracle_runtime::{Cgroup, Gate, Given, Init, Options, Plan, Stdio, hooks, sealed, spawn_gated, spec};
 use oci_spec::runtime::Spec;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 struct Undo<'folder> {
     folder: &'folder Folder,
     cgroup: Option<Cgroup>,
+    /// Where and over which mount a container without a mount namespace mounts on the host.
+    mounted: Option<(PathBuf, u64)>,
     armed: bool,
 }
 
@@ -26,7 +28,8 @@ impl Drop for Undo<'_> {
                 eprintln!("corun: {error}");
             }
         }
-        if let Err(error) = self.folder.remove() {
+        let unmounted = self.mounted.as_ref().map_or(Ok(()), |(root, below)| state::unmount_above(root, *below));
+        for error in [unmounted, self.folder.remove()].into_iter().filter_map(Result::err) {
             eprintln!("corun: {error}");
         }
     }
@@ -39,15 +42,32 @@ struct Made<'folder> {
     plan: Plan,
 }
 
-fn make<'folder>(context: &Context, folder: &'folder Folder, gate: Gate) -> Result<Made<'folder>> {
+fn make<'folder>(
+    context: &Context,
+    folder: &'folder Folder,
+    gate: Gate,
+    own_mount: Option<OwnedFd>,
+) -> Result<Made<'folder>> {
     let bundle = match context.flags.value("bundle") {
         Some(path) => Path::new(path).canonicalize().with_context(|| format!("no bundle {path:?}"))?,
         None => std::env::current_dir().context("the working directory is gone")?,
     };
     let config = bundle.join("config.json");
     let bytes = spec::read_bounded(&config)?;
-    let mut specification: Spec = spec::parse(&config, &bytes)?;
+    let (mut specification, unknown): (Spec, _) = spec::parse_with_capabilities(&config, &bytes)?;
+    for name in unknown {
+        context.warn(&format!("capability {name} is not known and was left out"));
+    }
     let inherited = pass_activation(&mut specification)?;
+    let process = specification.process().as_ref();
+    let hooked = specification.hooks().as_ref().is_some_and(|hooks| hooks.start_container().is_some());
+    let attended = process.is_some_and(|process| process.terminal() == Some(true))
+        || context.flags.value("pidfd-socket").is_some();
+    let gate = match gate {
+        // Nothing is left to do between "set up" and "started": two changes of the process on the processor less.
+        Gate::Parent if !hooked && !attended => Gate::Open,
+        other => other,
+    };
     let options = Options {
         id: folder.id.clone(),
         no_pivot: context.flags.has("no-pivot"),
@@ -56,39 +76,92 @@ fn make<'folder>(context: &Context, folder: &'folder Folder, gate: Gate) -> Resu
         gate,
     };
     let plan = Plan::compile(&specification, &bundle, &options)?;
+    let rootfs = bundle.join(specification.root().as_ref().map_or(Path::new(""), |root| root.path()));
     folder.create(&bytes)?;
-    let mut undo = Undo { folder, cgroup: None, armed: true };
-    let name = cgroup_name(&plan, &folder.id)?;
-    let cgroup = undo.cgroup.insert(Cgroup::create(&name)?);
-    if !cgroup.processes()?.is_empty() {
-        let name = cgroup.name().display().to_string();
-        undo.cgroup = None;
-        bail!("cgroup {name} has processes already: choose another linux.cgroupsPath");
+    let mut undo = Undo { folder, cgroup: None, mounted: None, armed: true };
+    undo.cgroup = cgroup(context, &plan, &folder.id)?;
+    if !plan.mounts_apart() {
+        undo.mounted = Some((rootfs.clone(), state::mount_id(&rootfs)?));
     }
-    cgroup.apply(plan.resources())?;
     let listener = match gate {
-        Gate::Parent => None,
+        Gate::Open | Gate::Parent => None,
         Gate::Listener => Some(listen(folder)?),
     };
     let standard = coracle_sys::process::borrow_standard;
     let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };
-    let mut init = spawn_gated(&plan, Some(cgroup), stdio, listener)?;
+    let mut init = spawn_gated(&plan, undo.cgroup.as_ref(), stdio, Given { listener, own_mount })?;
     // Written while the new process sets itself up.
     let state = State {
         oci_version: specification.version().clone(),
         id: folder.id.clone(),
         pid: init.pid(),
         pid_start: state::process_start(init.pid()).map_or(0, |(start, _)| start),
-        rootfs: bundle.join(specification.root().as_ref().map_or(Path::new(""), |root| root.path())),
+        rootfs,
         bundle,
         created: state::now(),
-        owner: "root".into(),
-        cgroup: cgroup.name().to_path_buf(),
+        owner: owner(),
+        cgroup: undo.cgroup.as_ref().map(|cgroup| cgroup.name().to_path_buf()).unwrap_or_default(),
+        mounted_over: undo.mounted.as_ref().map(|(_, below)| *below),
         annotations: specification.annotations().clone().unwrap_or_default(),
     };
     folder.save(&state)?;
     init.wait_created()?;
     Ok(Made { init, undo, state, plan })
+}
+
+/// The name of who calls.
+fn owner() -> String {
+    let uid = nix::unistd::geteuid();
+    // The superuser's needs no database.
+    if uid.is_root() {
+        return "root".into();
+    }
+    let entry = |text: String| {
+        text.lines().find_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?.to_string();
+            (fields.nth(1)?.parse() == Ok(uid.as_raw())).then_some(name)
+        })
+    };
+    std::fs::read_to_string("/etc/passwd").ok().and_then(entry).unwrap_or_else(|| format!("#{uid}"))
+}
+
+/// Makes the cgroup with its limits. An unprivileged user who may not make one does without, unless limits are asked for.
+fn cgroup(context: &Context, plan: &Plan, id: &str) -> Result<Option<Cgroup>> {
+    let name = cgroup_name(plan, id)?;
+    let limits = plan.resources().is_some_and(|resources| !coracle_runtime::cgroup::only_devices(resources));
+    let tolerant = match context.rootless {
+        Some(wanted) => wanted,
+        None => !nix::unistd::geteuid().is_root(),
+    };
+    let cgroup = match Cgroup::create(&name) {
+        Err(coracle_runtime::Error::Cgroup { source, .. })
+            if tolerant
+                && !limits
+                && matches!(source.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) =>
+        {
+            return Ok(None);
+        }
+        other => other?,
+    };
+    if !cgroup.processes()?.is_empty() {
+        bail!("cgroup {} has processes already: choose another linux.cgroupsPath", cgroup.name().display());
+    }
+    let applied = cgroup.apply(plan.resources()).or_else(|error| match error {
+        // In a user namespace nothing can be done to devices anyway.
+        coracle_runtime::Error::Cgroup { source, .. }
+            if tolerant && source.raw_os_error() == Some(libc::EPERM) && !limits =>
+        {
+            Ok(())
+        }
+        other => Err(other),
+    });
+    let applied = applied.and_then(|()| plan.delegate(&cgroup));
+    if let Err(error) = applied {
+        cgroup.remove()?;
+        return Err(error.into());
+    }
+    Ok(Some(cgroup))
 }
 
 /// Sockets of activation (`LISTEN_FDS`) go to the program.
@@ -160,9 +233,9 @@ fn terminal(context: &Context, made: &mut Made<'_>, may_attend: bool) -> Result<
 }
 
 pub(crate) fn create(context: &Context) -> Result<i32> {
-    sealed::ensure()?;
+    let own = sealed::ensure()?;
     let folder = context.folder()?;
-    let mut made = make(context, &folder, Gate::Listener)?;
+    let mut made = make(context, &folder, Gate::Listener, own)?;
     terminal(context, &mut made, false)?;
     write_pid_file(context, made.state.pid)?;
     made.undo.armed = false;
@@ -171,17 +244,21 @@ pub(crate) fn create(context: &Context) -> Result<i32> {
 }
 
 pub(crate) fn run(context: &Context) -> Result<i32> {
-    sealed::ensure()?;
+    let own = sealed::ensure()?;
     let folder = context.folder()?;
     let detach = context.flags.has("detach");
     let signals = if detach { None } else { Some(console::take_signals()?) };
     if !context.flags.has("no-subreaper") && !detach {
         coracle_sys::identity::set_child_subreaper().context("cannot become a subreaper")?;
     }
-    let mut made = make(context, &folder, Gate::Parent)?;
+    let mut made = make(context, &folder, Gate::Parent, own)?;
     let master = terminal(context, &mut made, !detach)?;
     write_pid_file(context, made.state.pid)?;
-    made.init.start()?;
+    if made.plan.starts_by_itself() {
+        made.init.wait_running()?;
+    } else {
+        made.init.start()?;
+    }
     hooks::poststart(made.plan.hooks(), &made.state.template(), made.state.pid)?;
     let Some(signals) = signals else {
         made.undo.armed = false;
@@ -201,6 +278,7 @@ pub(crate) fn run(context: &Context) -> Result<i32> {
         }
         cgroup.remove()?;
     }
+    made.state.unmount()?;
     folder.remove()?;
     for error in hooks::poststop(made.plan.hooks(), &made.state.template()) {
         eprintln!("corun: {error}");

@@ -11,7 +11,11 @@ use std::path::Path;
 fn process(context: &Context, specification: &oci_spec::runtime::Spec) -> Result<Process> {
     if let Some(path) = context.flags.value("process") {
         let path = Path::new(path);
-        return Ok(spec::parse(path, &spec::read_bounded(path)?)?);
+        let (process, unknown) = spec::parse_with_capabilities(path, &spec::read_bounded(path)?)?;
+        for name in unknown {
+            context.warn(&format!("capability {name} is not known and was left out"));
+        }
+        return Ok(process);
     }
     let base = specification.process().as_ref().ok_or_else(|| anyhow!("the container has no process"))?;
     let arguments = context.words.get(1..).filter(|words| !words.is_empty());
@@ -65,7 +69,7 @@ fn process(context: &Context, specification: &oci_spec::runtime::Spec) -> Result
 }
 
 pub(crate) fn exec(context: &Context) -> Result<i32> {
-    sealed::ensure()?;
+    let _own = sealed::ensure()?;
     let (folder, state) = context.container()?;
     match state.status(&folder) {
         Status::Running | Status::Created => {}
@@ -77,8 +81,11 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     let specification = folder.load_spec()?;
     let process = process(context, &specification)?;
     let cgroup = match context.flags.value("cgroup") {
-        None => Cgroup::open(&state.cgroup)?,
-        Some(below) => Cgroup::open(&state.cgroup.join(below.trim_start_matches('/')))?,
+        None => state.cgroup(),
+        Some(below) => {
+            state.need_cgroup()?;
+            Some(Cgroup::open(&state.cgroup.join(below.trim_start_matches('/')))?)
+        }
     };
     let options = Options {
         id: state.id.clone(),
@@ -90,7 +97,7 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     let target = exec::Target { pid: state.pid, pidfd: pidfd.as_fd(), spec: &specification, bundle: &state.bundle };
     let standard = coracle_sys::process::borrow_standard;
     let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };
-    let mut init = exec::spawn(&target, &process, Some(&cgroup), stdio, &options)?;
+    let mut init = exec::spawn(&target, &process, cgroup.as_ref(), stdio, &options)?;
     init.wait_running()?;
     if let Some(socket) = context.flags.value("pidfd-socket") {
         console::hand_over_pidfd(Path::new(socket), &init)?;

@@ -2,11 +2,13 @@
 
 use crate::Context;
 use anyhow::{Context as _, Result, bail};
+use coracle_runtime::cgroup;
 use coracle_runtime::state::{Folder, State, Status};
-use coracle_runtime::{Cgroup, cgroup};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn describe(folder: &Folder, state: &State) -> Value {
     let status = state.status(folder);
@@ -81,7 +83,7 @@ pub(crate) fn ps(context: &Context) -> Result<i32> {
         }
     }
     let (_, state) = context.container()?;
-    let pids = Cgroup::open(&state.cgroup)?.processes()?;
+    let pids = state.need_cgroup()?.processes()?;
     if format == "json" {
         println!("{}", json!(pids));
         return Ok(0);
@@ -164,7 +166,7 @@ pub(crate) fn events(context: &Context) -> Result<i32> {
     if state.status(&folder) == Status::Stopped {
         bail!("container {:?} is not running", state.id);
     }
-    let group = Cgroup::open(&state.cgroup)?;
+    let group = state.need_cgroup()?;
     let show = |kind: &str, data: Value| {
         let mut event = json!({"type": kind, "id": state.id});
         if !data.is_null() {
@@ -178,16 +180,36 @@ pub(crate) fn events(context: &Context) -> Result<i32> {
     }
     let interval = duration(context.flags.value("interval").unwrap_or("5s"))?;
     let mut kills = group.oom_kills();
+    let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context("cannot watch for events")?;
+    if kills.is_some() {
+        let file = group.folder().join("memory.events");
+        watch.add_watch(&file, AddWatchFlags::IN_MODIFY).with_context(|| format!("cannot watch {}", file.display()))?;
+    }
+    let mut next = Instant::now() + interval;
     while let Some(pidfd) = state.pidfd() {
-        if coracle_runtime::wait_readable(pidfd.as_fd(), Some(interval))? {
-            break;
+        let left = next.saturating_duration_since(Instant::now()).as_millis() + 1;
+        let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN), PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut polled, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Err(nix::errno::Errno::EINTR) => continue,
+            other => other.context("cannot wait for events")?,
+        };
+        if polled[1].any() == Some(true) {
+            // What changed is looked up; the events themselves say no more.
+            while watch.read_events().is_ok_and(|events| !events.is_empty()) {}
         }
+        let ended = polled[0].any() == Some(true);
         let now = group.oom_kills();
         if now > kills {
             show("oom", Value::Null);
         }
         kills = now;
-        show("stats", usage(&group.stats()));
+        if ended {
+            break;
+        }
+        if Instant::now() >= next {
+            show("stats", usage(&group.stats()));
+            next = Instant::now() + interval;
+        }
     }
     Ok(0)
 }

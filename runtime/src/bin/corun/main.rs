@@ -19,15 +19,25 @@ const DEFAULT_ROOT: &str = "/run/corun";
 /// What a failed command ends with, and what a failed `exec` does.
 const FAILED: i32 = 1;
 const EXEC_FAILED: i32 = 255;
+const NO_SUCH_COMMAND: i32 = 3;
 
 /// What every command needs to know.
 pub(crate) struct Context {
     pub root: PathBuf,
     pub flags: Flags,
     pub words: Vec<String>,
+    /// `--rootless`: whether a cgroup that may not be made is done without; `None` decides by the caller's user.
+    pub rootless: Option<bool>,
+    log: Option<PathBuf>,
+    format: String,
 }
 
 impl Context {
+    /// Tells of something that is done otherwise than asked for.
+    pub(crate) fn warn(&self, message: &str) {
+        tell("warning", message, self.log.as_deref(), &self.format);
+    }
+
     /// The container that the command is about.
     pub(crate) fn folder(&self) -> Result<Folder> {
         let id = self.words.first().ok_or_else(|| anyhow!("the id of a container is missing"))?;
@@ -47,7 +57,8 @@ fn main() {
         Ok(invocation) => invocation,
         Err(error) => {
             eprintln!("corun: {error:#}");
-            std::process::exit(FAILED);
+            let unknown = error.downcast_ref::<args::UnknownCommand>().is_some();
+            std::process::exit(if unknown { NO_SUCH_COMMAND } else { FAILED });
         }
     };
     let (log, format) = (
@@ -56,26 +67,34 @@ fn main() {
     );
     let failed = if invocation.command.is_some_and(|command| command.name == "exec") { EXEC_FAILED } else { FAILED };
     let status = run(invocation).unwrap_or_else(|error| {
-        report(&format!("{error:#}"), log.as_deref(), &format);
+        tell("error", &format!("{error:#}"), log.as_deref(), &format);
         failed
     });
     std::process::exit(status);
 }
 
 /// Tells the user, and the log file that an engine reads.
-pub(crate) fn report(message: &str, log: Option<&Path>, format: &str) {
-    eprintln!("corun: {message}");
+fn tell(level: &str, message: &str, log: Option<&Path>, format: &str) {
+    eprintln!("corun: {}{message}", if level == "error" { "" } else { "warning: " });
     let Some(log) = log else { return };
     let time = state::now();
     let line = if format == "json" {
-        serde_json::json!({"level": "error", "msg": message, "time": time}).to_string()
+        serde_json::json!({"level": level, "msg": message, "time": time}).to_string()
     } else {
-        format!("time={time:?} level=error msg={message:?}")
+        format!("time={time:?} level={level} msg={message:?}")
     };
     let written =
         std::fs::OpenOptions::new().append(true).create(true).open(log).and_then(|mut file| writeln!(file, "{line}"));
     if let Err(error) = written {
         eprintln!("corun: cannot write the log {}: {error}", log.display());
+    }
+}
+
+/// Where containers are remembered: for an unprivileged user below the user's own run folder.
+fn default_root() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(own) if !own.is_empty() && !nix::unistd::geteuid().is_root() => Path::new(&own).join("corun"),
+        _ => PathBuf::from(DEFAULT_ROOT),
     }
 }
 
@@ -94,8 +113,21 @@ fn run(invocation: Invocation) -> Result<i32> {
             "--systemd-cgroup: this runtime manages cgroups itself and does not speak to systemd; leave the flag out"
         );
     }
-    let root = PathBuf::from(global.value("root").unwrap_or(DEFAULT_ROOT));
-    let context = Context { root, flags, words };
+    let root = global.value("root").map_or_else(default_root, PathBuf::from);
+    let rootless = match global.value("rootless") {
+        None | Some("auto") => None,
+        Some("true") => Some(true),
+        Some("false") => Some(false),
+        Some(other) => bail!("--rootless: {other:?} is not true, false or auto"),
+    };
+    let context = Context {
+        root,
+        flags,
+        words,
+        rootless,
+        log: global.value("log").map(PathBuf::from),
+        format: global.value("log-format").unwrap_or("text").to_string(),
+    };
     match command.name {
         "create" => create::create(&context),
         "run" => create::run(&context),

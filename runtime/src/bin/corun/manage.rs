@@ -3,7 +3,7 @@
 use crate::Context;
 use anyhow::{Context as _, Result, anyhow, bail};
 use coracle_runtime::state::{Folder, State, Status};
-use coracle_runtime::{Cgroup, Error, Options, Plan, hooks};
+use coracle_runtime::{Error, Options, Plan, hooks};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -43,7 +43,11 @@ pub(crate) fn start(context: &Context) -> Result<i32> {
         Ok((length, _)) => return Err(coracle_runtime::decode_failure(&answer[..length]).into()),
         Err(errno) => return Err(errno).context("the container does not answer"),
     }
-    hooks::poststart(plan.hooks(), &state.template(), state.pid)?;
+    if let Err(error) = hooks::poststart(plan.hooks(), &state.template(), state.pid) {
+        // The container ends with its hook, as the specification's life cycle goes on with its end.
+        coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL).context("cannot end the container")?;
+        return Err(error.into());
+    }
     Ok(0)
 }
 
@@ -63,9 +67,10 @@ pub(crate) fn kill(context: &Context) -> Result<i32> {
     let is_flag = |word: &String| ["--all", "-a", "--"].contains(&word.as_str());
     let all = context.flags.has("all") || context.words.iter().any(is_flag);
     let words: Vec<String> = context.words.iter().filter(|word| !is_flag(word)).cloned().collect();
-    let context = Context { root: context.root.clone(), flags: crate::args::Flags::default(), words };
-    let (folder, state) = context.container()?;
-    let signal = signal_number(context.words.get(1).map_or("TERM", String::as_str))?;
+    let id = words.first().ok_or_else(|| anyhow!("the id of a container is missing"))?;
+    let folder = Folder::of(&context.root, id)?;
+    let state = folder.load()?;
+    let signal = signal_number(words.get(1).map_or("TERM", String::as_str))?;
     let status = state.status(&folder);
     if status == Status::Stopped && !all {
         bail!("container {:?} is not running", state.id);
@@ -76,7 +81,7 @@ pub(crate) fn kill(context: &Context) -> Result<i32> {
         })
     });
     if all || (!own_pids && signal == libc::SIGKILL) {
-        let Ok(cgroup) = Cgroup::open(&state.cgroup) else { return Ok(0) };
+        let Some(cgroup) = state.cgroup() else { return Ok(0) };
         if signal == libc::SIGKILL {
             cgroup.kill()?;
         } else {
@@ -94,7 +99,7 @@ pub(crate) fn kill(context: &Context) -> Result<i32> {
         .with_context(|| format!("cannot send signal {signal} to container {:?}", state.id))?;
     if signal == libc::SIGKILL && status == Status::Paused {
         // Frozen processes die only once they run.
-        Cgroup::open(&state.cgroup)?.kill()?;
+        state.need_cgroup()?.kill()?;
     }
     Ok(0)
 }
@@ -117,7 +122,7 @@ pub(crate) fn delete(context: &Context) -> Result<i32> {
     if !force && !matches!(status, Status::Stopped | Status::Created) {
         bail!("container {:?} is {status}: stop it first, or use --force", state.id);
     }
-    let cgroup = Cgroup::open(&state.cgroup).ok();
+    let cgroup = state.cgroup();
     if let Some(pidfd) = state.pidfd() {
         let _ = coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
         if let Some(cgroup) = &cgroup {
@@ -133,6 +138,7 @@ pub(crate) fn delete(context: &Context) -> Result<i32> {
         }
         cgroup.remove()?;
     }
+    state.unmount()?;
     let hooks = folder.load_spec().ok().and_then(|spec| spec.hooks().clone());
     folder.remove()?;
     for error in hooks.iter().flat_map(|hooks| hooks::poststop(hooks, &state.template())) {
@@ -152,6 +158,6 @@ pub(crate) fn freeze(context: &Context, frozen: bool) -> Result<i32> {
     if !fits {
         bail!("container {:?} is {status}: it cannot be {}", state.id, if frozen { "paused" } else { "resumed" });
     }
-    Cgroup::open(&state.cgroup)?.freeze(frozen)?;
+    state.need_cgroup()?.freeze(frozen)?;
     Ok(0)
 }

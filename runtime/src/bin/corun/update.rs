@@ -3,7 +3,7 @@
 use crate::Context;
 use anyhow::{Context as _, Result, bail};
 use coracle_runtime::state::Status;
-use coracle_runtime::{Cgroup, device, spec};
+use coracle_runtime::{device, spec};
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -40,7 +40,13 @@ fn amount(text: &str) -> Result<i64> {
     number.checked_mul(1 << shift).with_context(|| format!("{text:?} is too much"))
 }
 
-fn resources(context: &Context) -> Result<LinuxResources> {
+/// What changes, in the shape of the specification's resources.
+fn changes(context: &Context) -> Result<Value> {
+    for flag in ["l3-cache-schema", "mem-bw-schema"] {
+        if context.flags.value(flag).is_some() {
+            bail!("--{flag}: the container was not placed into a group of Intel RDT");
+        }
+    }
     if let Some(path) = context.flags.value("resources") {
         let path = Path::new(if path == "-" { "/dev/stdin" } else { path });
         return Ok(spec::parse(path, &spec::read_bounded(path)?)?);
@@ -59,7 +65,20 @@ fn resources(context: &Context) -> Result<LinuxResources> {
     if document.as_object().is_some_and(serde_json::Map::is_empty) {
         bail!("nothing to change: give a limit or --resources FILE");
     }
-    Ok(serde_json::from_value(document)?)
+    Ok(document)
+}
+
+/// Lays `changes` over `known`, member by member. A zero or an empty text stands for "as before", as with runc.
+fn lay_over(known: &mut Value, changes: &Value) {
+    let (Value::Object(known), Value::Object(changes)) = (&mut *known, changes) else {
+        if !matches!(changes, Value::Null) && changes != &json!(0) && changes != &json!("") {
+            *known = changes.clone();
+        }
+        return;
+    };
+    for (key, change) in changes {
+        lay_over(known.entry(key).or_insert(Value::Null), change);
+    }
 }
 
 pub(crate) fn update(context: &Context) -> Result<i32> {
@@ -67,11 +86,32 @@ pub(crate) fn update(context: &Context) -> Result<i32> {
     if state.status(&folder) == Status::Stopped {
         bail!("container {:?} is not running", state.id);
     }
-    let resources = resources(context)?;
-    let cgroup = Cgroup::open(&state.cgroup)?;
+    let changes = changes(context)?;
+    // Refused before anything is touched when it is not of the right shape.
+    let _: LinuxResources = serde_json::from_value(changes.clone()).context("the resources")?;
+    let mut document: Value = folder.load_json()?;
+    let known = &mut document["linux"]["resources"];
+    if known.is_null() {
+        *known = json!({});
+    }
+    // A zero says "idle no more" there.
+    let idle = changes["cpu"]["idle"].clone();
+    lay_over(known, &changes);
+    if !idle.is_null() {
+        known["cpu"]["idle"] = idle;
+    }
+    // Limits that hang together (quota and period, memory and swap) are written together; groups that nothing is said
+    // about stay as they are.
+    let mut touched = known.clone();
+    if let (Some(touched), Some(changes)) = (touched.as_object_mut(), changes.as_object()) {
+        touched.retain(|group, _| changes.contains_key(group));
+    }
+    let resources: LinuxResources = serde_json::from_value(touched)?;
+    let cgroup = state.need_cgroup()?;
     cgroup.set(&resources)?;
     if let Some(rules) = resources.devices().as_deref().filter(|rules| !rules.is_empty()) {
         cgroup.replace_devices(&device::rules(rules)?)?;
     }
+    folder.save_json(&document)?;
     Ok(0)
 }

@@ -7,7 +7,6 @@ use async_trait::async_trait;
 use coracle_netns::Network;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{NodeCondition, Pod, Service};
-use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
 use tokio::net::TcpListener;
@@ -16,6 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::cgroups::Hierarchy;
 use crate::cri::{ContainerRuntime, RuntimeError};
+use crate::events::Events;
 use crate::images::{ImageStore, StoreOptions};
 use crate::names::PodKey;
 use crate::native::Native;
@@ -26,7 +26,7 @@ use crate::pods::{Context, PodManager, PodTable};
 use crate::server::{NodeServer, NodeState, ServerConfig};
 use crate::supervisor::client::{Client as Supervisor, Launch};
 use crate::supervisor::logfile::Limits;
-use crate::volumes::{Allocatable, ObjectCache, Volumes, VolumesConfig};
+use crate::volumes::{ObjectCache, Volumes, VolumesConfig};
 use crate::{Config, network};
 
 /// Pulls at once (`maxParallelImagePulls`).
@@ -119,16 +119,11 @@ impl Kubelet {
         let networks = Arc::new(Networks(network.clone()));
         let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
         let runtime: Arc<dyn ContainerRuntime> = Arc::new(native);
-        let allocatable = Allocatable {
-            cpu_millis: facts.cpu_millis.saturating_sub(config.reserved_cpu_millis),
-            memory_bytes: facts.memory_bytes.saturating_sub(config.reserved_memory_bytes),
-            ephemeral_storage_bytes: facts.disk_bytes,
-        };
+        let allocatable = crate::pods::allocatable(&config, &facts);
         let volumes = Volumes::new(
             VolumesConfig { layout, images: images.clone(), allocatable: Arc::new(move || allocatable.clone()) },
             ObjectCache::new(client.clone()),
         );
-        let reporter = Reporter { controller: "kubelet".into(), instance: Some(config.node_name.clone()) };
         let (services, writer) = reflector::store::<Service>();
         let stream = watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).default_backoff();
         tokio::spawn(reflector(writer, stream).for_each(|_| std::future::ready(())));
@@ -140,7 +135,7 @@ impl Kubelet {
             table: Arc::new(PodTable::default()),
             cgroups,
             facts: facts.clone(),
-            recorder: Recorder::new(client.clone(), reporter),
+            events: Events::new(client.clone(), &config.node_name),
             services,
             pulls: Semaphore::new(MAX_PULLS),
             image_ids: Default::default(),

@@ -144,6 +144,9 @@ pub struct SandboxConfig {
     pub id_mappings: Vec<IdMapping>,
     /// `runtimeClass` handler; empty for the default one.
     pub runtime_handler: String,
+    /// Limits of the pod as a whole.
+    #[serde(default)]
+    pub resources: Resources,
 }
 
 /// A host port that leads to a container port.
@@ -264,11 +267,11 @@ pub struct SecurityContext {
 pub struct Resources {
     /// Requests of CPU as cgroup v1 shares (2..=262144); the runtime converts to a weight.
     pub cpu_shares: u64,
-    /// Microseconds of CPU a period; 0 = unlimited.
+    /// Microseconds of CPU a period; -1 = unlimited.
     pub cpu_quota: i64,
     /// The period in microseconds.
     pub cpu_period: u64,
-    /// `memory.max` in bytes; 0 = unlimited.
+    /// `memory.max` in bytes; -1 = unlimited.
     pub memory_limit_in_bytes: i64,
     /// `oom_score_adj` of the process.
     pub oom_score_adj: i32,
@@ -379,6 +382,19 @@ pub struct ContainerStatus {
     pub exit: Option<ExitStatus>,
     /// Why starting failed, when it did.
     pub message: String,
+    /// Who its first process runs as.
+    pub user: ContainerUser,
+}
+
+/// `LinuxContainerUser`: ids of a first process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerUser {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Groups besides.
+    pub supplemental_groups: Vec<u32>,
 }
 
 /// Something happened to a container (`ContainerEventResponse`).
@@ -491,6 +507,12 @@ pub trait ContainerRuntime: Send + Sync + 'static {
     async fn remove_pod_sandbox(&self, id: &ContainerId) -> Result<()>;
     /// All sandboxes.
     async fn list_pod_sandboxes(&self) -> Result<Vec<SandboxStatus>>;
+    /// Those of one pod.
+    async fn sandboxes_of(&self, uid: &str) -> Result<Vec<SandboxStatus>> {
+        let mut all = self.list_pod_sandboxes().await?;
+        all.retain(|sandbox| sandbox.config.pod.as_ref().is_some_and(|pod| pod.uid == uid));
+        Ok(all)
+    }
     /// One sandbox.
     async fn pod_sandbox_status(&self, id: &ContainerId) -> Result<SandboxStatus>;
 
@@ -504,6 +526,12 @@ pub trait ContainerRuntime: Send + Sync + 'static {
     async fn remove_container(&self, id: &ContainerId) -> Result<()>;
     /// All containers.
     async fn list_containers(&self) -> Result<Vec<ContainerStatus>>;
+    /// Those of one pod.
+    async fn containers_of(&self, uid: &str) -> Result<Vec<ContainerStatus>> {
+        let mut all = self.list_containers().await?;
+        all.retain(|container| container.pod.uid == uid);
+        Ok(all)
+    }
     /// One container.
     async fn container_status(&self, id: &ContainerId) -> Result<ContainerStatus>;
     /// Changes limits in place.

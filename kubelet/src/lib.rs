@@ -24,6 +24,7 @@ pub mod volumes;
 
 mod agent;
 mod cleanup;
+mod events;
 
 pub use agent::{AgentError, Kubelet};
 pub use cleanup::cleanup;

@@ -10,16 +10,17 @@ use std::time::Duration;
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
 
 use super::spec::{self, ImageDefaults, Input, PodPaths};
 use super::{Native, blocking, namespaces, refused, user};
 use crate::cri::{
-    ContainerConfig, ContainerEvent, ContainerStatus, NamespaceMode, Result, RuntimeError, SandboxStatus,
+    ContainerConfig, ContainerStatus, ContainerUser, NamespaceMode, Resources, Result, RuntimeError, SandboxStatus,
     SecurityProfile,
 };
 use crate::images::Image;
 use crate::names::{ContainerId, Layout, PodKey};
-use crate::supervisor::protocol::{Create, Report};
+use crate::supervisor::protocol::{Create, Event, Report};
 
 /// How long a killed process may take to vanish before that is an error: it sits in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -27,7 +28,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 const MOUNT_OPTIONS_LIMIT: usize = 4095;
 
 /// What is kept of a container beside the supervisor's report: `container.json`.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     /// Its id.
     pub id: ContainerId,
@@ -41,6 +42,9 @@ pub(super) struct Record {
     pub cgroup: PathBuf,
     /// The signal that asks it to end.
     pub stop_signal: i32,
+    /// Who its first process runs as.
+    #[serde(default)]
+    pub user: ContainerUser,
 }
 
 /// All containers that are on disk.
@@ -64,13 +68,15 @@ impl Native {
         found.ok_or_else(|| RuntimeError::NotFound { kind: "container", id: id.clone() })
     }
 
-    pub(super) fn containers_of(&self, sandbox: &ContainerId) -> Vec<ContainerId> {
+    pub(super) fn members(&self, sandbox: &ContainerId) -> Vec<ContainerId> {
         let containers = self.inner.containers.lock();
         containers.values().filter(|record| record.sandbox == *sandbox).map(|record| record.id.clone()).collect()
     }
 
-    pub(super) fn statuses(&self) -> Vec<ContainerStatus> {
-        let records: Vec<_> = self.inner.containers.lock().values().cloned().collect();
+    /// The containers of one pod, or all.
+    pub(super) fn statuses(&self, uid: Option<&str>) -> Vec<ContainerStatus> {
+        let wanted = |record: &&Arc<Record>| uid.is_none_or(|uid| record.pod.uid == uid);
+        let records: Vec<_> = self.inner.containers.lock().values().filter(wanted).cloned().collect();
         records
             .iter()
             .filter_map(|record| Some(status_of(record, &self.inner.supervisor.report(&record.id)?)))
@@ -153,6 +159,7 @@ impl Native {
             pod,
             cgroup: cgroup.clone(),
             config,
+            user: ContainerUser { uid: user.uid, gid: user.gid, supplemental_groups: user.groups.clone() },
         };
         for (name, value) in
             [("config.json", serde_json::to_vec(&spec)), ("container.json", serde_json::to_vec(&record))]
@@ -213,46 +220,63 @@ impl Native {
         })
     }
 
-    pub(super) async fn stop(&self, id: &ContainerId, timeout: Duration) -> Result<()> {
-        let Ok(record) = self.record(id) else { return Ok(()) };
-        let mut events = self.inner.events.subscribe();
-        let running = |this: &Self| this.inner.supervisor.report(id).is_some_and(|r| r.exit.is_none());
-        if !running(self) {
-            return Ok(());
-        }
-        let ended = async {
-            loop {
+    /// Becomes ready when the container has ended; to be made before the signal that is to end it.
+    fn ended(&self, id: &ContainerId) -> impl Future<Output = ()> + use<> {
+        let (this, id, mut events) = (self.clone(), id.clone(), self.inner.supervisor.events());
+        async move {
+            let running = || this.inner.supervisor.report(&id).is_some_and(|report| report.exit.is_none());
+            while running() {
                 match events.recv().await {
-                    Ok(ContainerEvent::Stopped { id: ended, .. }) if ended == *id => return,
-                    Ok(_) => {}
-                    Err(_) if !running(self) => return,
-                    Err(_) => {}
+                    Ok(Event::Exited(ended, _)) if ended == id => return,
+                    Err(broadcast::error::RecvError::Closed) => return,
+                    _ => {}
                 }
             }
-        };
-        tokio::pin!(ended);
-        let gone = |error: &RuntimeError| matches!(error, RuntimeError::NotFound { .. });
-        if !timeout.is_zero() {
-            match self.inner.supervisor.kill(id, record.stop_signal, false).await.map_err(refused(id, "running")) {
-                Err(error) if !gone(&error) => return Err(error),
-                _ => {}
-            }
-            if tokio::time::timeout(timeout, &mut ended).await.is_ok() {
-                return Ok(());
-            }
         }
+    }
+
+    /// Kills every process of a container and waits until the first one is gone.
+    pub(super) async fn kill(&self, id: &ContainerId) -> Result<()> {
+        let ended = self.ended(id);
         match self.inner.supervisor.kill(id, Signal::SIGKILL as i32, true).await.map_err(refused(id, "running")) {
-            Err(error) if !gone(&error) => return Err(error),
+            Err(error) if !matches!(error, RuntimeError::NotFound { .. }) => return Err(error),
             _ => {}
-        }
-        if !running(self) {
-            return Ok(());
         }
         tokio::time::timeout(KILL_TIMEOUT, ended).await.map_err(|_| {
             RuntimeError::Supervisor(format!(
                 "container {id} does not end although it was killed; its process waits in the kernel"
             ))
         })
+    }
+
+    pub(super) async fn stop(&self, id: &ContainerId, timeout: Duration) -> Result<()> {
+        let Ok(record) = self.record(id) else { return Ok(()) };
+        if self.inner.supervisor.report(id).is_none_or(|report| report.exit.is_some()) {
+            return Ok(());
+        }
+        if !timeout.is_zero() {
+            let ended = self.ended(id);
+            match self.inner.supervisor.kill(id, record.stop_signal, false).await.map_err(refused(id, "running")) {
+                Err(error) if !matches!(error, RuntimeError::NotFound { .. }) => return Err(error),
+                _ => {}
+            }
+            if tokio::time::timeout(timeout, ended).await.is_ok() {
+                return Ok(());
+            }
+        }
+        self.kill(id).await
+    }
+
+    /// Notes limits that were changed while the container runs.
+    pub(super) fn note_resources(&self, record: &Record, resources: &Resources) -> Result<()> {
+        let mut changed = record.clone();
+        changed.config.resources = resources.clone();
+        let folder = self.inner.layout.container(&record.id);
+        let (new, path) = (folder.join("container.json.new"), folder.join("container.json"));
+        let bytes = serde_json::to_vec(&changed).map_err(|e| RuntimeError::Invalid(e.to_string()))?;
+        fs::write(&new, bytes).and_then(|()| fs::rename(&new, &path)).map_err(RuntimeError::io("write", &path))?;
+        self.inner.containers.lock().insert(record.id.clone(), Arc::new(changed));
+        Ok(())
     }
 
     pub(super) async fn remove(&self, id: &ContainerId) -> Result<()> {
@@ -291,6 +315,7 @@ fn status_of(record: &Record, report: &Report) -> ContainerStatus {
         started_at: report.started_at,
         exit: report.exit,
         message: String::new(),
+        user: record.user.clone(),
     }
 }
 

@@ -5,9 +5,11 @@
 
 mod container;
 mod exec;
+mod init;
 pub mod namespaces;
 pub mod network;
 mod sandbox;
+pub use sandbox::HANDLERS;
 pub mod spec;
 pub mod user;
 
@@ -152,11 +154,21 @@ impl ContainerRuntime for Native {
     }
 
     async fn list_pod_sandboxes(&self) -> Result<Vec<SandboxStatus>> {
-        Ok(self.inner.sandboxes.lock().values().map(|s| (**s).clone()).collect())
+        let all: Vec<_> = self.inner.sandboxes.lock().values().cloned().collect();
+        Ok(all.iter().map(|sandbox| self.as_seen(sandbox)).collect())
+    }
+
+    async fn sandboxes_of(&self, uid: &str) -> Result<Vec<SandboxStatus>> {
+        let all: Vec<_> = {
+            let sandboxes = self.inner.sandboxes.lock();
+            let ours = |status: &&Arc<SandboxStatus>| status.config.pod.as_ref().is_some_and(|pod| pod.uid == uid);
+            sandboxes.values().filter(ours).cloned().collect()
+        };
+        Ok(all.iter().map(|sandbox| self.as_seen(sandbox)).collect())
     }
 
     async fn pod_sandbox_status(&self, id: &ContainerId) -> Result<SandboxStatus> {
-        Ok((*self.sandbox(id)?).clone())
+        Ok(self.as_seen(&*self.sandbox(id)?))
     }
 
     async fn create_container(&self, sandbox: &ContainerId, config: ContainerConfig) -> Result<ContainerId> {
@@ -176,7 +188,11 @@ impl ContainerRuntime for Native {
     }
 
     async fn list_containers(&self) -> Result<Vec<ContainerStatus>> {
-        Ok(self.statuses())
+        Ok(self.statuses(None))
+    }
+
+    async fn containers_of(&self, uid: &str) -> Result<Vec<ContainerStatus>> {
+        Ok(self.statuses(Some(uid)))
     }
 
     async fn container_status(&self, id: &ContainerId) -> Result<ContainerStatus> {
@@ -186,12 +202,17 @@ impl ContainerRuntime for Native {
     async fn update_container_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
         let record = self.record(id)?;
         let path = record.cgroup.clone();
-        self.inner.cgroups.limit(&path, resources).map_err(RuntimeError::io("limit", path))
+        self.inner.cgroups.limit(&path, resources).map_err(RuntimeError::io("limit", path))?;
+        self.note_resources(&record, resources)
     }
 
     async fn update_pod_sandbox_resources(&self, id: &ContainerId, resources: &Resources) -> Result<()> {
-        let path = self.sandbox(id)?.config.cgroup_parent.clone();
-        self.inner.cgroups.limit(&path, resources).map_err(RuntimeError::io("limit", path))
+        let sandbox = self.sandbox(id)?;
+        let path = sandbox.config.cgroup_parent.clone();
+        self.inner.cgroups.limit(&path, resources).map_err(RuntimeError::io("limit", path))?;
+        let mut changed = (*sandbox).clone();
+        changed.config.resources = resources.clone();
+        self.note_sandbox(&changed)
     }
 
     async fn reopen_container_log(&self, id: &ContainerId) -> Result<()> {

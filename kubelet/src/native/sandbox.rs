@@ -17,6 +17,9 @@ use crate::supervisor::container::now;
 /// Size of a pod's `/dev/shm`.
 const SHM_OPTIONS: &str = "mode=1777,size=67108864";
 
+/// RuntimeClass handlers: the default one, without a name and with.
+pub const HANDLERS: [&str; 2] = ["", "corun"];
+
 /// All sandboxes that are on disk.
 pub(super) fn read_all(layout: &Layout) -> Result<HashMap<ContainerId, Arc<SandboxStatus>>> {
     let folder = layout.sandboxes();
@@ -49,9 +52,15 @@ impl Native {
     pub(super) async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxStatus> {
         let pod =
             config.pod.clone().ok_or_else(|| RuntimeError::Invalid("a sandbox needs the pod's metadata".into()))?;
+        if !HANDLERS.contains(&config.runtime_handler.as_str()) {
+            return Err(RuntimeError::Invalid(format!(
+                "failed to get sandbox runtime: no runtime for {:?} is configured (known: {})",
+                config.runtime_handler, HANDLERS[1]
+            )));
+        }
         let id = ContainerId::derive(&pod.uid, "", config.attempt);
         if let Ok(known) = self.sandbox(&id)
-            && known.ready
+            && self.as_seen(&known).ready
         {
             return Ok((*known).clone());
         }
@@ -82,12 +91,18 @@ impl Native {
             status.ips = net.ips;
             status.network_namespace = Some(net.namespace);
         }
+        self.start_init(&status).await?;
         status.ready = true;
         self.note_sandbox(&status)?;
         Ok(status)
     }
 
-    fn note_sandbox(&self, status: &SandboxStatus) -> Result<()> {
+    /// A sandbox whose first process has ended is none any more.
+    pub(super) fn as_seen(&self, status: &SandboxStatus) -> SandboxStatus {
+        SandboxStatus { ready: status.ready && self.init_runs(status), ..status.clone() }
+    }
+
+    pub(super) fn note_sandbox(&self, status: &SandboxStatus) -> Result<()> {
         let folder = self.inner.layout.sandbox(&status.id);
         fs::create_dir_all(&folder).map_err(RuntimeError::io("create", &folder))?;
         save(&folder, status)?;
@@ -101,6 +116,7 @@ impl Native {
         self.inner
             .cgroups
             .make(&config.cgroup_parent)
+            .and_then(|()| self.inner.cgroups.limit(&config.cgroup_parent, &config.resources))
             .map_err(RuntimeError::io("create cgroup", &config.cgroup_parent))?;
         let hostname = (config.network != NamespaceMode::Node).then_some(config.hostname.as_str());
         namespaces::pin(&folder, hostname, config.ipc != NamespaceMode::Node)
@@ -123,10 +139,11 @@ impl Native {
 
     pub(super) async fn stop_sandbox(&self, id: &ContainerId) -> Result<()> {
         let Ok(status) = self.sandbox(id) else { return Ok(()) };
-        let members: Vec<_> = self.containers_of(id);
+        let members: Vec<_> = self.members(id);
         for container in members {
             self.stop(&container, Duration::ZERO).await?;
         }
+        self.remove_init(&status).await?;
         if let Some(pod) = status.config.pod.as_ref().filter(|_| status.config.network != NamespaceMode::Node) {
             self.inner.network.teardown(pod).await?;
         }
@@ -136,12 +153,13 @@ impl Native {
 
     pub(super) async fn remove_sandbox(&self, id: &ContainerId) -> Result<()> {
         let Ok(status) = self.sandbox(id) else { return Ok(()) };
-        for container in self.containers_of(id) {
+        for container in self.members(id) {
             self.remove(&container).await?;
         }
         if status.ready {
             self.stop_sandbox(id).await?;
         }
+        self.remove_init(&status).await?;
         let this = self.clone();
         let status_ = status.clone();
         blocking(move || {

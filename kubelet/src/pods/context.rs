@@ -8,9 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Container, ObjectReference, Pod, Service};
-use kube::runtime::events::{Event, EventType, Recorder};
+use k8s_openapi::api::node::v1::RuntimeClass;
+use kube::runtime::events::EventType;
 use kube::runtime::reflector::Store;
-use kube::{Client, Resource};
+use kube::{Api, Client, Resource};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -19,10 +20,11 @@ use super::table::PodTable;
 use crate::Config;
 use crate::cgroups::Hierarchy;
 use crate::cri::{ContainerRuntime, ContainerStatus, SandboxConfig};
+use crate::events::Events;
 use crate::images::ImageStore;
 use crate::names::PodKey;
 use crate::node::Facts;
-use crate::volumes::Volumes;
+use crate::volumes::{Allocatable, Volumes};
 
 /// Bytes of a termination message (`MaxContainerTerminationMessageLength`).
 const TERMINATION_MESSAGE_LIMIT: usize = 4096;
@@ -39,7 +41,7 @@ pub struct Context {
     pub table: Arc<PodTable>,
     pub cgroups: Hierarchy,
     pub facts: Facts,
-    pub recorder: Recorder,
+    pub events: Events,
     pub services: Store<Service>,
     /// Pulls under way (`maxParallelImagePulls`).
     pub pulls: Semaphore,
@@ -48,23 +50,42 @@ pub struct Context {
 }
 
 impl Context {
-    /// Publishes an event about a pod. Events are news, not state: one that cannot be written is logged.
-    pub async fn event(&self, pod: &Pod, type_: EventType, reason: &str, action: &str, note: String) {
-        self.event_about(pod.object_ref(&()), type_, reason, action, note).await;
+    /// Publishes an event about a pod, without waiting for the API.
+    pub fn event(&self, pod: &Pod, type_: EventType, reason: &str, action: &str, note: String) {
+        self.events.publish(pod.object_ref(&()), type_, reason, action, note);
     }
 
     /// The same about one of its containers.
-    pub async fn event_of(&self, pod: &Pod, container: &str, type_: EventType, reason: &str, note: String) {
-        let about =
-            ObjectReference { field_path: Some(format!("spec.containers{{{container}}}")), ..pod.object_ref(&()) };
-        self.event_about(about, type_, reason, reason, note).await;
+    pub fn event_of(&self, pod: &Pod, container: &str, type_: EventType, reason: &str, note: String) {
+        let list = |containers: Option<&Vec<Container>>| {
+            containers.is_some_and(|list| list.iter().any(|known| known.name == container))
+        };
+        let spec = pod.spec.as_ref();
+        let field = if list(spec.and_then(|spec| spec.init_containers.as_ref())) {
+            "initContainers"
+        } else if list(spec.map(|spec| &spec.containers)) {
+            "containers"
+        } else {
+            "ephemeralContainers"
+        };
+        let about = ObjectReference { field_path: Some(format!("spec.{field}{{{container}}}")), ..pod.object_ref(&()) };
+        self.events.publish(about, type_, reason, reason, note);
     }
 
-    async fn event_about(&self, about: ObjectReference, type_: EventType, reason: &str, action: &str, note: String) {
-        let event = Event { type_, reason: reason.into(), note: Some(note), action: action.into(), secondary: None };
-        if let Err(error) = self.recorder.publish(&event, &about).await {
-            tracing::debug!(reason, %error, "event not written");
+    /// What pods may use of this node.
+    pub fn allocatable(&self) -> Allocatable {
+        allocatable(&self.config, &self.facts)
+    }
+
+    /// The runtime handler that the pod's RuntimeClass names.
+    pub async fn runtime_handler(&self, pod: &Pod) -> Result<String, String> {
+        let class = pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref()).unwrap_or_default();
+        if class.is_empty() {
+            return Ok(String::new());
         }
+        let api: Api<RuntimeClass> = Api::all(self.client.clone());
+        let found = api.get(class).await.map_err(|error| format!("RuntimeClass {class:?}: {error}"))?;
+        Ok(found.handler)
     }
 
     /// `imageID` of a status: a digest reference of the image, or its id.
@@ -79,10 +100,10 @@ impl Context {
     }
 
     /// The configuration of a pod's sandbox.
-    pub fn sandbox_config(&self, pod: &Pod, attempt: u32) -> SandboxConfig {
+    pub fn sandbox_config(&self, pod: &Pod, attempt: u32, runtime_handler: String) -> SandboxConfig {
         let host = fs::read_to_string(&self.config.resolv_conf).unwrap_or_default();
         let text = resolved::resolv_conf(&self.config, pod, &host);
-        resolved::sandbox(&self.config, pod, attempt, text, &self.cgroups)
+        SandboxConfig { runtime_handler, ..resolved::sandbox(&self.config, pod, attempt, text, &self.cgroups) }
     }
 
     /// Where a pod's /etc/hosts lies.
@@ -103,7 +124,7 @@ impl Context {
     /// What a container left as its last words.
     pub fn termination_message(&self, key: &PodKey, container: &Container, status: &ContainerStatus) -> String {
         let path = resolved::termination_log(&self.config.layout, &key.uid, &container.name, status.config.attempt);
-        let mut text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+        let mut text = end_of(&path, TERMINATION_MESSAGE_LIMIT as u64).unwrap_or_default();
         let failed = status.exit.is_some_and(|exit| exit.code != 0);
         if text.is_empty() && failed && container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
         {
@@ -119,7 +140,7 @@ impl Context {
 
     /// Removes incarnations of a container but the newest two.
     pub async fn forget_old(&self, key: &PodKey, container: &str, newest: u32) {
-        let Ok(all) = self.runtime.list_containers().await else { return };
+        let Ok(all) = self.runtime.containers_of(&key.uid).await else { return };
         let old = all.into_iter().filter(|status| {
             status.pod.uid == key.uid && status.config.name == container && status.config.attempt + 1 < newest
         });
@@ -159,14 +180,47 @@ impl Context {
     }
 }
 
-/// The end of a log file, without the frame of each line.
-fn last_lines(path: &std::path::Path) -> io::Result<String> {
+/// What pods may use of a node.
+pub(crate) fn allocatable(config: &Config, facts: &Facts) -> Allocatable {
+    let huge: u64 = facts.huge_pages.iter().map(|(_, bytes)| bytes).sum();
+    // In whole KiB, as the node's status says it.
+    let memory = facts.memory_bytes.saturating_sub(config.reserved_memory_bytes + huge) / 1024 * 1024;
+    Allocatable {
+        cpu_millis: facts.cpu_millis.saturating_sub(config.reserved_cpu_millis),
+        memory_bytes: memory,
+        ephemeral_storage_bytes: facts.disk_bytes / 1024 * 1024,
+    }
+}
+
+/// The end of a file; a container may have made it as long as it likes.
+fn end_of(path: &std::path::Path, limit_bytes: u64) -> io::Result<String> {
     let file = fs::File::open(path)?;
     let size = file.metadata()?.len();
-    let start = size.saturating_sub(FALLBACK_LIMIT_BYTES);
+    let start = size.saturating_sub(limit_bytes);
     let mut bytes = vec![0; usize::try_from(size - start).unwrap_or_default()];
     file.read_exact_at(&mut bytes, start)?;
-    let text = String::from_utf8_lossy(&bytes).into_owned();
-    let lines: Vec<&str> = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3)).collect();
-    Ok(lines[lines.len().saturating_sub(FALLBACK_LIMIT_LINES)..].join("\n"))
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The last lines of a log file, without the frame of each.
+fn last_lines(path: &std::path::Path) -> io::Result<String> {
+    // The frame of a line is at most as long as its shortest usual content twice over.
+    let text = end_of(path, 4 * FALLBACK_LIMIT_BYTES)?;
+    let mut content = String::new();
+    let lines: Vec<&str> = text.lines().collect();
+    for line in &lines[lines.len().saturating_sub(FALLBACK_LIMIT_LINES)..] {
+        let mut fields = line.splitn(4, ' ');
+        if let (Some(_), Some(_), Some(tag), Some(text)) = (fields.next(), fields.next(), fields.next(), fields.next())
+        {
+            content.push_str(text);
+            if tag != "P" {
+                content.push('\n');
+            }
+        }
+    }
+    let mut start = content.len().saturating_sub(usize::try_from(FALLBACK_LIMIT_BYTES).unwrap_or_default());
+    while !content.is_char_boundary(start) {
+        start += 1;
+    }
+    Ok(content.split_off(start))
 }

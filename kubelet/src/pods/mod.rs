@@ -1,17 +1,25 @@
 //! Pod workers: one task per pod moves what is observed towards what is wanted.
 
+mod amounts;
 mod resolved;
 mod status;
 
+mod admit;
+mod backoff;
 mod context;
 mod hooks;
+mod mirror;
 mod monitor;
+mod report;
+mod resize;
 mod start;
+mod stop;
 mod worker;
 
 mod manager;
 pub mod table;
 
 pub use context::Context;
+pub(crate) use context::allocatable;
 pub use manager::PodManager;
 pub use table::PodTable;

@@ -116,23 +116,20 @@ impl Monitors {
                 let started_for =
                     Duration::from_nanos(u64::try_from(now().saturating_sub(current.started_at)).unwrap_or_default());
                 let handle = tokio::spawn(async move {
-                    let (events, mut told) = tokio::sync::mpsc::channel(16);
-                    let asking = probes::run(kind, &probe, &target, started_for, |answer, change| {
+                    let telling = |answer: &Answer, change| {
                         task.tell(answer, change);
                         if let Answer::Failure(message) = answer {
-                            // Events repeat themselves; one that does not fit is not missed.
-                            drop(events.try_send(message.clone()));
-                        }
-                    });
-                    let publishing = async {
-                        while let Some(message) = told.recv().await {
                             let note = format!("{} probe failed: {message}", kind.word());
-                            task.context
-                                .event_of(&task.pod, &task.container.name, EventType::Warning, "Unhealthy", note)
-                                .await;
+                            task.context.event_of(
+                                &task.pod,
+                                &task.container.name,
+                                EventType::Warning,
+                                "Unhealthy",
+                                note,
+                            );
                         }
                     };
-                    tokio::join!(asking, publishing);
+                    probes::run(kind, &probe, &target, started_for, telling).await;
                 });
                 watched.tasks.push((kind, handle.abort_handle()));
             }

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Container, EphemeralContainer, Pod, PodSpec, ResourceRequirements, SeccompProfile};
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use kube::ResourceExt;
 
+use super::amounts::{amount, limited, requested};
 use crate::cgroups::hierarchy::{Hierarchy, Qos, shares};
 use crate::cri::{NamespaceMode, PortMapping, Resources, SandboxConfig, SecurityContext, SecurityProfile};
 use crate::names::PodKey;
@@ -31,13 +31,15 @@ pub(crate) fn ephemeral(source: &EphemeralContainer) -> Container {
     serde_json::from_value(json).unwrap_or_default()
 }
 
+/// The container whose processes an ephemeral container sees (`targetContainerName`).
+pub(crate) fn target_of(pod: &Pod, name: &str) -> Option<String> {
+    let mut all = pod.spec.iter().flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+    all.find(|container| container.name == name)?.target_container_name.clone().filter(|target| !target.is_empty())
+}
+
 /// Whether an init container runs on beside the others.
 pub(crate) fn is_sidecar(container: &Container) -> bool {
     container.restart_policy.as_deref() == Some("Always")
-}
-
-fn amount(list: Option<&BTreeMap<String, ApiQuantity>>, name: &str) -> Option<Quantity> {
-    list?.get(name)?.0.parse().ok()
 }
 
 fn whole(quantity: Quantity) -> i64 {
@@ -82,8 +84,8 @@ pub(crate) fn resources(pod: &Pod, requirements: Option<&ResourceRequirements>, 
     let (limits, requests) = (requirements.limits.as_ref(), requirements.requests.as_ref());
     let cpu_limit = amount(limits, "cpu").map(millis);
     let cpu_request = amount(requests, "cpu").map(millis).or(cpu_limit).unwrap_or_default();
-    let memory_limit = amount(limits, "memory").map(whole).unwrap_or_default();
-    let memory_request = amount(requests, "memory").map(whole).unwrap_or(memory_limit);
+    let memory_limit = amount(limits, "memory").map(whole).filter(|limit| *limit > 0);
+    let memory_request = amount(requests, "memory").map(whole).or(memory_limit).unwrap_or_default();
     let hugepages = limits.into_iter().flatten().filter_map(|(name, amount)| {
         let size = name.strip_prefix("hugepages-")?;
         Some((size.to_owned(), u64::try_from(whole(amount.0.parse().ok()?)).ok()?))
@@ -98,13 +100,43 @@ pub(crate) fn resources(pod: &Pod, requirements: Option<&ResourceRequirements>, 
     };
     Resources {
         cpu_shares: shares(cpu_request),
-        cpu_quota: cpu_limit
-            .map_or(0, |limit| i64::try_from((limit * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX)),
+        cpu_quota: quota(cpu_limit),
         cpu_period: CPU_PERIOD_US,
-        memory_limit_in_bytes: memory_limit,
+        memory_limit_in_bytes: memory_limit.unwrap_or(-1),
         oom_score_adj,
-        unified: BTreeMap::new(),
+        // A container ends as a whole when it runs out of memory, as with a kubelet on cgroup v2.
+        unified: BTreeMap::from([("memory.oom.group".to_owned(), "1".to_owned())]),
         hugepage_limits: hugepages.collect(),
+    }
+}
+
+/// Microseconds of CPU in a period; 1 ms at least, which is what the kernel takes. No limit: -1.
+fn quota(limit_millis: Option<u64>) -> i64 {
+    let limit = limit_millis.filter(|limit| *limit > 0);
+    limit.map_or(-1, |limit| i64::try_from((limit * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX))
+}
+
+/// What a pod's containers may use together.
+pub(crate) fn pod_resources(pod: &Pod) -> Resources {
+    let number = |value: i128| u64::try_from(value).unwrap_or_default();
+    let memory = limited(pod, "memory").map(|milli| i64::try_from(milli / 1000).unwrap_or(i64::MAX));
+    Resources {
+        cpu_shares: shares(number(requested(pod, "cpu"))),
+        cpu_quota: quota(limited(pod, "cpu").map(number)),
+        cpu_period: CPU_PERIOD_US,
+        memory_limit_in_bytes: memory.unwrap_or(-1),
+        ..Resources::default()
+    }
+}
+
+/// The looser of two limits each.
+pub(crate) fn wider(one: &Resources, other: &Resources) -> Resources {
+    // -1 and 0 stand for no limit.
+    let looser = |a: i64, b: i64| if a <= 0 || b <= 0 { -1 } else { a.max(b) };
+    Resources {
+        cpu_quota: looser(one.cpu_quota, other.cpu_quota),
+        memory_limit_in_bytes: looser(one.memory_limit_in_bytes, other.memory_limit_in_bytes),
+        ..other.clone()
     }
 }
 
@@ -138,6 +170,7 @@ pub(crate) fn sandbox(
         ipc: mode(spec.host_ipc, NamespaceMode::Pod),
         id_mappings: Vec::new(),
         runtime_handler: String::new(),
+        resources: pod_resources(pod),
         pod: Some(key),
     }
 }
@@ -263,10 +296,15 @@ pub(crate) fn hosts(pod: &Pod, ips: &[IpAddr], hostname: &str, domain: &str, hos
     text
 }
 
-fn profile(seccomp: Option<&SeccompProfile>, default_on: bool) -> SecurityProfile {
+fn profile(config: &Config, seccomp: Option<&SeccompProfile>) -> SecurityProfile {
+    let default_on = config.seccomp_default;
     match seccomp.map(|profile| (profile.type_.as_str(), profile.localhost_profile.clone())) {
         Some(("RuntimeDefault", _)) => SecurityProfile::RuntimeDefault,
-        Some(("Localhost", Some(file))) => SecurityProfile::Localhost(file),
+        // Below the node's folder of profiles, as with a kubelet.
+        Some(("Localhost", Some(file))) => {
+            let path = config.layout.data.join("seccomp").join(file);
+            SecurityProfile::Localhost(path.to_string_lossy().into_owned())
+        }
         Some(_) => SecurityProfile::Unconfined,
         None if default_on => SecurityProfile::RuntimeDefault,
         None => SecurityProfile::Unconfined,
@@ -299,7 +337,7 @@ pub(crate) fn security(config: &Config, pod: &Pod, container: &Container) -> Res
         drop_capabilities: capabilities.drop.unwrap_or_default(),
         readonly_rootfs: own.read_only_root_filesystem == Some(true),
         no_new_privs: own.allow_privilege_escalation == Some(false),
-        seccomp: if privileged { SecurityProfile::Unconfined } else { profile(seccomp, config.seccomp_default) },
+        seccomp: if privileged { SecurityProfile::Unconfined } else { profile(config, seccomp) },
         apparmor: match apparmor.map(|profile| (profile.type_.as_str(), profile.localhost_profile.clone())) {
             Some(("Localhost", Some(name))) => SecurityProfile::Localhost(name),
             Some(("Unconfined", _)) => SecurityProfile::Unconfined,

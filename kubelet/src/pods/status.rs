@@ -8,8 +8,9 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodCondition, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
+use super::resize::Progress;
 use super::resolved::is_sidecar;
-use crate::cri::{ContainerState, ExitStatus};
+use crate::cri::{ContainerState, ContainerUser, ExitStatus};
 use crate::names::ContainerId;
 
 /// What is known of one container: its newest incarnation, the one before, and why there is none.
@@ -27,12 +28,20 @@ pub(crate) struct Observed {
     pub ready: bool,
     /// Digest reference or ID of its image.
     pub image_id: String,
+    /// The image that the newest incarnation was made of, as its pod named it.
+    pub image: Option<String>,
+    /// An init container's run in an earlier sandbox, which counts no more.
+    pub stale: bool,
+    /// Who its first process runs as.
+    pub user: Option<ContainerUser>,
 }
 
 /// One incarnation.
 #[derive(Clone, Debug)]
 pub(crate) struct Incarnation {
     pub id: ContainerId,
+    /// The sandbox that it ran in, while anybody knows.
+    pub sandbox: Option<ContainerId>,
     pub attempt: u32,
     pub state: ContainerState,
     /// Unix nanoseconds; 0 when never started.
@@ -66,6 +75,77 @@ pub(crate) struct PodObserved {
     pub ips: Vec<IpAddr>,
     /// Why the pod failed as a whole: reason and message (`Evicted`, `DeadlineExceeded`, …).
     pub failure: Option<(String, String)>,
+    /// What holds a resize up.
+    pub resize: Option<Progress>,
+}
+
+/// Reasons of failures that are the node's doing and none of the pod's.
+const BY_KUBELET: [&str; 3] = ["Evicted", "Terminated", "Preempting"];
+
+/// Conditions that come and go.
+pub(crate) const PASSING_CONDITIONS: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
+
+/// Whether a condition is the kubelet's to write.
+pub(crate) fn is_own_condition(type_: &str) -> bool {
+    const LASTING: [&str; 6] =
+        ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled", "DisruptionTarget"];
+    LASTING.contains(&type_) || PASSING_CONDITIONS.contains(&type_)
+}
+
+/// Whether the pod has ended for good, as far as the API knows.
+pub(crate) fn is_final(pod: &Pod) -> bool {
+    matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
+}
+
+/// `pod` with the status of `told`, but for what others decide: conditions of theirs, and the end.
+pub(crate) fn with_status_of(pod: &Pod, told: &Pod) -> Pod {
+    let theirs = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let theirs: Vec<_> = theirs.filter(|condition| !is_own_condition(&condition.type_)).cloned().collect();
+    let mut status = told.status.clone().unwrap_or_default();
+    let conditions = status.conditions.get_or_insert_default();
+    conditions.retain(|condition| is_own_condition(&condition.type_));
+    conditions.extend(theirs);
+    if is_final(pod)
+        && let Some(decided) = &pod.status
+    {
+        status.phase = decided.phase.clone();
+        status.reason = decided.reason.clone();
+        status.message = decided.message.clone();
+    }
+    Pod { status: Some(status), ..pod.clone() }
+}
+
+/// A container of which only the API knows that it ran: what was known of it is gone, as after a reboot.
+pub(crate) fn remembered(pod: &Pod, container: &str) -> Option<Incarnation> {
+    let status = pod.status.as_ref()?;
+    let lists = [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses];
+    let held = lists.into_iter().flat_map(|list| list.iter().flatten()).find(|held| held.name == container)?;
+    let id = ContainerId::parse(held.container_id.as_deref()?.rsplit('/').next()?)?;
+    let nanoseconds =
+        |time: &Option<Time>| time.as_ref().map_or(0, |time| i64::try_from(time.0.as_nanosecond()).unwrap_or_default());
+    let state = held.state.as_ref()?;
+    let (started_at, exit) = match (&state.terminated, &state.running) {
+        (Some(ended), _) => {
+            let finished_at = nanoseconds(&ended.finished_at);
+            let oom_killed = ended.reason.as_deref() == Some("OOMKilled");
+            (
+                nanoseconds(&ended.started_at),
+                Some(ExitStatus { code: ended.exit_code, signal: None, oom_killed, finished_at }),
+            )
+        }
+        (None, Some(running)) => (nanoseconds(&running.started_at), None),
+        (None, None) => return None,
+    };
+    let message = state.terminated.as_ref().and_then(|ended| ended.message.clone());
+    Some(Incarnation {
+        id,
+        sandbox: None,
+        attempt: u32::try_from(held.restart_count).unwrap_or_default(),
+        state: if exit.is_some() { ContainerState::Exited } else { ContainerState::Unknown },
+        started_at,
+        exit,
+        message: message.unwrap_or_else(|| "The container could not be located when the pod was started".into()),
+    })
 }
 
 fn time(nanoseconds: i64) -> Option<Time> {
@@ -137,14 +217,56 @@ fn container_status(container: &Container, observed: &Observed, default_reason: 
         restart_count: i32::try_from(shown.map_or(0, |current| current.attempt)).unwrap_or(i32::MAX),
         last_state: Some(core::ContainerState { terminated: last.map(terminated), ..core::ContainerState::default() }),
         state: Some(state),
-        resources: container.resources.clone(),
+        allocated_resources: container.resources.as_ref().and_then(|resources| resources.requests.clone()),
+        resources: Some(container.resources.clone().unwrap_or_default()),
+        user: observed.user.as_ref().map(|user| core::ContainerUser {
+            linux: Some(core::LinuxContainerUser {
+                uid: user.uid.into(),
+                gid: user.gid.into(),
+                supplemental_groups: Some(user.supplemental_groups.iter().map(|group| (*group).into()).collect()),
+            }),
+        }),
+        volume_mounts: container.volume_mounts.as_ref().map(|mounts| mounts.iter().map(volume_mount).collect()),
         ..core::ContainerStatus::default()
+    }
+}
+
+fn volume_mount(mount: &core::VolumeMount) -> core::VolumeMountStatus {
+    let read_only = mount.read_only == Some(true);
+    core::VolumeMountStatus {
+        name: mount.name.clone(),
+        mount_path: mount.mount_path.clone(),
+        read_only: read_only.then_some(true),
+        recursive_read_only: read_only.then(|| match mount.recursive_read_only.as_deref() {
+            // Every kernel that the product supports can do it.
+            Some("IfPossible" | "Enabled") => "Enabled".to_owned(),
+            _ => "Disabled".to_owned(),
+        }),
+        ..core::VolumeMountStatus::default()
     }
 }
 
 /// Whether an init container has done its part: ended well, or, of a sidecar, started.
 pub(crate) fn init_done(container: &Container, observed: &Observed) -> bool {
-    if is_sidecar(container) { observed.started } else { observed.waiting.is_none() && observed.exited() == Some(0) }
+    if is_sidecar(container) {
+        return observed.started;
+    }
+    !observed.stale && observed.waiting.is_none() && observed.exited() == Some(0)
+}
+
+/// Whether the init containers are past: all have done their part, or, though a sidecar has ended since, an app container
+/// was made after them.
+pub(crate) fn is_initialized(pod: &Pod, observed: &PodObserved) -> bool {
+    let Some(spec) = &pod.spec else { return false };
+    let empty = Observed::default();
+    let seen = |container: &Container| observed.containers.get(&container.name).unwrap_or(&empty);
+    let inits = || spec.init_containers.iter().flatten();
+    let fresh = inits().all(|container| is_sidecar(container) || init_done(container, seen(container)));
+    let begun = spec
+        .containers
+        .iter()
+        .any(|container| seen(container).current.as_ref().is_some_and(|current| current.sandbox.is_some()));
+    inits().all(|container| init_done(container, seen(container))) || (fresh && begun)
 }
 
 /// Whether a container that ended is started again.
@@ -173,13 +295,14 @@ pub(crate) fn phase(pod: &Pod, observed: &PodObserved) -> &'static str {
     let Some(spec) = &pod.spec else { return "Pending" };
     let empty = Observed::default();
     let of = |container: &Container| observed.containers.get(&container.name).unwrap_or(&empty).clone();
+    let initialized = is_initialized(pod, observed);
     for container in spec.init_containers.iter().flatten() {
         let seen = of(container);
-        if init_done(container, &seen) {
+        if initialized || init_done(container, &seen) {
             continue;
         }
         return match seen.exited() {
-            Some(code) if seen.waiting.is_none() && !restarts(pod, container, true, code) => "Failed",
+            Some(code) if seen.waiting.is_none() && !seen.stale && !restarts(pod, container, true, code) => "Failed",
             _ => "Pending",
         };
     }
@@ -212,7 +335,7 @@ pub(crate) fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodS
     let empty = Observed::default();
     let seen = |name: &str| observed.containers.get(name).unwrap_or(&empty);
     let inits = spec.init_containers.as_deref().unwrap_or_default();
-    let initialized = inits.iter().all(|container| init_done(container, seen(&container.name)));
+    let initialized = is_initialized(pod, observed);
     let waiting_reason = if initialized { "ContainerCreating" } else { "PodInitializing" };
     let statuses = |containers: &[Container], reason: &str| -> Vec<core::ContainerStatus> {
         containers.iter().map(|container| container_status(container, seen(&container.name), reason)).collect()
@@ -308,6 +431,16 @@ pub(crate) fn of(pod: &Pod, observed: &PodObserved, host_ips: &[IpAddr]) -> PodS
     set("Ready", ready.is_none(), reason(&ready), message(&ready));
     set("ContainersReady", containers_ready.is_none(), reason(&containers_ready), message(&containers_ready));
     set("PodScheduled", true, None, None);
+    if let Some((reason, message)) = &observed.failure
+        && BY_KUBELET.contains(&reason.as_str())
+    {
+        set("DisruptionTarget", true, Some("TerminationByKubelet"), Some(message.clone()));
+    }
+    if let Some(progress) = &observed.resize {
+        set(progress.type_, true, progress.reason, Some(progress.message.clone()));
+    }
+    let passed = |type_: &str| observed.resize.as_ref().is_none_or(|progress| progress.type_ != type_);
+    conditions.retain(|held| !(PASSING_CONDITIONS.contains(&held.type_.as_str()) && passed(&held.type_)));
     let ips = if spec.host_network == Some(true) { host_ips } else { &observed.ips };
     let pod_ips: Vec<_> = ips.iter().map(|ip| core::PodIP { ip: ip.to_string() }).collect();
     PodStatus {
@@ -352,6 +485,7 @@ mod tests {
         let running = state == ContainerState::Running;
         let current = Incarnation {
             id: ContainerId::derive("u", "a", 0),
+            sandbox: Some(ContainerId::derive("u", "", 0)),
             attempt: 0,
             state,
             started_at: 1,

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use parking_lot::RwLock;
+use tokio::sync::Notify;
 
 use crate::names::{ContainerId, PodKey};
 
@@ -48,10 +50,23 @@ impl PodEntry {
     }
 }
 
+/// The node's decision that a pod is to fail (eviction, shutdown).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// `status.reason`.
+    pub reason: String,
+    /// `status.message`.
+    pub message: String,
+    /// Time to end; `None`: the pod's own.
+    pub grace: Option<Duration>,
+}
+
 /// The table. Cheap to share; readers never wait for a worker.
 #[derive(Debug, Default)]
 pub struct PodTable {
     by_uid: RwLock<HashMap<String, Arc<PodEntry>>>,
+    /// Of pods that have a worker: what wakes it, and what was decided.
+    workers: RwLock<HashMap<String, (Arc<Notify>, Option<Verdict>)>>,
 }
 
 impl PodTable {
@@ -83,5 +98,30 @@ impl PodTable {
     /// Forgets a pod.
     pub fn remove(&self, uid: &str) {
         self.by_uid.write().remove(uid);
+        self.workers.write().remove(uid);
+    }
+
+    /// Notes what wakes a pod's worker.
+    pub(super) fn register(&self, uid: &str, wake: Arc<Notify>) {
+        self.workers.write().insert(uid.to_owned(), (wake, None));
+    }
+
+    /// Notes a pod that had ended before its worker saw it.
+    pub(super) fn ended(&self, pod: &Arc<Pod>, key: &PodKey) {
+        let entry = || Arc::new(PodEntry { key: key.clone(), pod: pod.clone(), sandbox: None, containers: Vec::new() });
+        self.by_uid.write().entry(key.uid.clone()).or_insert_with(entry);
+    }
+
+    /// Has a pod fail; the first verdict counts.
+    pub fn fail(&self, uid: &str, verdict: Verdict) {
+        if let Some((wake, held)) = self.workers.write().get_mut(uid) {
+            held.get_or_insert(verdict);
+            wake.notify_one();
+        }
+    }
+
+    /// What was decided about a pod.
+    pub(super) fn verdict(&self, uid: &str) -> Option<Verdict> {
+        self.workers.read().get(uid)?.1.clone()
     }
 }

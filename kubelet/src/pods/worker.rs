@@ -3,34 +3,32 @@
 //!
 //! It keeps no state that it could not find again: containers are found by their derived ids, files by the pod's UID.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
-use kube::Api;
-use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::events::EventType;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use super::admit::admit;
+use super::backoff::Backoffs;
 use super::context::Context;
 use super::monitor::Monitors;
+use super::report::Reporter;
+use super::resize::{self, Allocation, Progress};
 use super::resolved::{self, is_sidecar};
 use super::status::{self, Incarnation, Observed, PodObserved};
+use super::stop::{self, Stop};
 use super::table::PodEntry;
-use super::{hooks, start};
-use crate::cri::{ContainerState, ContainerStatus, SandboxStatus};
+use super::{mirror, start};
+use crate::cri::{ContainerState, ContainerStatus, RuntimeError, SandboxStatus};
 use crate::names::PodKey;
 use crate::volumes::PodVolumes;
 
-/// First pause before a container that ended is started again, and the longest (CrashLoopBackOff).
-const BACKOFF_FIRST: Duration = Duration::from_secs(10);
-const BACKOFF_MOST: Duration = Duration::from_secs(300);
-/// A container that ran for so long starts anew with the first pause.
-const BACKOFF_RESET: Duration = Duration::from_secs(600);
 /// Pause after a step that failed for a reason outside of the pod.
-const RETRY: Duration = Duration::from_secs(2);
+pub(super) const RETRY: Duration = Duration::from_secs(2);
 
 /// What a worker is told to bring about.
 #[derive(Clone, Debug)]
@@ -41,8 +39,18 @@ pub(super) enum Wanted {
     Gone(Arc<Pod>),
 }
 
+impl Wanted {
+    /// Whether the pod is to end.
+    pub(super) fn is_ending(&self) -> bool {
+        match self {
+            Self::Pod(pod) => pod.metadata.deletion_timestamp.is_some(),
+            Self::Gone(_) => true,
+        }
+    }
+}
+
 /// What comes next.
-enum Next {
+pub(super) enum Next {
     /// Nothing until something changes.
     Wait,
     /// Another look at this time at the latest.
@@ -51,41 +59,61 @@ enum Next {
     Finished,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Backoff {
-    pause: Duration,
-    until: Instant,
+impl Next {
+    fn no_later_than(&mut self, time: Instant) {
+        match self {
+            Self::At(known) if *known <= time => {}
+            Self::Finished => {}
+            _ => *self = Self::At(time),
+        }
+    }
 }
 
 pub(super) struct Worker {
     pub(super) context: Arc<Context>,
     pub(super) key: PodKey,
-    wanted: watch::Receiver<Wanted>,
+    pub(super) wanted: watch::Receiver<Wanted>,
+    pub(super) monitors: Monitors,
+    pub(super) reporter: Reporter,
+    /// When the containers of a pod that ends are killed.
+    pub(super) deadline: Option<Instant>,
     wake: Arc<Notify>,
-    monitors: Monitors,
-    backoffs: HashMap<String, Backoff>,
+    backoffs: Backoffs,
     /// Containers that cannot be started at the moment: reason, message.
     waiting: HashMap<String, (String, String)>,
+    /// Containers that start again at once, whatever their restart policy says.
+    forced: HashSet<String>,
     failure: Option<(String, String)>,
-    volumes: Option<PodVolumes>,
-    /// The pod with the status as written last.
-    written: Option<Arc<Pod>>,
+    volumes: Option<(PodVolumes, usize)>,
+    admitted: bool,
+    allocation: Option<Allocation>,
+    progress: Option<Progress>,
+    /// The pod with the status as told last.
+    told: Option<Arc<Pod>>,
+    /// The last trouble that was published, so that the same is not published again and again.
+    trouble: Option<String>,
 }
 
 impl Worker {
     pub(super) fn new(context: Arc<Context>, key: PodKey, wanted: watch::Receiver<Wanted>, wake: Arc<Notify>) -> Self {
-        let monitors = Monitors::new(wake.clone());
         Self {
+            reporter: Reporter::new(context.clone(), key.clone()),
+            monitors: Monitors::new(wake.clone()),
             context,
             key,
             wanted,
             wake,
-            monitors,
-            backoffs: HashMap::new(),
+            deadline: None,
+            backoffs: Backoffs::default(),
             waiting: HashMap::new(),
+            forced: HashSet::new(),
             failure: None,
             volumes: None,
-            written: None,
+            admitted: false,
+            allocation: None,
+            progress: None,
+            told: None,
+            trouble: None,
         }
     }
 
@@ -121,11 +149,11 @@ impl Worker {
     }
 
     /// The incarnations of the pod's containers, newest first.
-    async fn incarnations(&self) -> HashMap<String, Vec<ContainerStatus>> {
+    pub(super) async fn incarnations(&self) -> HashMap<String, Vec<ContainerStatus>> {
         let mut found: HashMap<String, Vec<ContainerStatus>> = HashMap::new();
-        match self.context.runtime.list_containers().await {
+        match self.context.runtime.containers_of(&self.key.uid).await {
             Ok(all) => {
-                for container in all.into_iter().filter(|container| container.pod.uid == self.key.uid) {
+                for container in all {
                     found.entry(container.config.name.clone()).or_default().push(container);
                 }
             }
@@ -137,23 +165,31 @@ impl Worker {
         found
     }
 
-    async fn sandbox(&self) -> Option<SandboxStatus> {
-        let all = self.context.runtime.list_pod_sandboxes().await.unwrap_or_default();
-        let ours =
-            all.into_iter().filter(|sandbox| sandbox.config.pod.as_ref().is_some_and(|pod| pod.uid == self.key.uid));
-        ours.max_by_key(|sandbox| sandbox.config.attempt)
+    pub(super) async fn sandbox(&self) -> Option<SandboxStatus> {
+        let all = self.context.runtime.sandboxes_of(&self.key.uid).await.unwrap_or_default();
+        all.into_iter().max_by_key(|sandbox| sandbox.config.attempt)
     }
 
-    async fn observe(&mut self, pod: &Pod) -> PodObserved {
+    pub(super) async fn observe(&mut self, pod: &Pod) -> PodObserved {
         let sandbox = self.sandbox().await;
         let incarnations = self.incarnations().await;
         let mut containers = HashMap::new();
-        for (container, _) in all_containers(pod) {
+        for (container, is_init) in all_containers(pod) {
             let newest = incarnations.get(&container.name).map(Vec::as_slice).unwrap_or_default();
             let image_id =
                 newest.first().map(|status| self.context.image_id(&status.config.image_id)).unwrap_or_default();
+            let current = newest.first().map(|status| self.incarnation(status, &container));
+            // After a reboot nothing is left of what ran but the API's memory.
+            let current = current.or_else(|| status::remembered(pod, &container.name));
+            let of_sandbox = |current: &Incarnation| {
+                sandbox.as_ref().is_some_and(|sandbox| current.sandbox.as_ref() == Some(&sandbox.id))
+            };
             let mut observed = Observed {
-                current: newest.first().map(|status| self.incarnation(status, &container)),
+                // A new sandbox is initialized anew.
+                stale: is_init && !is_sidecar(&container) && current.as_ref().is_some_and(|now| !of_sandbox(now)),
+                user: newest.first().map(|status| status.user.clone()),
+                image: newest.first().map(|status| status.config.image.clone()),
+                current,
                 last: newest.get(1).map(|status| self.incarnation(status, &container)),
                 waiting: self.waiting.get(&container.name).cloned(),
                 image_id,
@@ -169,7 +205,7 @@ impl Worker {
         }
         let ips = sandbox.as_ref().map(|sandbox| sandbox.ips.clone()).unwrap_or_default();
         let sandbox_ready = sandbox.is_some_and(|sandbox| sandbox.ready);
-        PodObserved { containers, sandbox_ready, ips, failure: self.failure.clone() }
+        PodObserved { containers, sandbox_ready, ips, failure: self.failure.clone(), resize: self.progress.clone() }
     }
 
     fn incarnation(&self, status: &ContainerStatus, container: &Container) -> Incarnation {
@@ -183,6 +219,7 @@ impl Worker {
         };
         Incarnation {
             id: status.id.clone(),
+            sandbox: Some(status.sandbox.clone()),
             attempt: status.config.attempt,
             state: status.state,
             started_at: status.started_at,
@@ -192,101 +229,220 @@ impl Worker {
     }
 
     /// Takes the next steps of a pod that is to run.
-    async fn sync(&mut self, pod: &Arc<Pod>) -> Next {
-        let pod = &self.latest(pod);
-        let observed = self.observe(pod).await;
-        let phase = status::phase(pod, &observed);
-        if matches!(phase, "Succeeded" | "Failed") {
-            self.monitors.stop_all();
-            if observed.containers.values().any(Observed::running) {
-                self.stop_containers(pod, grace(pod)).await;
-            }
-            if observed.sandbox_ready
-                && let Some(sandbox) = self.sandbox().await
-                && let Err(error) = self.context.runtime.stop_pod_sandbox(&sandbox.id).await
-            {
-                tracing::warn!(pod = %self.key, %error, "the sandbox of a finished pod is not stopped");
-            }
+    async fn sync(&mut self, asked: &Arc<Pod>) -> Next {
+        let pod = &self.latest(asked);
+        if let Some(verdict) = self.context.table.verdict(&self.key.uid)
+            && self.failure.is_none()
+        {
+            let (reason, message) = (verdict.reason.clone(), verdict.message.clone());
+            self.context.event(pod, EventType::Warning, &reason, "Killing", message.clone());
+            self.failure = Some((reason, message));
+            self.end(pod, verdict.grace.unwrap_or_else(|| stop::grace(pod))).await;
             return self.report(pod).await;
         }
-        if let Some(next) = self.check_deadline(pod).await {
+        if status::is_final(asked) {
+            // Decided by another, or by this node before it started anew: it never runs again.
+            return self.wind_up(pod).await;
+        }
+        let observed = self.observe(pod).await;
+        if matches!(status::phase(pod, &observed), "Succeeded" | "Failed") {
+            let next = self.wind_up(pod).await;
+            self.report(pod).await;
             return next;
         }
-        let step = self.step(pod, observed).await;
-        let reported = self.report(pod).await;
-        match (step, reported) {
-            (Next::At(a), Next::At(b)) => Next::At(a.min(b)),
-            (Next::At(time), _) | (_, Next::At(time)) => Next::At(time),
-            _ => Next::Wait,
+        let deadline = match self.deadline_of(pod) {
+            Some(deadline) if deadline <= Instant::now() => {
+                let message = "Pod was active on the node longer than the specified deadline".to_owned();
+                self.context.event(pod, EventType::Normal, "DeadlineExceeded", "Killing", message.clone());
+                self.failure = Some(("DeadlineExceeded".into(), message));
+                self.end(pod, stop::grace(pod)).await;
+                return self.report(pod).await;
+            }
+            deadline => deadline,
+        };
+        if !self.admitted {
+            if !observed.sandbox_ready && observed.containers.values().all(|seen| seen.current.is_none()) {
+                let others = self.others();
+                if let Err((reason, message)) = admit(&self.context.config, &self.context.allocatable(), &others, pod) {
+                    self.context.event(pod, EventType::Warning, &reason, "Admit", message.clone());
+                    self.failure = Some((reason, message));
+                    return self.report(pod).await;
+                }
+            }
+            self.admitted = true;
         }
+        let pod = &match self.allocate(pod).await {
+            Ok(pod) => pod,
+            Err(error) => {
+                self.trouble(pod, "FailedToAllocate", error.to_string());
+                return Next::At(Instant::now() + RETRY);
+            }
+        };
+        if self.told.is_none() {
+            self.report(pod).await;
+        }
+        let mut next = self.step(pod, observed).await;
+        self.report(pod).await;
+        if let Some(deadline) = deadline {
+            next.no_later_than(deadline);
+        }
+        if self.progress.is_some() {
+            next.no_later_than(Instant::now() + RETRY);
+        }
+        next
+    }
+
+    /// The other pods of this node that have not ended.
+    fn others(&self) -> Vec<Arc<PodEntry>> {
+        let mut all = self.context.table.list();
+        all.retain(|entry| entry.key.uid != self.key.uid && !status::is_final(&entry.pod));
+        all
     }
 
     /// The pod with the status that this worker knows better than the API's copy.
-    fn latest(&self, pod: &Arc<Pod>) -> Arc<Pod> {
-        match &self.written {
-            Some(written) => Arc::new(Pod { status: written.status.clone(), ..(**pod).clone() }),
+    pub(super) fn latest(&self, pod: &Arc<Pod>) -> Arc<Pod> {
+        match &self.told {
+            Some(told) => Arc::new(status::with_status_of(pod, told)),
             None => pod.clone(),
         }
     }
 
-    /// Ends a pod that has run for longer than `activeDeadlineSeconds`.
-    async fn check_deadline(&mut self, pod: &Arc<Pod>) -> Option<Next> {
+    /// When a pod has run for as long as `activeDeadlineSeconds` allows.
+    fn deadline_of(&self, pod: &Pod) -> Option<Instant> {
         let limit = pod.spec.as_ref()?.active_deadline_seconds?;
         let started = pod.status.as_ref()?.start_time.as_ref()?.0;
-        let ran = k8s_openapi::jiff::Timestamp::now().duration_since(started).as_secs();
-        if ran < limit {
-            let wake = self.wake.clone();
-            let left = Duration::from_secs(u64::try_from(limit - ran).unwrap_or_default());
-            tokio::spawn(async move {
-                tokio::time::sleep(left).await;
-                wake.notify_one();
-            });
-            return None;
+        let ran = k8s_openapi::jiff::Timestamp::now().duration_since(started);
+        let left = i128::from(limit) * 1_000_000_000 - ran.as_nanos();
+        Some(Instant::now() + Duration::from_nanos(u64::try_from(left).unwrap_or_default()))
+    }
+
+    /// Publishes what keeps the pod from going on, once.
+    fn trouble(&mut self, pod: &Pod, reason: &str, message: String) {
+        if self.trouble.as_ref() != Some(&message) {
+            self.context.event(pod, EventType::Warning, reason, reason, message.clone());
+            self.trouble = Some(message);
         }
-        let message = "Pod was active on the node longer than the specified deadline".to_owned();
-        self.context.event(pod, EventType::Normal, "DeadlineExceeded", "Killing", message.clone()).await;
-        self.failure = Some(("DeadlineExceeded".into(), message));
-        self.monitors.stop_all();
-        self.stop_containers(pod, grace(pod)).await;
-        Some(self.report(pod).await)
+    }
+
+    /// The pod as the node has taken it on: with the resources that it was given, which a resize may raise.
+    async fn allocate(&mut self, pod: &Arc<Pod>) -> std::io::Result<Arc<Pod>> {
+        let wanted = Allocation::wanted(pod);
+        let given = match self.allocation.take().or_else(|| Allocation::load(&self.context, &self.key)) {
+            Some(given) => given,
+            None => {
+                wanted.save(&self.context, &self.key)?;
+                wanted.clone()
+            }
+        };
+        if resize::same(&given, &wanted) {
+            self.progress = self.progress.take().filter(|progress| progress.type_ == "PodResizeInProgress");
+            self.allocation = Some(wanted);
+            return Ok(pod.clone());
+        }
+        let before = given.applied_to(pod);
+        if let Some(progress) = resize::judge(&self.context.allocatable(), &self.others(), pod) {
+            if self.progress.as_ref() != Some(&progress) {
+                let reason = format!("Resize{}", progress.reason.unwrap_or_default());
+                self.context.event(pod, EventType::Warning, &reason, "Resize", progress.message.clone());
+            }
+            self.progress = Some(progress);
+            self.allocation = Some(given);
+            return Ok(Arc::new(before));
+        }
+        wanted.save(&self.context, &self.key)?;
+        self.progress = None;
+        for (container, _) in all_containers(pod) {
+            if resize::requests_want_restart(&before, pod, &container.name) {
+                self.forced.insert(container.name);
+            }
+        }
+        self.allocation = Some(wanted);
+        Ok(pod.clone())
+    }
+
+    /// Brings the limits of what runs to what the pod was given.
+    async fn resize(&mut self, pod: &Arc<Pod>, sandbox: &SandboxStatus) {
+        let incarnations = self.incarnations().await;
+        let memory = self.context.facts.memory_bytes;
+        let changes: Vec<_> = all_containers(pod)
+            .into_iter()
+            .filter_map(|(container, _)| {
+                let status = incarnations.get(&container.name)?.first()?;
+                let change = resize::change(pod, &container, status, memory);
+                (change != resize::Change::Nothing).then(|| (container.name.clone(), status.id.clone(), change))
+            })
+            .collect();
+        let wanted = resolved::pod_resources(pod);
+        if changes.is_empty() && sandbox.config.resources == wanted {
+            return;
+        }
+        let runtime = &self.context.runtime;
+        // The pod's own limits give way first and close in last, so that they never cut a container short.
+        let wide = resolved::wider(&sandbox.config.resources, &wanted);
+        let mut outcome = runtime.update_pod_sandbox_resources(&sandbox.id, &wide).await;
+        for (name, id, change) in changes {
+            match change {
+                resize::Change::Restart => drop(self.forced.insert(name)),
+                resize::Change::Update(resources) if outcome.is_ok() => {
+                    let limit = u64::try_from(resources.memory_limit_in_bytes).ok();
+                    let used = runtime.container_stats(&id).await.ok().and_then(|stats| stats.memory_usage_bytes);
+                    outcome = match (limit, used) {
+                        // The kernel would end the container instead.
+                        (Some(limit), Some(used)) if used > limit => Err(RuntimeError::Invalid(format!(
+                            "cannot decrease the memory limit of container {name} to {limit}: it uses {used} bytes"
+                        ))),
+                        _ => runtime.update_container_resources(&id, &resources).await,
+                    };
+                }
+                _ => {}
+            }
+        }
+        if outcome.is_ok() {
+            outcome = runtime.update_pod_sandbox_resources(&sandbox.id, &wanted).await;
+        }
+        self.progress = match outcome {
+            Ok(()) => self.progress.take().filter(|progress| progress.type_ == "PodResizePending"),
+            Err(error) => Some(Progress::failing(error.to_string())),
+        };
     }
 
     /// Sandbox, volumes, init containers in order, then all others.
-    async fn step(&mut self, pod: &Arc<Pod>, observed: PodObserved) -> Next {
+    async fn step(&mut self, pod: &Arc<Pod>, mut observed: PodObserved) -> Next {
         let sandbox = match self.ensure_sandbox(pod).await {
             Ok(sandbox) => sandbox,
             Err(message) => {
-                self.context.event(pod, EventType::Warning, "FailedCreatePodSandBox", "Sandbox", message).await;
+                self.trouble(pod, "FailedCreatePodSandBox", message);
                 return Next::At(Instant::now() + RETRY);
             }
         };
-        if self.volumes.is_none() {
+        let spec = pod.spec.clone().unwrap_or_default();
+        let count = spec.ephemeral_containers.as_ref().map_or(0, Vec::len);
+        if self.volumes.as_ref().is_none_or(|(_, known)| *known != count) {
             match self.context.volumes.setup(pod).await {
-                Ok(volumes) => self.volumes = Some(volumes),
+                Ok(volumes) => self.volumes = Some((volumes, count)),
                 Err(error) => {
-                    self.context.event(pod, EventType::Warning, "FailedMount", "Mount", error.to_string()).await;
+                    self.trouble(pod, "FailedMount", error.to_string());
                     return Next::At(Instant::now() + RETRY);
                 }
             }
         }
+        self.trouble = None;
+        self.resize(pod, &sandbox).await;
         let mut next = Next::Wait;
-        let mut at = |time: Instant| match next {
-            Next::At(known) if known <= time => {}
-            _ => next = Next::At(time),
-        };
         let empty = Observed::default();
-        let spec = pod.spec.clone().unwrap_or_default();
+        let initialized = status::is_initialized(pod, &observed);
         // In order: each waits for those before it.
         for container in spec.init_containers.iter().flatten() {
-            let seen = observed.containers.get(&container.name).unwrap_or(&empty);
-            if !is_sidecar(container) && status::init_done(container, seen) {
+            let seen = observed.containers.remove(&container.name).unwrap_or_default();
+            let past = initialized || status::init_done(container, &seen);
+            if !is_sidecar(container) && past {
                 continue;
             }
             // What is past needs no sidecar; what is to come waits for this one.
-            if let Some(time) = self.advance(pod, &sandbox, container, seen, true).await {
-                at(time);
+            if let Some(time) = self.advance(pod, &sandbox, container, &seen, true).await {
+                next.no_later_than(time);
             }
-            if !status::init_done(container, seen) {
+            if !past {
                 return next;
             }
         }
@@ -294,7 +450,7 @@ impl Worker {
         for container in spec.containers.iter().chain(&ephemeral) {
             let seen = observed.containers.get(&container.name).unwrap_or(&empty);
             if let Some(time) = self.advance(pod, &sandbox, container, seen, false).await {
-                at(time);
+                next.no_later_than(time);
             }
         }
         next
@@ -309,114 +465,78 @@ impl Worker {
         seen: &Observed,
         is_init: bool,
     ) -> Option<Instant> {
-        if seen.running() {
-            let current = seen.current.as_ref()?;
-            self.waiting.remove(&container.name);
+        let name = &container.name;
+        if let Some(current) = seen.current.as_ref().filter(|_| seen.running()) {
+            self.waiting.remove(name);
             self.monitors.watch(&self.context, &self.key, pod, container, current, &sandbox.ips);
-            if self.monitors.must_restart(&current.id) {
-                self.restart_unhealthy(pod, container, current).await;
-                return Some(Instant::now());
-            }
-            return None;
+            let changed = seen.image.as_ref().is_some_and(|image| Some(image) != container.image.as_ref());
+            let why = if self.monitors.must_restart(&current.id) {
+                format!("Container {name} failed liveness probe, will be restarted")
+            } else if changed {
+                self.forced.insert(name.clone());
+                format!("Container {name} definition changed, will be restarted")
+            } else if self.forced.contains(name) {
+                format!("Container {name} resize requires restart")
+            } else {
+                return None;
+            };
+            let own = self.monitors.grace(container).filter(|_| self.monitors.must_restart(&current.id));
+            let limit = own.unwrap_or_else(|| stop::grace(pod));
+            self.monitors.stop(&current.id);
+            let context = self.context.clone();
+            let stop = Stop { pod, container, current, ips: &sandbox.ips, why: Some(why), with_hook: true };
+            stop.run(&context, Instant::now() + limit).await;
+            return Some(Instant::now());
         }
-        let ephemeral = all_ephemeral(pod).any(|name| name == container.name);
-        if let Some(code) = seen.exited() {
-            if ephemeral || !status::restarts(pod, container, is_init, code) {
+        let forced = self.forced.contains(name);
+        if let Some(code) = seen.exited().filter(|_| !forced && !seen.stale) {
+            if all_ephemeral(pod).any(|other| other == *name) || !status::restarts(pod, container, is_init, code) {
                 return None;
             }
-            let until = self.back_off(container, seen);
+            let (until, pause) = self.backoffs.restart(container, seen);
             if until > Instant::now() {
-                let pause = self.backoffs.get(&container.name).map(|backoff| backoff.pause).unwrap_or_default();
-                let message = format!(
-                    "back-off {}s restarting failed container={} pod={}_{}({})",
-                    pause.as_secs(),
-                    container.name,
-                    self.key.name,
-                    self.key.namespace,
-                    self.key.uid
-                );
-                if self.waiting.insert(container.name.clone(), ("CrashLoopBackOff".into(), message.clone())).is_none() {
-                    self.context
-                        .event(
-                            pod,
-                            EventType::Warning,
-                            "BackOff",
-                            "Restart",
-                            format!(
-                                "Back-off restarting failed container {} in pod {}_{}({})",
-                                container.name, self.key.name, self.key.namespace, self.key.uid
-                            ),
-                        )
-                        .await;
+                let whose = format!("{}_{}({})", self.key.name, self.key.namespace, self.key.uid);
+                let message = format!("back-off {}s restarting failed container={name} pod={whose}", pause.as_secs());
+                if self.waiting.insert(name.clone(), ("CrashLoopBackOff".into(), message)).is_none() {
+                    let note = format!("Back-off restarting failed container {name} in pod {whose}");
+                    self.context.event_of(pod, name, EventType::Warning, "BackOff", note);
                 }
                 return Some(until);
             }
-        } else if let Some(backoff) =
-            self.backoffs.get(&image_key(&container.name)).filter(|backoff| backoff.until > Instant::now())
-        {
-            return Some(backoff.until);
+        } else if let Some(until) = self.backoffs.waits_to_start(name) {
+            return Some(until);
         }
         let attempt = seen.current.as_ref().map_or(0, |current| current.attempt + u32::from(seen.exited().is_some()));
-        let volumes = self.volumes.clone().unwrap_or_default();
-        match start::start(&self.context, &self.key, pod, sandbox, &volumes, container, attempt).await {
+        let (volumes, _) = self.volumes.clone().unwrap_or_default();
+        let start = start::Start { context: &self.context, key: &self.key, pod, sandbox, volumes: &volumes, container };
+        match start.run(attempt, self.wanted.clone()).await {
             Ok(()) => {
-                self.waiting.remove(&container.name);
-                self.backoffs.remove(&image_key(&container.name));
-                self.context.forget_old(&self.key, &container.name, attempt).await;
+                self.waiting.remove(name);
+                self.forced.remove(name);
+                self.backoffs.started(name);
+                self.context.forget_old(&self.key, name, attempt).await;
+                if let Some(status) = self.incarnations().await.remove(name).and_then(|all| all.into_iter().next()) {
+                    let current = self.incarnation(&status, container);
+                    if current.state == ContainerState::Running {
+                        self.monitors.watch(&self.context, &self.key, pod, container, &current, &sandbox.ips);
+                        self.report(pod).await;
+                        return None;
+                    }
+                }
                 Some(Instant::now())
             }
-            Err(failure) => {
-                self.context
-                    .event(pod, EventType::Warning, failure.event, "Start", failure.event_text(container))
-                    .await;
-                let pause = match self.backoffs.get(&image_key(&container.name)) {
-                    Some(before) => before.pause.saturating_mul(2).min(BACKOFF_MOST),
-                    None => failure.first_pause(),
-                };
-                let until = Instant::now() + pause;
-                self.backoffs.insert(image_key(&container.name), Backoff { pause, until });
-                let repeated = self.waiting.contains_key(&container.name);
-                self.waiting.insert(container.name.clone(), failure.waiting(container, repeated));
+            Err(start::Failure::Cancelled) => Some(Instant::now()),
+            Err(start::Failure::Known(failure)) => {
+                self.context.event_of(pod, name, EventType::Warning, failure.event, failure.event_text(container));
+                let until = self.backoffs.failed(name, failure.first_pause());
+                let repeated = self.waiting.contains_key(name);
+                self.waiting.insert(name.clone(), failure.waiting(container, repeated));
                 Some(until)
             }
         }
     }
 
-    /// When a container that ended may be started again.
-    fn back_off(&mut self, container: &Container, seen: &Observed) -> Instant {
-        let current = seen.current.as_ref();
-        let ran = current
-            .map_or(0, |current| current.exit.map_or(0, |exit| exit.finished_at.saturating_sub(current.started_at)));
-        let long = Duration::from_nanos(u64::try_from(ran).unwrap_or_default()) >= BACKOFF_RESET;
-        let attempt = current.map_or(0, |current| current.attempt);
-        let now = Instant::now();
-        let key = format!("{}#{attempt}", container.name);
-        if let Some(known) = self.backoffs.get(&key) {
-            return known.until;
-        }
-        // The first restart is at once; the pause before the n-th later one follows from n, so a new daemon knows it too.
-        let pause = if long || attempt == 0 {
-            Duration::ZERO
-        } else {
-            BACKOFF_FIRST.saturating_mul(1 << (attempt - 1).min(10)).min(BACKOFF_MOST)
-        };
-        let prefix = format!("{}#", container.name);
-        self.backoffs.retain(|key, _| !key.starts_with(&prefix));
-        self.backoffs.insert(key, Backoff { pause, until: now + pause });
-        self.backoffs.insert(container.name.clone(), Backoff { pause, until: now + pause });
-        now + pause
-    }
-
-    async fn restart_unhealthy(&mut self, pod: &Arc<Pod>, container: &Container, current: &Incarnation) {
-        let note = format!("Container {} failed liveness probe, will be restarted", container.name);
-        self.context.event(pod, EventType::Normal, "Killing", "Killing", note).await;
-        let own = self.monitors.grace(container);
-        let limit = own.unwrap_or_else(|| grace(pod));
-        self.monitors.stop(&current.id);
-        hooks::stop(&self.context, pod, container, current, limit, &[]).await;
-    }
-
-    async fn ensure_sandbox(&mut self, pod: &Pod) -> Result<SandboxStatus, String> {
+    async fn ensure_sandbox(&mut self, pod: &Arc<Pod>) -> Result<SandboxStatus, String> {
         // Running it as the host's own users would be less than was asked for.
         if pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false) {
             return Err("this node does not support user namespaces (hostUsers: false) yet; remove the field".into());
@@ -425,123 +545,26 @@ impl Worker {
         if let Some(ready) = known.as_ref().filter(|sandbox| sandbox.ready) {
             return Ok(ready.clone());
         }
+        let failed = |error: &dyn std::fmt::Display| format!("Failed to create pod sandbox: {error}");
+        if let Some(old) = &known {
+            // Whatever still runs in it has lost its network or its first process.
+            self.context.runtime.stop_pod_sandbox(&old.id).await.map_err(|error| failed(&error))?;
+        }
         let attempt = known
             .map_or(0, |old| old.config.attempt + u32::from(!old.ready && old.created_at > 0 && !old.ips.is_empty()));
-        let config = self.context.sandbox_config(pod, attempt);
-        let sandbox = self
-            .context
-            .runtime
-            .run_pod_sandbox(config)
-            .await
-            .map_err(|error| format!("Failed to create pod sandbox: {error}"))?;
-        self.context
-            .write_hosts(pod, &self.key, &sandbox.ips)
-            .map_err(|error| format!("Failed to create pod sandbox: {error}"))?;
+        let handler = self.context.runtime_handler(pod).await.map_err(|error| failed(&error))?;
+        let config = self.context.sandbox_config(pod, attempt, handler);
+        let sandbox = self.context.runtime.run_pod_sandbox(config).await.map_err(|error| failed(&error))?;
+        self.context.write_hosts(pod, &self.key, &sandbox.ips).map_err(|error| failed(&error))?;
         Ok(sandbox)
     }
 
-    /// Stops what runs: app containers at once, then sidecars in reverse order.
-    async fn stop_containers(&mut self, pod: &Arc<Pod>, limit: Duration) {
+    /// Tells the status to the table and, if it says something new, to the API.
+    pub(super) async fn report(&mut self, pod: &Arc<Pod>) -> Next {
         let observed = self.observe(pod).await;
-        let deadline = Instant::now() + limit;
-        let running = |container: &Container| {
-            let seen = observed.containers.get(&container.name)?;
-            seen.current
-                .clone()
-                .filter(|current| !matches!(current.state, ContainerState::Exited | ContainerState::Unknown))
-        };
-        let spec = pod.spec.clone().unwrap_or_default();
-        let mut first: Vec<Container> = spec.containers.clone();
-        first.extend(spec.ephemeral_containers.iter().flatten().map(resolved::ephemeral));
-        first.extend(spec.init_containers.iter().flatten().filter(|container| !is_sidecar(container)).cloned());
-        let stops =
-            first.iter().filter_map(|container| Some((container, running(container)?))).map(|(container, current)| {
-                let context = self.context.clone();
-                async move {
-                    hooks::stop(
-                        &context,
-                        pod,
-                        container,
-                        &current,
-                        deadline.saturating_duration_since(Instant::now()),
-                        &[],
-                    )
-                    .await
-                }
-            });
-        futures::future::join_all(stops).await;
-        for sidecar in spec.init_containers.iter().flatten().rev().filter(|container| is_sidecar(container)) {
-            if let Some(current) = running(sidecar) {
-                hooks::stop(
-                    &self.context,
-                    pod,
-                    sidecar,
-                    &current,
-                    deadline.saturating_duration_since(Instant::now()),
-                    &[],
-                )
-                .await;
-            }
-        }
-    }
-
-    /// Ends a pod: containers, sandbox, volumes, files, object.
-    async fn remove(&mut self, pod: &Arc<Pod>, gone: bool) -> Next {
         let pod = &self.latest(pod);
-        self.monitors.stop_all();
-        let limit = if gone { Duration::ZERO } else { grace(pod) };
-        // A shorter grace period that comes meanwhile takes effect at once.
-        let mut wanted = self.wanted.clone();
-        wanted.borrow_and_update();
-        let hurried = tokio::select! {
-            () = self.stop_containers(pod, limit) => false,
-            changed = wanted.changed() => changed.is_ok(),
-        };
-        if hurried {
-            return Next::At(Instant::now());
-        }
-        if !gone && let Next::At(time) = self.report(pod).await {
-            return Next::At(time);
-        }
-        if let Err(message) = self.tear_down().await {
-            tracing::warn!(pod = %self.key, message, "the pod is not taken down yet");
-            return Next::At(Instant::now() + RETRY);
-        }
-        if gone {
-            return Next::Finished;
-        }
-        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &self.key.namespace);
-        let parameters = DeleteParams {
-            grace_period_seconds: Some(0),
-            preconditions: Some(Preconditions { uid: Some(self.key.uid.clone()), resource_version: None }),
-            ..DeleteParams::default()
-        };
-        match api.delete(&self.key.name, &parameters).await {
-            Ok(_) => Next::Finished,
-            Err(kube::Error::Api(answer)) if answer.code == 404 || answer.code == 409 => Next::Finished,
-            Err(error) => {
-                tracing::warn!(pod = %self.key, %error, "the pod's object is not removed yet");
-                Next::At(Instant::now() + RETRY)
-            }
-        }
-    }
-
-    async fn tear_down(&mut self) -> Result<(), String> {
-        let ours = |sandbox: &SandboxStatus| sandbox.config.pod.as_ref().is_some_and(|pod| pod.uid == self.key.uid);
-        let all = self.context.runtime.list_pod_sandboxes().await.map_err(|error| error.to_string())?;
-        for sandbox in all.into_iter().filter(ours) {
-            self.context.runtime.stop_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
-            self.context.runtime.remove_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
-        }
-        self.context.volumes.teardown(&self.key.uid).await.map_err(|error| error.to_string())?;
-        self.context.remove_files(&self.key).map_err(|error| error.to_string())
-    }
-
-    /// Writes the status if it says something new, and tells the table.
-    async fn report(&mut self, pod: &Arc<Pod>) -> Next {
-        let observed = self.observe(pod).await;
         let wanted = status::of(pod, &observed, &self.context.config.node_ips);
-        let current = Arc::new(Pod { status: Some(wanted.clone()), ..(**pod).clone() });
+        let current = Arc::new(Pod { status: Some(wanted), ..(**pod).clone() });
         let sandbox = self.sandbox().await.map(|sandbox| sandbox.id);
         let incarnations = self.incarnations().await.into_values().flatten();
         let containers = incarnations.map(|status| super::table::Incarnation {
@@ -556,36 +579,16 @@ impl Worker {
             sandbox,
             containers: containers.collect(),
         });
-        if self.written.as_ref().is_some_and(|written| written.status == current.status) {
-            return Next::Wait;
+        // A mirror that was removed comes again.
+        let again = |told: &Pod| {
+            mirror::source(pod).is_some() && told.metadata.resource_version != current.metadata.resource_version
+        };
+        if self.told.as_ref().is_none_or(|told| told.status != current.status || again(told)) {
+            self.told = Some(current.clone());
+            self.reporter.write(current);
         }
-        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &self.key.namespace);
-        let patch = serde_json::json!({"metadata": {"uid": self.key.uid}, "status": wanted});
-        let parameters = PatchParams { field_manager: Some("kubelet".into()), ..PatchParams::default() };
-        match api.patch_status(&self.key.name, &parameters, &Patch::Strategic(patch)).await {
-            Ok(_) => {
-                self.written = Some(current);
-                Next::Wait
-            }
-            // Gone, or another pod of this name: the watch will say so.
-            Err(kube::Error::Api(answer)) if answer.code == 404 || answer.code == 409 => Next::Wait,
-            Err(error) => {
-                tracing::debug!(pod = %self.key, %error, "status not written");
-                Next::At(Instant::now() + RETRY)
-            }
-        }
+        Next::Wait
     }
-}
-
-fn image_key(container: &str) -> String {
-    format!("{container}/start")
-}
-
-/// Time that the pod has to end.
-fn grace(pod: &Pod) -> Duration {
-    let spec = pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds);
-    let seconds = pod.metadata.deletion_grace_period_seconds.or(spec).unwrap_or(30);
-    Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
 }
 
 fn all_ephemeral(pod: &Pod) -> impl Iterator<Item = String> + '_ {

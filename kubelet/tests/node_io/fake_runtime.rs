@@ -59,6 +59,7 @@ impl FakeRuntime {
             started_at: 1,
             exit: None,
             message: String::new(),
+            user: Default::default(),
         };
         let sandbox = SandboxStatus {
             id: ContainerId::derive("u", "", 0),

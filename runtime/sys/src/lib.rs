@@ -12,6 +12,7 @@ pub mod namespace;
 pub mod net;
 pub mod packet;
 pub mod path;
+pub mod pause;
 pub mod pidfd;
 pub mod pipe;
 pub mod process;

@@ -85,6 +85,18 @@ pub(crate) struct ServerOptions {
     /// Port the node's own API listens on; 0 takes any free one
     #[arg(long, default_value_t = 10250, value_name = "PORT")]
     pub(crate) kubelet_port: u16,
+    /// Folder of manifests of pods that this node runs whatever the API says (static pods)
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) pod_manifest_path: Option<PathBuf>,
+    /// Most pods on this node
+    #[arg(long, default_value_t = 500, value_name = "NUMBER")]
+    pub(crate) max_pods: u32,
+    /// Sysctls that pods may set besides the safe ones, such as `kernel.msg*`
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    pub(crate) allowed_unsafe_sysctls: Vec<String>,
+    /// What the host must keep free, or pods are evicted, such as `memory.available<100Mi,nodefs.available<5%`
+    #[arg(long, value_delimiter = ',', value_name = "THRESHOLDS")]
+    pub(crate) eviction_hard: Vec<coracle_kubelet::config::Threshold>,
     /// More names and addresses for the API's certificate
     #[arg(long, value_name = "NAME")]
     pub(crate) tls_san: Vec<String>,

@@ -1,6 +1,7 @@
 //! The main job on the real thing: a server, a node, containers; and what users see when something is wrong.
 #![forbid(unsafe_code)]
 
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
 use std::collections::BTreeSet;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use coracle_netns::Network;
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{NodeCondition, Pod, Service};
+use k8s_openapi::api::core::v1::{NodeCondition, ObjectReference, Pod, Service};
+use kube::runtime::events::EventType;
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
 use tokio::net::TcpListener;
@@ -136,6 +137,7 @@ impl Kubelet {
             cgroups,
             facts: facts.clone(),
             events: Events::new(client.clone(), &config.node_name),
+            pressure: Default::default(),
             services,
             pulls: Semaphore::new(MAX_PULLS),
             image_ids: Default::default(),
@@ -158,7 +160,20 @@ impl Kubelet {
                 tracing::error!(%error, "the node's API ended");
             }
         });
+        if let Some(message) = lacking(&context) {
+            let name = context.config.node_name.clone();
+            // Events about nodes carry the name in the place of a UID, as a kubelet's do.
+            let about = ObjectReference {
+                api_version: Some("v1".into()),
+                kind: Some("Node".into()),
+                uid: Some(name.clone()),
+                name: Some(name),
+                ..ObjectReference::default()
+            };
+            context.events.publish(about, EventType::Warning, LACKING, "Starting", message);
+        }
         parts.spawn(PodManager::new(context.clone()).run());
+        parts.spawn(crate::pods::eviction::run(context.clone()));
         let health = Arc::new(State(context));
         parts.spawn(async move { self.node.run(health).await });
         while let Some(ended) = parts.join_next().await {
@@ -169,6 +184,16 @@ impl Kubelet {
             }
         }
     }
+}
+
+/// Reason of the condition and event about what the host cannot enforce.
+const LACKING: &str = "HostLacksControllers";
+
+fn lacking(context: &Context) -> Option<String> {
+    let missing = context.cgroups.missing();
+    (!missing.is_empty()).then(|| {
+        format!("the host lacks the cgroup v2 controllers {}: their limits are not enforced", missing.join(", "))
+    })
 }
 
 /// The agent as its API and its object in the cluster see it.
@@ -195,20 +220,18 @@ impl NodeState for State {
             "clusterDNS": config.cluster_dns, "cgroupDriver": "cgroupfs", "seccompDefault": config.seccomp_default,
             "containerLogMaxFiles": config.container_log_max_files,
             "containerLogMaxSize": config.container_log_max_size_bytes.to_string(),
-            "allowedUnsafeSysctls": config.allowed_unsafe_sysctls,
+            "allowedUnsafeSysctls": config.allowed_unsafe_sysctls, "staticPodPath": config.static_pod_path,
         }})
     }
 }
 
 impl Health for State {
     fn conditions(&self) -> Vec<NodeCondition> {
-        let missing = self.0.cgroups.missing();
-        if missing.is_empty() {
-            return Vec::new();
+        let mut conditions = self.0.pressure.conditions();
+        if let Some(message) = lacking(&self.0) {
+            conditions.push(condition("CgroupControllersMissing", "True", LACKING, &message));
         }
-        let message =
-            format!("the host lacks the cgroup v2 controllers {}: their limits are not enforced", missing.join(", "));
-        vec![condition("CgroupControllersMissing", "True", "HostLacksControllers", &message)]
+        conditions
     }
 
     fn images(&self) -> Vec<(Vec<String>, i64)> {

@@ -7,6 +7,52 @@ use std::time::Duration;
 
 use crate::names::Layout;
 
+/// Below what a resource of the host counts as short: `memory.available<100Mi`, `nodefs.available<5%` (`evictionHard`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Threshold {
+    /// What is measured.
+    pub signal: String,
+    value: Value,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Value {
+    Amount(u64),
+    Percent(u64),
+}
+
+impl Threshold {
+    /// The threshold as an amount, of a resource of this capacity.
+    pub fn of(&self, capacity: u64) -> u64 {
+        match self.value {
+            Value::Amount(amount) => amount,
+            Value::Percent(percent) => capacity / 100 * percent,
+        }
+    }
+}
+
+impl std::str::FromStr for Threshold {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const SIGNALS: [&str; 4] = ["memory.available", "nodefs.available", "nodefs.inodesFree", "pid.available"];
+        let (signal, value) =
+            text.split_once('<').ok_or_else(|| format!("{text:?} is not of the form signal<value"))?;
+        if !SIGNALS.contains(&signal) {
+            return Err(format!("{signal:?} is no eviction signal of this node (known: {})", SIGNALS.join(", ")));
+        }
+        let wrong = || format!("{value:?} is neither a quantity nor a percentage");
+        let value = match value.strip_suffix('%') {
+            Some(percent) => Value::Percent(percent.parse().ok().filter(|percent| *percent <= 100).ok_or_else(wrong)?),
+            None => {
+                let amount: crate::volumes::Quantity = value.parse().map_err(|_| wrong())?;
+                Value::Amount(u64::try_from(amount.ceil()).map_err(|_| wrong())?)
+            }
+        };
+        Ok(Self { signal: signal.to_owned(), value })
+    }
+}
+
 /// What the node agent is told at start. Field names follow the kubelet's configuration where one exists.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -50,6 +96,8 @@ pub struct Config {
     pub allowed_unsafe_sysctls: Vec<String>,
     /// Whether pods get the runtime's default seccomp profile when they name none.
     pub seccomp_default: bool,
+    /// What the host must keep free; below, pods are evicted.
+    pub eviction_hard: Vec<Threshold>,
     /// How often the Lease is renewed.
     pub lease_renew_interval: Duration,
     /// How often an unchanged node status is written all the same.
@@ -84,10 +132,30 @@ impl Config {
             reserved_cpu_millis: 0,
             allowed_unsafe_sysctls: Vec::new(),
             seccomp_default: true,
+            eviction_hard: vec![
+                Threshold { signal: "memory.available".into(), value: Value::Amount(100 << 20) },
+                Threshold { signal: "nodefs.available".into(), value: Value::Percent(5) },
+                Threshold { signal: "nodefs.inodesFree".into(), value: Value::Percent(5) },
+            ],
             lease_renew_interval: Duration::from_secs(10),
             node_status_report_interval: Duration::from_secs(300),
             shutdown_grace_period: Duration::ZERO,
             shutdown_grace_period_critical_pods: Duration::ZERO,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thresholds_are_amounts_or_parts() {
+        let of = |text: &str, capacity| text.parse::<Threshold>().map(|threshold| threshold.of(capacity));
+        assert_eq!(of("memory.available<100Mi", 0), Ok(100 << 20));
+        assert_eq!(of("nodefs.available<10%", 1000), Ok(100));
+        for wrong in ["memory.available", "memory.free<1", "nodefs.available<101%", "nodefs.available<-1"] {
+            assert!(of(wrong, 1).is_err(), "{wrong}");
         }
     }
 }

@@ -46,14 +46,23 @@ pub(super) async fn start(
     for folder in [&layout.pod_logs, &layout.container_logs] {
         host::prepare_folder(folder, 0o755)?;
     }
+    let defaults = Config::new(identity.name.clone());
     let config = Config {
+        static_pod_path: options.pod_manifest_path.clone(),
+        max_pods: options.max_pods,
+        allowed_unsafe_sysctls: options.allowed_unsafe_sysctls.clone(),
+        eviction_hard: if options.eviction_hard.is_empty() {
+            defaults.eviction_hard.clone()
+        } else {
+            options.eviction_hard.clone()
+        },
         node_ips: vec![identity.ip],
         layout,
         cgroup_root: options.folders.cgroup_root.clone(),
         port: options.kubelet_port,
         cluster_domain: options.cluster_domain.clone(),
         cluster_dns: vec![options.cluster_dns],
-        ..Config::new(identity.name.clone())
+        ..defaults
     };
     let facts = Facts::gather(&config.layout.data).context("look at this host")?;
     let client = api.client(UserInfo::node(&identity.name));

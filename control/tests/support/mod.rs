@@ -38,6 +38,18 @@ impl Host {
         self.folder.path().join(name)
     }
 
+    /// Writes a manifest of a static pod; an empty one goes.
+    pub(crate) fn manifests(&self, name: &str, text: &str) {
+        let folder = self.path("manifests");
+        std::fs::create_dir_all(&folder).expect("a folder of manifests");
+        let path = folder.join(name);
+        if text.is_empty() {
+            std::fs::remove_file(path).expect("there was a manifest");
+        } else {
+            std::fs::write(path, text).expect("a manifest");
+        }
+    }
+
     /// A command in the host's namespaces.
     pub(crate) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
@@ -70,7 +82,9 @@ impl Host {
             .arg("server")
             .args(self.folders())
             .args(["--node-name", "n1", "--write-kubeconfig"])
-            .arg(self.path("kubeconfig"));
+            .arg(self.path("kubeconfig"))
+            .arg("--pod-manifest-path")
+            .arg(self.path("manifests"));
         self.server = Some(command.stderr(log).spawn().expect("the server starts"));
         let ready = || {
             let status = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;

@@ -47,6 +47,11 @@ fn escape(path: &std::path::Path) -> String {
 }
 
 impl ImageStore {
+    /// Where a container's own files lie.
+    pub fn upper(&self, container: &str) -> PathBuf {
+        self.layout.snapshots().join(container).join("fs")
+    }
+
     /// Makes the writable folders for a container, or finds them: asking twice gives the same snapshot.
     ///
     /// # Errors

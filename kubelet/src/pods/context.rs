@@ -15,6 +15,7 @@ use kube::{Api, Client, Resource};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
+use super::eviction::Pressure;
 use super::resolved;
 use super::table::PodTable;
 use crate::Config;
@@ -42,6 +43,8 @@ pub struct Context {
     pub cgroups: Hierarchy,
     pub facts: Facts,
     pub events: Events,
+    /// What the host runs short of.
+    pub pressure: Pressure,
     pub services: Store<Service>,
     /// Pulls under way (`maxParallelImagePulls`).
     pub pulls: Semaphore,

@@ -16,6 +16,8 @@ mod start;
 mod stop;
 mod worker;
 
+pub mod eviction;
+
 mod manager;
 pub mod table;
 

@@ -94,7 +94,7 @@ pub(crate) struct ServerOptions {
     /// Sysctls that pods may set besides the safe ones, such as `kernel.msg*`
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     pub(crate) allowed_unsafe_sysctls: Vec<String>,
-    /// What the host must keep free, or pods are evicted, such as `memory.available<100Mi,nodefs.available<5%`
+    /// What the host must keep free, or pods are evicted, such as `memory.available<100Mi,nodefs.available<1Gi`
     #[arg(long, value_delimiter = ',', value_name = "THRESHOLDS")]
     pub(crate) eviction_hard: Vec<coracle_kubelet::config::Threshold>,
     /// More names and addresses for the API's certificate

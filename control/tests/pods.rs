@@ -28,8 +28,8 @@ fn pod(name: &str, spec: Value) -> Value {
 }
 
 fn create(host: &Host, objects: &[Value]) {
-    let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
-    let output = host.apply(&list.to_string());
+    let documents: Vec<String> = objects.iter().map(Value::to_string).collect();
+    let output = host.apply(&documents.join("\n---\n"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -53,14 +53,16 @@ fn endings() -> Vec<(&'static str, Value, &'static str, &'static str)> {
     let amount =
         |name: &str, resource: &str| json!({"name": name, "valueFrom": {"resourceFieldRef": {"resource": resource}}});
     let mount = |path: &str| json!({"name": "v", "mountPath": path});
+    let inits = [init("a", "echo a >/v/x"), init("b", "echo b >>/v/x")]
+        .map(|one| with(one, json!({"volumeMounts": [mount("/v")]})));
     vec![
         ("plain", one("echo hello"), "Succeeded", "hello"),
         ("fails", one("exit 3"), "Failed", ""),
         (
             "expands",
-            main("echo $(A)-$$(A)-$A", json!({"env": [{"name": "B", "value": "b"}, {"name": "A", "value": "a$(B)"}]})),
+            main("echo '$(A)-$$(A)'", json!({"env": [{"name": "B", "value": "b"}, {"name": "A", "value": "a$(B)"}]})),
             "Succeeded",
-            "ab-$(A)-ab",
+            "ab-$(A)",
         ),
         (
             "fields",
@@ -152,7 +154,7 @@ fn endings() -> Vec<(&'static str, Value, &'static str, &'static str)> {
         ),
         (
             "inits",
-            json!({"initContainers": [init("a", "echo a >/v/x"), init("b", "echo b >>/v/x")].map(|one| with(one, json!({"volumeMounts": [mount("/v")]}))), "volumes": [{"name": "v", "emptyDir": {}}], "containers": [with(shell("cat /v/x"), json!({"volumeMounts": [mount("/v")]}))]}),
+            json!({"initContainers": inits, "volumes": [{"name": "v", "emptyDir": {}}], "containers": [with(shell("cat /v/x"), json!({"volumeMounts": [mount("/v")]}))]}),
             "Succeeded",
             "a\nb",
         ),
@@ -226,7 +228,7 @@ fn pods_end_as_their_specifications_say() {
         );
         if !log.is_empty() {
             let printed = host.get(&["logs", name, "-c", "main"]);
-            assert!(printed.contains(log), "{name}: {printed:?}");
+            assert!(printed.contains(log), "{name} printed {printed:?}, not {log:?}");
         }
     }
     for (name, reason) in [("deadline", "DeadlineExceeded"), ("unsafe", "SysctlForbidden"), ("toolarge", "OutOfcpu")] {
@@ -261,7 +263,7 @@ fn running_pods_are_resized_debugged_probed_and_refused() {
     let limits = |cpu: &str, memory: &str| json!({"requests": {"cpu": cpu, "memory": memory}, "limits": {"cpu": cpu, "memory": memory}});
     let policies = json!([{"resourceName": "memory", "restartPolicy": "RestartContainer"}]);
     create(&host, &[
-        pod("resized", json!({"containers": [sleeper(json!({"resources": limits("20m", "64Mi"), "resizePolicy": policies}))]})),
+        pod("resized", json!({"restartPolicy": "Always", "containers": [sleeper(json!({"resources": limits("20m", "64Mi"), "resizePolicy": policies}))]})),
         pod("gated", json!({"readinessGates": [{"conditionType": "example.com/gate"}], "containers": [sleeper(json!({}))]})),
         pod("probed", json!({"containers": [sleeper(json!({"readinessProbe": {"exec": {"command": ["test", "-f", "/tmp/ready"]}, "periodSeconds": 1}}))]})),
         pod("sidecars", json!({"restartPolicy": "Always", "initContainers": [with(shell("test -f /tmp/seen || { touch /tmp/seen; sleep 2; exit 1; }; sleep 100000"), json!({"name": "side", "restartPolicy": "Always"}))], "containers": [sleeper(json!({}))]})),

@@ -96,7 +96,7 @@ pub struct Config {
     pub allowed_unsafe_sysctls: Vec<String>,
     /// Whether pods get the runtime's default seccomp profile when they name none.
     pub seccomp_default: bool,
-    /// What the host must keep free; below, pods are evicted.
+    /// What the host must keep free, or pods are evicted.
     pub eviction_hard: Vec<Threshold>,
     /// How often the Lease is renewed.
     pub lease_renew_interval: Duration,
@@ -134,8 +134,9 @@ impl Config {
             seccomp_default: true,
             eviction_hard: vec![
                 Threshold { signal: "memory.available".into(), value: Value::Amount(100 << 20) },
-                Threshold { signal: "nodefs.available".into(), value: Value::Percent(5) },
-                Threshold { signal: "nodefs.inodesFree".into(), value: Value::Percent(5) },
+                // What pods need does not grow with the disk, so these are no tenths of it as with a kubelet.
+                Threshold { signal: "nodefs.available".into(), value: Value::Amount(1 << 30) },
+                Threshold { signal: "nodefs.inodesFree".into(), value: Value::Percent(1) },
             ],
             lease_renew_interval: Duration::from_secs(10),
             node_status_report_interval: Duration::from_secs(300),

@@ -125,7 +125,23 @@ fn patch(wanted: &PodStatus, before: Option<&PodStatus>) -> Value {
         all.into_iter().filter(|condition| status::is_own_condition(&condition.type_)).collect()
     };
     let conditions = ours(wanted);
-    let mut list: Vec<Value> = conditions.iter().map(|condition| json!(condition)).collect();
+    let held = before.map(ours).unwrap_or_default();
+    let mut list: Vec<Value> = Vec::new();
+    for condition in &conditions {
+        let mut entry = json!(condition);
+        let old = held.iter().find(|held| held.type_ == condition.type_);
+        // What is merged stays unless it is taken away by name.
+        for (field, before) in [("reason", old.map(|old| &old.reason)), ("message", old.map(|old| &old.message))] {
+            if entry[field].is_null() && before.is_some_and(Option::is_some) {
+                entry[field] = Value::Null;
+            } else if entry[field].is_null()
+                && let Some(entry) = entry.as_object_mut()
+            {
+                entry.remove(field);
+            }
+        }
+        list.push(entry);
+    }
     for type_ in status::PASSING_CONDITIONS {
         let held = |list: &[k8s_openapi::api::core::v1::PodCondition]| list.iter().any(|held| held.type_ == type_);
         if !held(&conditions) && before.is_none_or(|before| held(&ours(before))) {
@@ -156,7 +172,9 @@ mod tests {
     fn only_what_is_ours_is_written_and_what_has_passed_is_taken_back() {
         let status = |value: Value| -> PodStatus { serde_json::from_value(value).expect("a status") };
         let condition = |type_: &str| json!({"type": type_, "status": "True"});
-        let before = status(json!({"podIPs": [{"ip": "10.0.0.1"}], "conditions": [condition("PodResizePending")]}));
+        let unready = json!({"type": "Ready", "status": "False", "message": "not yet"});
+        let before =
+            status(json!({"podIPs": [{"ip": "10.0.0.1"}], "conditions": [unready, condition("PodResizePending")]}));
         let wanted =
             status(json!({"podIPs": [{"ip": "10.0.0.2"}], "conditions": [condition("Ready"), condition("a/gate")]}));
         let patch = patch(&wanted, Some(&before));

@@ -520,7 +520,8 @@ impl Worker {
                     if current.state == ContainerState::Running {
                         self.monitors.watch(&self.context, &self.key, pod, container, &current, &sandbox.ips);
                         self.report(pod).await;
-                        return None;
+                        // What comes after an init container looks at it again.
+                        return is_init.then(Instant::now);
                     }
                 }
                 Some(Instant::now())

@@ -25,6 +25,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run the control plane and, unless told otherwise, this host's node
     Server(Box<ServerOptions>),
+    /// Run this host's containers for a kubelet or crictl: the Container Runtime Interface v1 on a socket
+    Cri(Box<crate::cri::CriOptions>),
     /// Tell what this host has and lacks, and what each lack costs
     Check(CheckOptions),
     /// End this host's pods and remove what they leave behind; state and images stay

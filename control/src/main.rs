@@ -4,6 +4,7 @@
 mod check;
 mod cleanup;
 mod cli;
+mod cri;
 mod server;
 mod snapshot;
 
@@ -41,6 +42,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             server::run(*options)?;
         }
         Command::Check(options) => return Ok(check::run(&options)),
+        Command::Cri(options) => {
+            cli::log_to_stderr(&cli.log)?;
+            cri::run(*options)?;
+        }
         Command::Cleanup(folders) => cleanup::run(&folders)?,
         Command::Image(arguments) => image(arguments)?,
         Command::Snapshot(arguments) => snapshot::run(arguments)?,

@@ -28,7 +28,7 @@ use crate::server::{NodeServer, NodeState, ServerConfig};
 use crate::supervisor::client::{Client as Supervisor, Launch};
 use crate::supervisor::logfile::Limits;
 use crate::volumes::{ObjectCache, Volumes, VolumesConfig};
-use crate::{Config, network};
+use crate::{Config, cri_v1, network};
 
 /// Pulls at once (`maxParallelImagePulls`).
 const MAX_PULLS: usize = 4;
@@ -67,6 +67,7 @@ pub struct Kubelet {
     server: NodeServer,
     listener: TcpListener,
     network: Arc<Network>,
+    cri: cri_v1::Server,
 }
 
 /// The pods' network as the container verbs ask for it.
@@ -143,9 +144,19 @@ impl Kubelet {
             image_ids: Default::default(),
             config: config.clone(),
         });
+        let parts = cri_v1::Parts {
+            verbs: context.runtime.clone(),
+            images: context.images.clone(),
+            network: cri_v1::Parts::settled(network.clone()),
+            layout: config.layout.clone(),
+            cgroup_root: config.cgroup_root.clone(),
+            resolv_conf: config.resolv_conf.clone(),
+        };
+        let socket = config.layout.cri_socket();
+        let cri = cri_v1::Server::listen(&socket, SocketAddr::from(([127, 0, 0, 1], 0)), parts).await?;
         let server = NodeServer::new(server, client.clone(), Arc::new(State(context.clone())))
             .map_err(host("prepare the node's API"))?;
-        Ok(Self { node: NodeAgent::new(config, client, facts), context, server, listener, network })
+        Ok(Self { node: NodeAgent::new(config, client, facts), context, server, listener, network, cri })
     }
 
     /// Runs the node until the future is dropped; containers run on.
@@ -174,6 +185,12 @@ impl Kubelet {
         }
         parts.spawn(PodManager::new(context.clone()).run());
         parts.spawn(crate::pods::eviction::run(context.clone()));
+        let cri = self.cri;
+        parts.spawn(async move {
+            if let Err(error) = cri.run().await {
+                tracing::error!(%error, "the Container Runtime Interface ended");
+            }
+        });
         let health = Arc::new(State(context));
         parts.spawn(async move { self.node.run(health).await });
         while let Some(ended) = parts.join_next().await {

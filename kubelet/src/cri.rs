@@ -206,6 +206,19 @@ pub struct Mount {
     pub propagation: Propagation,
     /// Whether it is mapped to the pod's user namespace (idmapped mount).
     pub id_mapped: bool,
+    /// The files of this image, read-only, instead of those at `host_path`.
+    pub image: Option<ImageMount>,
+}
+
+/// An image as the source of a mount (KEP-4639).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageMount {
+    /// The image as the pod names it.
+    pub image: String,
+    /// The image as resolved by the image store: its id.
+    pub image_id: String,
+    /// The folder or file of the image that is mounted; empty: all of it.
+    pub sub_path: PathBuf,
 }
 
 /// A device file made in a container.
@@ -260,6 +273,10 @@ pub struct SecurityContext {
     pub apparmor: SecurityProfile,
     /// `procMount: Unmasked`.
     pub unmasked_proc: bool,
+    /// Paths that nothing can be read from, instead of the usual ones.
+    pub masked_paths: Option<Vec<String>>,
+    /// Paths that nothing can be written to, instead of the usual ones.
+    pub readonly_paths: Option<Vec<String>>,
 }
 
 /// `LinuxContainerResources`; zero means not set.
@@ -279,6 +296,12 @@ pub struct Resources {
     pub unified: BTreeMap<String, String>,
     /// Page size (`2Mi`) to bytes.
     pub hugepage_limits: BTreeMap<String, u64>,
+    /// Memory and swap together in bytes, as cgroup v1 counts; 0 = not set, -1 = unlimited.
+    pub memory_swap_limit_in_bytes: i64,
+    /// CPUs that may be used, as a list such as `0-3,7`; empty: all.
+    pub cpuset_cpus: String,
+    /// Memory nodes that may be used; empty: all.
+    pub cpuset_mems: String,
 }
 
 /// How a container's standard streams are held.
@@ -331,6 +354,8 @@ pub struct ContainerConfig {
     pub stop_signal: String,
     /// Shares the PID namespace of this container (`targetContainerName` of an ephemeral container).
     pub pid_target: Option<ContainerId>,
+    /// Has a PID namespace of its own although the sandbox shares one.
+    pub pid_own: bool,
 }
 
 /// `ContainerState`.
@@ -547,6 +572,8 @@ pub trait ContainerRuntime: Send + Sync + 'static {
     async fn exec(&self, id: &ContainerId, request: ExecRequest) -> Result<ExecSession>;
     /// Joins a container's own streams; output from now on.
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Streams>;
+    /// Ends a container's standard input (`stdinOnce`, after its first client has left).
+    async fn close_stdin(&self, id: &ContainerId) -> Result<()>;
 
     /// Usage of a container.
     async fn container_stats(&self, id: &ContainerId) -> Result<Stats>;

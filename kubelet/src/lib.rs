@@ -9,7 +9,10 @@ pub mod config;
 pub mod cri;
 pub mod names;
 
+pub mod grpc;
+
 pub mod cgroups;
+pub mod cri_v1;
 pub mod images;
 pub mod logs;
 pub mod native;

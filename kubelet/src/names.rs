@@ -110,6 +110,11 @@ impl Layout {
         self.run.join("supervisor.sock")
     }
 
+    /// The socket of the Container Runtime Interface.
+    pub fn cri_socket(&self) -> PathBuf {
+        self.run.join("cri.sock")
+    }
+
     /// State of one container: OCI bundle (`config.json`), `state.json`, log journals.
     pub fn container(&self, id: &ContainerId) -> PathBuf {
         self.containers().join(id.as_str())

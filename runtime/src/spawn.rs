@@ -40,6 +40,8 @@ pub struct Init {
     /// Whether it says that all is set up; an end before that is a failure.
     announces: bool,
     finished: bool,
+    /// How it ended, once it was reaped: whoever asks later is told the same.
+    ended: Option<Exit>,
     story: Story,
     console: Option<OwnedFd>,
     seccomp: Option<OwnedFd>,
@@ -119,6 +121,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
         started: plan.options.gate == Gate::Open,
         announces: true,
         finished: false,
+        ended: None,
         console: None,
         seccomp: None,
         story: Story {
@@ -450,6 +453,7 @@ impl Init {
             started: story.starts_itself,
             announces: false,
             finished: false,
+            ended: None,
             story,
             console: None,
             seccomp: None,
@@ -521,16 +525,21 @@ impl Init {
 
     /// Waits for its end and reaps it.
     pub fn wait(&mut self) -> Result<Exit> {
+        if let Some(exit) = self.ended {
+            return Ok(exit);
+        }
         let exit = process::wait(self.pidfd(), true).step(Step::Synchronize, "")?;
-        self.finished = true;
+        (self.finished, self.ended) = (true, exit);
         exit.ok_or_else(|| Error::Died("without a status".into()))
     }
 
     /// Reaps it if it has ended.
     pub fn try_wait(&mut self) -> Result<Option<Exit>> {
-        let exit = process::wait(self.pidfd(), false).step(Step::Synchronize, "")?;
-        self.finished |= exit.is_some();
-        Ok(exit)
+        if self.ended.is_none() {
+            self.ended = process::wait(self.pidfd(), false).step(Step::Synchronize, "")?;
+            self.finished |= self.ended.is_some();
+        }
+        Ok(self.ended)
     }
 
     /// Sends it a signal.

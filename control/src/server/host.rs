@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 const SOMEWHERE_ELSE: ([u8; 4], u16) = ([192, 0, 2, 1], 9);
 
 /// Makes a folder and its parents, and checks that it can be written.
-pub(super) fn prepare_folder(folder: &Path, mode: u32) -> anyhow::Result<()> {
+pub(crate) fn prepare_folder(folder: &Path, mode: u32) -> anyhow::Result<()> {
     let advice = || format!("make the folder {}: choose another, or check who owns its parent", folder.display());
     let existed = folder.exists();
     fs::DirBuilder::new().recursive(true).mode(mode).create(folder).with_context(advice)?;
@@ -36,7 +36,7 @@ pub(super) fn uplink_address(bound: IpAddr) -> anyhow::Result<IpAddr> {
 }
 
 /// The name of this host's node: as given, or the host's own in lower case.
-pub(super) fn node_name(given: Option<&str>) -> anyhow::Result<String> {
+pub(crate) fn node_name(given: Option<&str>) -> anyhow::Result<String> {
     if let Some(name) = given {
         return Ok(name.to_owned());
     }
@@ -57,7 +57,7 @@ pub(super) fn port_range(text: &str) -> anyhow::Result<(u16, u16)> {
 }
 
 /// Every watch, stream and container log is a descriptor, so take as many as the host allows.
-pub(super) fn raise_open_files() -> anyhow::Result<()> {
+pub(crate) fn raise_open_files() -> anyhow::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("ask for the limit of open files")?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raise the limit of open files")
 }

@@ -1,6 +1,6 @@
 //! `coracle server`: the control plane and, unless told otherwise, this host's node, assembled in one process.
 
-mod host;
+pub(crate) mod host;
 mod leader;
 mod nodes;
 mod store;

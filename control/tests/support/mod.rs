@@ -94,6 +94,18 @@ impl Host {
         assert!(eventually(Duration::from_secs(PATIENCE_S.into()), ready).is_some(), "no Ready node:\n{}", self.log());
     }
 
+    /// Starts the container runtime alone; returns when it listens.
+    pub(crate) fn start_cri(&mut self) -> PathBuf {
+        let log = std::fs::File::options().create(true).append(true).open(self.path("log.txt")).expect("a log");
+        let socket = self.path("cri.sock");
+        let mut command = self.command(env!("CARGO_BIN_EXE_coracle"));
+        command.arg("cri").args(self.folders()).arg("--listen").arg(format!("unix://{}", socket.display()));
+        self.server = Some(command.stderr(log).spawn().expect("the runtime starts"));
+        let listens = || std::os::unix::net::UnixStream::connect(&socket).ok().map(drop);
+        assert!(eventually(Duration::from_secs(PATIENCE_S.into()), listens).is_some(), "no socket:\n{}", self.log());
+        socket
+    }
+
     /// Kills the server without warning.
     pub(crate) fn kill_server(&mut self) {
         let mut server = self.server.take().expect("a server runs");

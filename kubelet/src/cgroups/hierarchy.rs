@@ -70,6 +70,7 @@ impl Hierarchy {
             memory: self.has("memory"),
             pids: self.has("pids"),
             hugetlb: self.has("hugetlb"),
+            cpuset: self.has("cpuset"),
         }
     }
 
@@ -130,6 +131,16 @@ impl Hierarchy {
         if resources.memory_limit_in_bytes != 0 {
             let limit = resources.memory_limit_in_bytes;
             self.write(path, "memory.max", &if limit > 0 { limit.to_string() } else { "max".into() })?;
+        }
+        let (memory, swap) = (resources.memory_limit_in_bytes, resources.memory_swap_limit_in_bytes);
+        if swap != 0 && self.mount.join(path).join("memory.swap.max").exists() {
+            let limit = if swap > 0 { (swap - memory.max(0)).max(0).to_string() } else { "max".into() };
+            self.write(path, "memory.swap.max", &limit)?;
+        }
+        for (file, list) in [("cpuset.cpus", &resources.cpuset_cpus), ("cpuset.mems", &resources.cpuset_mems)] {
+            if !list.is_empty() {
+                self.write(path, file, list)?;
+            }
         }
         for (file, value) in &resources.unified {
             self.write(path, file, value)?;

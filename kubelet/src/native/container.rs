@@ -15,8 +15,8 @@ use tokio::sync::broadcast;
 use super::spec::{self, ImageDefaults, Input, PodPaths};
 use super::{Native, blocking, namespaces, refused, user};
 use crate::cri::{
-    ContainerConfig, ContainerStatus, ContainerUser, NamespaceMode, Resources, Result, RuntimeError, SandboxStatus,
-    SecurityProfile,
+    ContainerConfig, ContainerStatus, ContainerUser, ImageMount, NamespaceMode, Resources, Result, RuntimeError,
+    SandboxStatus, SecurityProfile,
 };
 use crate::images::Image;
 use crate::names::{ContainerId, Layout, PodKey};
@@ -121,7 +121,7 @@ impl Native {
         id: ContainerId,
         pod: PodKey,
         sandbox: &SandboxStatus,
-        config: ContainerConfig,
+        mut config: ContainerConfig,
     ) -> Result<(Arc<Record>, Create)> {
         let folder = self.inner.layout.container(&id);
         let image = self
@@ -133,6 +133,11 @@ impl Native {
         let rootfs = folder.join("rootfs");
         fs::create_dir_all(&rootfs).map_err(RuntimeError::io("create", &rootfs))?;
         self.mount_root(&id, &image, &rootfs)?;
+        for (index, mount) in config.mounts.iter_mut().enumerate() {
+            if let Some(source) = &mount.image {
+                mount.host_path = self.mount_image(&id, index, source)?;
+            }
+        }
         let (defaults, image_user, image_stop) = image_defaults(&image);
         let user = user::resolve(&rootfs, &config.security, &image_user)?;
         let cgroup = Path::new("/").join(&sandbox.config.cgroup_parent).join(id.as_str());
@@ -179,6 +184,33 @@ impl Native {
         Ok((Arc::new(record), create))
     }
 
+    /// Mounts an image read-only beside the container's root and returns what of it is wanted.
+    fn mount_image(&self, id: &ContainerId, index: usize, source: &ImageMount) -> Result<PathBuf> {
+        let invalid = |error: crate::images::ImageError| RuntimeError::Invalid(error.to_string());
+        let missing = || RuntimeError::Invalid(format!("image {} of a mount is not present", source.image));
+        let image = self.inner.images.resolve(&source.image_id).map_err(invalid)?.ok_or_else(missing)?;
+        // The snapshot keeps the image from being collected; its upper folder stays empty.
+        let name = index.to_string();
+        let snapshot = self.inner.images.snapshot(&image_snapshot(id, &name), &image).map_err(invalid)?;
+        let target = self.inner.layout.container(id).join("images").join(name);
+        fs::create_dir_all(&target).map_err(RuntimeError::io("create", &target))?;
+        crate::volumes::ensure_layers(&target, &snapshot).map_err(|e| RuntimeError::Invalid(e.to_string()))?;
+        if source.sub_path.as_os_str().is_empty() {
+            return Ok(target);
+        }
+        let inside = source.sub_path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        let path = target.join(&source.sub_path);
+        // A link in the image could lead anywhere on the host.
+        match fs::canonicalize(&path) {
+            Ok(real) if inside && real.starts_with(&target) => Ok(real),
+            _ => Err(RuntimeError::Invalid(format!(
+                "the image {} has no {} inside",
+                source.image,
+                source.sub_path.display()
+            ))),
+        }
+    }
+
     fn mount_root(&self, id: &ContainerId, image: &Image, rootfs: &Path) -> Result<()> {
         // Left by an attempt that was killed here: seen through and made again.
         namespaces::unmount(rootfs).map_err(RuntimeError::io("unmount", rootfs))?;
@@ -206,7 +238,7 @@ impl Native {
                     pid.ok_or_else(|| RuntimeError::Invalid(format!("target container {target} does not run")))?;
                 Some(PathBuf::from(format!("/proc/{pid}/ns/pid")))
             }
-            None if sandbox.config.pid == NamespaceMode::Pod => Some(folder.join("pid")),
+            None if spec::pid_mode(&sandbox.config, config) == NamespaceMode::Pod => Some(folder.join("pid")),
             None => None,
         };
         Ok(PodPaths {
@@ -287,20 +319,39 @@ impl Native {
     async fn remove_files(&self, id: &ContainerId) -> Result<()> {
         let this = self.clone();
         let target = id.clone();
-        blocking(move || {
-            let rootfs = this.inner.layout.container(&target).join("rootfs");
-            namespaces::unmount(&rootfs).map_err(RuntimeError::io("unmount", &rootfs))
-        })
-        .await?;
+        let images = blocking(move || {
+            let folder = this.inner.layout.container(&target);
+            for path in [vec![folder.join("rootfs")], image_mounts(&folder)].concat() {
+                namespaces::unmount(&path).map_err(RuntimeError::io("unmount", &path))?;
+            }
+            Ok(image_mounts(&folder))
+        });
+        let images = images.await?;
         self.inner.supervisor.forget(id).await.map_err(refused(id, "ended"))?;
         self.inner.containers.lock().remove(id);
         let this = self.clone();
         let target = id.clone();
         blocking(move || {
-            this.inner.images.remove_snapshot(target.as_str()).map_err(|e| RuntimeError::Invalid(e.to_string()))
+            let names = images.iter().filter_map(|path| Some(image_snapshot(&target, path.file_name()?.to_str()?)));
+            names
+                .chain([target.to_string()])
+                .try_for_each(|name| this.inner.images.remove_snapshot(&name))
+                .map_err(|e| RuntimeError::Invalid(e.to_string()))
         })
         .await
     }
+}
+
+/// Where images are mounted for a container.
+fn image_mounts(container: &Path) -> Vec<PathBuf> {
+    // No such folder: no such mounts.
+    let entries = fs::read_dir(container.join("images")).into_iter().flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+}
+
+/// The name in the image store of what such a mount holds.
+fn image_snapshot(container: &ContainerId, mount: &str) -> String {
+    format!("{container}-{mount}")
 }
 
 fn status_of(record: &Record, report: &Report) -> ContainerStatus {
@@ -381,7 +432,7 @@ fn host_devices() -> Result<Vec<PathBuf>> {
 }
 
 /// The number of a signal's name (`SIGTERM`, `TERM`, `15`, `SIGRTMIN+3`).
-pub(super) fn signal_number(name: &str) -> Option<i32> {
+pub(crate) fn signal_number(name: &str) -> Option<i32> {
     if let Ok(number) = name.parse() {
         return (1..=64).contains(&number).then_some(number);
     }
@@ -391,5 +442,14 @@ pub(super) fn signal_number(name: &str) -> Option<i32> {
         // 34 is what programs see as the first real-time signal.
         return if offset.is_empty() { Some(34) } else { Some(34 + offset.strip_prefix('+')?.parse::<i32>().ok()?) };
     }
-    Signal::from_str(&full).ok().map(|signal| signal as i32)
+    if let Some(offset) = full.strip_prefix("SIGRTMAX") {
+        return if offset.is_empty() { Some(64) } else { Some(64 - offset.strip_prefix('-')?.parse::<i32>().ok()?) };
+    }
+    let full = match full.as_str() {
+        "SIGCLD" => "SIGCHLD",
+        "SIGPOLL" => "SIGIO",
+        "SIGIOT" => "SIGABRT",
+        other => other,
+    };
+    Signal::from_str(full).ok().map(|signal| signal as i32)
 }

@@ -133,14 +133,6 @@ impl Native {
         self.inner.supervisor.attach(id, fds).await.map_err(refused(id, "running"))?;
         Ok(streams)
     }
-
-    /// Ends a container's standard input (`stdinOnce`, after its first client has left).
-    ///
-    /// # Errors
-    /// When there is no such container.
-    pub async fn close_stdin(&self, id: &ContainerId) -> Result<()> {
-        self.inner.supervisor.close_stdin(id).await.map_err(refused(id, "running"))
-    }
 }
 
 fn os(step: &'static str) -> impl FnOnce(io::Error) -> RuntimeError {

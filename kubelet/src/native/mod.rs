@@ -13,6 +13,8 @@ pub use sandbox::HANDLERS;
 pub mod spec;
 pub mod user;
 
+pub(crate) use container::signal_number;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -229,6 +231,10 @@ impl ContainerRuntime for Native {
 
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Streams> {
         self.attach_streams(id, stdin).await
+    }
+
+    async fn close_stdin(&self, id: &ContainerId) -> Result<()> {
+        self.inner.supervisor.close_stdin(id).await.map_err(refused(id, "running"))
     }
 
     async fn container_stats(&self, id: &ContainerId) -> Result<Stats> {

@@ -130,6 +130,8 @@ pub struct Controllers {
     pub pids: bool,
     /// hugetlb
     pub hugetlb: bool,
+    /// cpuset
+    pub cpuset: bool,
 }
 
 /// Everything that goes into the specification.
@@ -177,7 +179,7 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
         if input.paths.uts.is_some() { NamespaceMode::Pod } else { NamespaceMode::Node },
         input.paths.uts.as_ref(),
     );
-    namespace("pid", sandbox.pid, input.paths.pid.as_ref());
+    namespace("pid", pid_mode(sandbox, container), input.paths.pid.as_ref());
 
     let capabilities = capabilities(container);
     // A process of another user than root starts without effective capabilities, as with execve(2) of a plain program.
@@ -197,13 +199,17 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
     if let (SecurityProfile::Localhost(name), Some(process)) = (&security.apparmor, process.as_object_mut()) {
         process.insert("apparmorProfile".into(), json!(name));
     }
-    let masks = !security.privileged && !security.unmasked_proc;
+    let masks = |given: &Option<Vec<String>>, usual: &[&str]| match given {
+        _ if security.privileged || security.unmasked_proc => Vec::new(),
+        Some(paths) => paths.clone(),
+        None => usual.iter().map(|path| (*path).to_owned()).collect(),
+    };
     let mut linux = json!({
         "namespaces": namespaces,
         "cgroupsPath": input.cgroup,
         "resources": resources(&container.resources, input.controllers),
-        "maskedPaths": if masks { &MASKED_PATHS[..] } else { &[] },
-        "readonlyPaths": if masks { &READONLY_PATHS[..] } else { &[] },
+        "maskedPaths": masks(&security.masked_paths, &MASKED_PATHS),
+        "readonlyPaths": masks(&security.readonly_paths, &READONLY_PATHS),
         "sysctl": sandbox.sysctls,
         "devices": [],
     });
@@ -223,6 +229,15 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
         "linux": linux,
         "annotations": container.annotations,
     }))
+}
+
+/// The PID namespace of a container: its own wish, or what its sandbox says.
+pub fn pid_mode(sandbox: &SandboxConfig, container: &ContainerConfig) -> NamespaceMode {
+    match (&container.pid_target, container.pid_own) {
+        (Some(_), _) => NamespaceMode::Pod,
+        (None, true) => NamespaceMode::Container,
+        (None, false) => sandbox.pid,
+    }
 }
 
 fn first<'a>(words: &[&'a str]) -> Option<&'a str> {
@@ -320,8 +335,21 @@ pub fn resources(wanted: &Resources, can: Controllers) -> Value {
         }
         out.insert("cpu".into(), cpu.into());
     }
+    if can.cpuset {
+        for (name, list) in [("cpus", &wanted.cpuset_cpus), ("mems", &wanted.cpuset_mems)] {
+            if !list.is_empty()
+                && let Some(cpu) = out.entry("cpu").or_insert_with(|| json!({})).as_object_mut()
+            {
+                cpu.insert(name.into(), json!(list));
+            }
+        }
+    }
     if can.memory && wanted.memory_limit_in_bytes > 0 {
-        out.insert("memory".into(), json!({"limit": wanted.memory_limit_in_bytes}));
+        let mut memory = json!({"limit": wanted.memory_limit_in_bytes});
+        if wanted.memory_swap_limit_in_bytes != 0 {
+            memory["swap"] = json!(wanted.memory_swap_limit_in_bytes);
+        }
+        out.insert("memory".into(), memory);
     }
     let unified: Map<String, Value> = wanted
         .unified

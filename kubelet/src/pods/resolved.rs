@@ -107,6 +107,7 @@ pub(crate) fn resources(pod: &Pod, requirements: Option<&ResourceRequirements>, 
         // A container ends as a whole when it runs out of memory, as with a kubelet on cgroup v2.
         unified: BTreeMap::from([("memory.oom.group".to_owned(), "1".to_owned())]),
         hugepage_limits: hugepages.collect(),
+        ..Resources::default()
     }
 }
 
@@ -344,6 +345,8 @@ pub(crate) fn security(config: &Config, pod: &Pod, container: &Container) -> Res
             _ => SecurityProfile::RuntimeDefault,
         },
         unmasked_proc: own.proc_mount.as_deref() == Some("Unmasked"),
+        masked_paths: None,
+        readonly_paths: None,
     })
 }
 

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::router::Node;
-use crate::cri::{ContainerEvent, ContainerRuntime, ContainerState, ContainerStatus};
+use crate::cri::{ContainerRuntime, ContainerState, ContainerStatus};
 use crate::logs::{self, LogOptions, StreamFilter};
 
 /// An answer in plain words.
@@ -73,26 +73,6 @@ pub(super) async fn running(
         Some(_) => Err(Refused::bad(format!("container {container} is not running"))),
         None if node.state.pod(namespace, pod).is_none() => Err(Refused::not_found(format!("pod {pod:?} not found"))),
         None => Err(Refused::not_found(format!("container not found ({container:?})"))),
-    }
-}
-
-/// Becomes ready when the container has ended.
-pub(super) async fn ended(runtime: Arc<dyn ContainerRuntime>, id: crate::names::ContainerId) {
-    // Listening begins before looking, so that no end falls in between.
-    let mut events = runtime.events();
-    loop {
-        match runtime.container_status(&id).await {
-            Ok(status) if matches!(status.state, ContainerState::Running | ContainerState::Created) => {}
-            _ => return,
-        }
-        loop {
-            match events.recv().await {
-                Ok(ContainerEvent::Stopped { id: stopped, .. }) if stopped == id => return,
-                Ok(_) => {}
-                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => break,
-                Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
-            }
-        }
     }
 }
 
@@ -183,7 +163,8 @@ pub(super) async fn container_logs(
     };
     // A container that has ended does not write any more; what it wrote is all there.
     options.follow &= !previous && matches!(status.state, ContainerState::Running | ContainerState::Created);
-    let pieces = logs::read(status.config.log_path.clone(), options, ended(runtime, status.id.clone()));
+    let pieces =
+        logs::read(status.config.log_path.clone(), options, crate::streaming::ended(runtime, status.id.clone()));
     let body = Body::from_stream(ReceiverStream::new(pieces).map(|piece| {
         if let Err(error) = &piece {
             tracing::warn!(%error, "reading a container's log failed");

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 
-use super::containers::{Refused, ended, running};
+use super::containers::{Refused, running};
 use super::router::Node;
-use crate::cri::{ExecRequest, ExecSession, NamespaceMode};
-use crate::streaming::{Exit, Job, Kind, Request, forward_spdy, forward_websocket, serve};
+use crate::cri::NamespaceMode;
+use crate::streaming::{Kind, Request, forward_spdy, forward_websocket, serve};
 
 /// Words of one command.
 const MAX_COMMAND_WORDS: usize = 4096;
@@ -104,16 +104,7 @@ async fn exec_in(
     }
     let status = running(node, namespace, pod, uid, container).await?;
     let runtime = node.state.runtime();
-    let start = async move {
-        let program =
-            ExecRequest { command, tty: wanted.tty, stdin: wanted.stdin, stdout: wanted.stdout, stderr: wanted.stderr };
-        let session = runtime
-            .exec(&status.id, program)
-            .await
-            .map_err(|error| format!("error executing command in container: {error}"))?;
-        let ExecSession { streams, exit, pid } = session;
-        Ok(Job { streams, exit: Exit::Code(exit), pid: Some(pid) })
-    };
+    let start = crate::streaming::exec(runtime, status.id, command, wanted);
     Ok(serve(request, wanted, start).await)
 }
 
@@ -153,31 +144,7 @@ async fn attach_to(
     wanted.stderr &= !wanted.tty;
     wanted.stdin &= status.config.stdio.stdin;
     let runtime = node.state.runtime();
-    let start = async move {
-        let mut streams = runtime
-            .attach(&status.id, wanted.stdin)
-            .await
-            .map_err(|error| format!("error attaching to container: {error}"))?;
-        if !wanted.stdout {
-            streams.stdout = None;
-        }
-        if !wanted.stderr {
-            streams.stderr = None;
-        }
-        let (sender, told) = tokio::sync::oneshot::channel();
-        tokio::spawn(async move {
-            tokio::pin! { let end = ended(runtime, status.id); }
-            let mut sender = sender;
-            tokio::select! {
-                () = &mut end => {
-                    // The session may be gone already.
-                    let _told = sender.send(());
-                }
-                () = sender.closed() => {}
-            }
-        });
-        Ok(Job { streams, exit: Exit::Told(told), pid: None })
-    };
+    let start = crate::streaming::attach(runtime, status, wanted);
     Ok(serve(request, wanted, start).await)
 }
 

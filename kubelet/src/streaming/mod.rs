@@ -4,6 +4,7 @@
 //! same pair of channels ([`session::Remote`]), behind which [`session`] joins them with a container's streams.
 
 mod fd;
+mod job;
 mod session;
 mod status;
 
@@ -17,5 +18,5 @@ mod forward;
 pub(crate) use fd::register;
 pub use forward::connect_in;
 pub(crate) use forward::{serve_spdy as forward_spdy, serve_websocket as forward_websocket};
-pub(crate) use session::{Exit, Job};
+pub(crate) use job::{attach, ended, exec};
 pub(crate) use upgrade::{Kind, Request, serve};

@@ -66,13 +66,15 @@ pub(crate) struct Job {
     pub(crate) exit: Exit,
     /// Killed when the client goes away: a program run for a client that is gone would run unseen.
     pub(crate) pid: Option<i32>,
+    /// Dropped when no more input will come from this client.
+    pub(crate) input: Option<oneshot::Sender<()>>,
 }
 
 /// Runs a session to its end.
 pub(super) async fn run(job: Job, remote: Remote) {
     let Remote { input, output } = remote;
-    let Job { streams, exit, pid } = job;
-    let ended = join(streams, exit, input, &output).await;
+    let Job { streams, exit, pid, input: more_input } = job;
+    let ended = join(streams, exit, input, more_input, &output).await;
     let last = match ended {
         Ok(Ended::Program(status)) => status,
         Ok(Ended::ClientGone) => {
@@ -99,6 +101,7 @@ async fn join(
     streams: Streams,
     exit: Exit,
     mut input: mpsc::Receiver<Input>,
+    mut more_input: Option<oneshot::Sender<()>>,
     output: &mpsc::Sender<Output>,
 ) -> std::io::Result<Ended> {
     let pipe = |fd| -> std::io::Result<Option<Arc<Pipe>>> {
@@ -171,7 +174,11 @@ async fn join(
                     }
                 }
                 // A terminal has no end of input of its own: ^D is the client's to send.
-                Some(Input::StdinClosed) => stdin = if terminal.is_some() { stdin } else { None },
+                Some(Input::StdinClosed) => {
+                    if terminal.is_none() {
+                        (stdin, more_input) = (None, None);
+                    }
+                }
                 Some(Input::Resize(size)) => {
                     if let Some(terminal) = &terminal
                         && let Err(error) = coracle_sys::tty::set_size(terminal.fd(), size.height, size.width)
@@ -179,7 +186,10 @@ async fn join(
                         tracing::debug!(%error, "cannot set the size of a terminal");
                     }
                 }
-                None => return Ok(Ended::ClientGone),
+                None => {
+                    drop(more_input);
+                    return Ok(Ended::ClientGone);
+                }
             },
             () = output.closed() => return Ok(Ended::ClientGone),
         }

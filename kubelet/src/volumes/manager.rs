@@ -227,6 +227,7 @@ impl Volumes {
                     _ => Propagation::Private,
                 },
                 id_mapped,
+                image: None,
             });
         }
         Ok(result)

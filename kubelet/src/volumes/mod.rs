@@ -34,5 +34,6 @@ pub use downward::{Allocatable, field_ref, resource_field_ref};
 pub use environment::{EnvironmentError, expand, service_environment};
 pub use error::VolumeError;
 pub use manager::{MountedVolume, PodVolumes, VolumeUsage, Volumes, VolumesConfig};
+pub(crate) use mounts::ensure_layers;
 pub use objects::{ObjectCache, ObjectData, ObjectKey, ObjectKind};
 pub use quantity::Quantity;

@@ -64,7 +64,7 @@ pub(super) fn ensure_hugetlbfs(folder: &Path, page_bytes: Option<u64>) -> Result
 }
 
 /// Mounts an image's layers read-only at `folder` unless they are.
-pub(super) fn ensure_layers(folder: &Path, snapshot: &Snapshot) -> Result<(), VolumeError> {
+pub(crate) fn ensure_layers(folder: &Path, snapshot: &Snapshot) -> Result<(), VolumeError> {
     if is_mount_point(folder)? {
         return Ok(());
     }

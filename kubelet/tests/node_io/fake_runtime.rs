@@ -173,6 +173,9 @@ impl ContainerRuntime for FakeRuntime {
     async fn attach(&self, _: &ContainerId, _: bool) -> Result<Streams> {
         unused()
     }
+    async fn close_stdin(&self, _: &ContainerId) -> Result<()> {
+        unused()
+    }
     async fn container_stats(&self, _: &ContainerId) -> Result<Stats> {
         Ok(Stats {
             timestamp: 1,

@@ -152,6 +152,7 @@ impl Native {
             controllers: self.inner.cgroups.controllers(),
             seccomp: seccomp(&config)?,
             host_devices: if config.security.privileged { host_devices()? } else { Vec::new() },
+            least_oom_score: spec::least_oom_score(),
         })?;
         let stop_signal = [&config.stop_signal, &image_stop]
             .into_iter()

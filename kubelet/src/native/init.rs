@@ -82,7 +82,7 @@ impl Native {
             "process": {
                 "user": {"uid": NOBODY, "gid": NOBODY}, "args": ["/pause"], "env": none, "cwd": "/",
                 "capabilities": {"bounding": none, "effective": none, "permitted": none, "inheritable": none, "ambient": none},
-                "noNewPrivileges": true, "oomScoreAdj": OOM_SCORE,
+                "noNewPrivileges": true, "oomScoreAdj": OOM_SCORE.max(super::spec::least_oom_score()),
             },
             "root": {"path": root, "readonly": true},
             "mounts": none,

@@ -156,6 +156,8 @@ pub struct Input<'a> {
     pub seccomp: Option<Value>,
     /// Devices of the host for a privileged container.
     pub host_devices: Vec<PathBuf>,
+    /// The lowest `oom_score_adj` that this host lets us set.
+    pub least_oom_score: i32,
 }
 
 /// Builds `config.json`.
@@ -194,7 +196,7 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
             "bounding": capabilities, "effective": effective, "permitted": effective, "inheritable": [], "ambient": [],
         },
         "noNewPrivileges": security.no_new_privs,
-        "oomScoreAdj": container.resources.oom_score_adj,
+        "oomScoreAdj": container.resources.oom_score_adj.max(input.least_oom_score),
     });
     if let (SecurityProfile::Localhost(name), Some(process)) = (&security.apparmor, process.as_object_mut()) {
         process.insert("apparmorProfile".into(), json!(name));
@@ -238,6 +240,18 @@ pub fn pid_mode(sandbox: &SandboxConfig, container: &ContainerConfig) -> Namespa
         (None, true) => NamespaceMode::Container,
         (None, false) => sandbox.pid,
     }
+}
+
+/// The lowest `oom_score_adj` that we may set: our own, unless we hold `CAP_SYS_RESOURCE` (`proc_pid_oom_score_adj(5)`). In a
+/// container with less than all rights pods are then protected less, as with other runtimes, instead of not started at all.
+pub fn least_oom_score() -> i32 {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    const LEAST: i32 = -1000;
+    if coracle_sys::identity::permitted().is_ok_and(|held| held & CAP_SYS_RESOURCE != 0) {
+        return LEAST;
+    }
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").ok();
+    own.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 fn first<'a>(words: &[&'a str]) -> Option<&'a str> {
@@ -551,6 +565,7 @@ mod tests {
             controllers: Controllers::default(),
             seccomp: None,
             host_devices: Vec::new(),
+            least_oom_score: -1000,
         })
         .expect("spec");
         let places: Vec<_> =

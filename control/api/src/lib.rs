@@ -35,6 +35,7 @@ pub mod status;
 mod table;
 pub mod time;
 mod tls_client;
+mod usage;
 pub mod user;
 mod wire;
 

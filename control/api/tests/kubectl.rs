@@ -1,6 +1,5 @@
 //! kubectl against a server process of ours.
 
-#[expect(dead_code, reason = "kubectl needs the kubeconfig alone; the other tests need the clients too")]
 mod common;
 
 use std::io::Write as _;

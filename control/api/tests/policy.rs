@@ -130,7 +130,8 @@ async fn a_fresh_cluster_has_its_objects() {
         s.ok("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes", Value::Null).await;
     assert_eq!(slice["endpoints"][0]["addresses"], json!(["192.0.2.1"]));
     let roles = s.ok("GET", "/apis/rbac.authorization.k8s.io/v1/clusterroles", Value::Null).await;
-    assert_eq!(roles["items"].as_array().map(Vec::len), Some(71));
+    // Those of a real server, the reader of usage, and one that the nodes need.
+    assert_eq!(roles["items"].as_array().map(Vec::len), Some(73));
     assert_eq!(
         s.refused("DELETE", "/api/v1/namespaces/default", Value::Null).await.message,
         "namespaces \"default\" is forbidden: this namespace may not be deleted"
@@ -579,4 +580,42 @@ async fn definitions_with_bad_schemas_are_refused() {
     let refused = s.refused("POST", path, crd(json!({"properties": {"spec": {"type": "object"}}}))).await;
     assert!(refused.message.contains("must not be empty at the root"), "{}", refused.message);
     s.ok("POST", path, crd(json!({"type": "object", "properties": {"spec": {"type": "object"}}}))).await;
+}
+
+#[tokio::test]
+async fn definitions_change_under_their_objects() {
+    let s = Server::start().await;
+    let definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+    let text = json!({"type": "string"});
+    let spec = json!({"spec": {"group": "example.com", "scope": "Cluster", "names": {"plural": "boats", "kind": "Boat"},
+        "versions": [{"name": "v1", "served": true, "storage": true,
+            "schema": {"openAPIV3Schema": {"type": "object", "properties": {"sail": text}}}}]}});
+    s.ok("POST", definitions, object("apiextensions.k8s.io/v1", "CustomResourceDefinition", "boats.example.com", spec))
+        .await;
+    // Finalizers of custom resources need no domain.
+    let mut boat = object("example.com/v1", "Boat", "a", json!({}));
+    boat["metadata"]["finalizers"] = json!(["dry"]);
+    s.ok("POST", "/apis/example.com/v1/boats", boat).await;
+    let versions = json!([{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema":
+        {"type": "object", "properties": {"sail": {"type": "string", "default": "white"}}}}}]);
+    s.ok("PATCH", &format!("{definitions}/boats.example.com"), json!({"spec": {"versions": versions}})).await;
+    let read = s.ok("GET", "/apis/example.com/v1/boats/a", Value::Null).await;
+    assert_eq!(read["sail"], "white", "a default counts for what was stored before it");
+    let listed = s.ok("GET", "/apis/example.com/v1/boats", Value::Null).await;
+    assert_eq!(listed["items"][0]["sail"], "white");
+    let review = object(
+        "authorization.k8s.io/v1",
+        "SelfSubjectAccessReview",
+        "",
+        json!({"spec": {"nonResourceAttributes": {"path": "/", "verb": "get"}}}),
+    );
+    let request = http::Request::post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews")
+        .header("content-type", "application/json")
+        .header("accept", "application/json;as=Table;v=v1;g=meta.k8s.io")
+        .body(review.to_string().into_bytes())
+        .expect("a request");
+    match s.api.client(UserInfo::apiserver()).request::<Value>(request).await {
+        Err(kube::Error::Api(status)) => assert_eq!(status.code, 406, "a review is no row of a table"),
+        other => panic!("{other:?}"),
+    }
 }

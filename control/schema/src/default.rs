@@ -50,6 +50,17 @@ pub fn default(value: &mut Value, schema: &Schema) {
     }
 }
 
+/// Whether anything in the schema has a default. Structural schemas do not refer to themselves.
+pub fn has_defaults(schema: &Schema) -> bool {
+    let below = |child: &SchemaRef| {
+        let child = child.get();
+        child.default.is_some() || has_defaults(child)
+    };
+    schema.fields.iter().any(|field| field.default.is_some() || below(&field.schema))
+        || schema.values.as_ref().is_some_and(below)
+        || schema.items.as_ref().is_some_and(below)
+}
+
 /// Drops nulls of custom resources that a default replaces or that may not be null, before [`default`].
 pub fn drop_invalid_nulls(value: &mut Value, schema: &Schema) {
     match value {

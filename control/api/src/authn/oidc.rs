@@ -120,15 +120,19 @@ impl Issuer {
         let jwt: Jwt = serde_json::from_value(entry).map_err(|error| error.to_string())?;
         let (issuer, mappings) = (&jwt.issuer, &jwt.claim_mappings);
         for (field, url) in [("url", &issuer.url), ("discoveryURL", &issuer.discovery_url)] {
-            if !url.starts_with("https://") && !(field == "discoveryURL" && url.is_empty()) {
+            let unset = field == "discoveryURL" && url.is_empty();
+            if !unset && !url.starts_with("https://") {
                 return Err(format!("issuer.{field}: Invalid value: {url:?}: URL scheme must be https"));
             }
         }
         if issuer.audiences.is_empty() || issuer.audiences.iter().any(String::is_empty) {
             return Err("issuer.audiences: Required value: at least one jwt[].issuer.audiences is required".into());
         }
-        let any = issuer.audience_match_policy == "MatchAny";
-        if (issuer.audiences.len() > 1 && !any) || !(any || issuer.audience_match_policy.is_empty()) {
+        let known = match issuer.audience_match_policy.as_str() {
+            "MatchAny" => true,
+            policy => policy.is_empty() && issuer.audiences.len() == 1,
+        };
+        if !known {
             return Err("issuer.audienceMatchPolicy: Invalid value: must be MatchAny for multiple audiences".into());
         }
         let username = &mappings.username;

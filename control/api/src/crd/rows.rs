@@ -112,6 +112,7 @@ fn row(
         any.preserve_unknown = true;
         Arc::new(any)
     };
+    let schema = schema.unwrap_or_else(any);
     Kind {
         group: group.into(),
         version: name.into(),
@@ -126,7 +127,8 @@ fn row(
         subresources,
         columns,
         schema_name: format!("{}.{name}.{kind}", group.split('.').rev().collect::<Vec<_>>().join(".")),
-        schema: OnceLock::from(schema.unwrap_or_else(any)),
+        defaults_when_read: coracle_schema::default::has_defaults(&schema),
+        schema: OnceLock::from(schema),
         strategy: Arc::new(Custom { has_status, namespaced: object::text(spec, "/scope") == "Namespaced" }),
         prefix: format!("/registry/{group}/{plural}/"),
         storage_version: storage.into(),

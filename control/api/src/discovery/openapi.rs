@@ -93,6 +93,9 @@ fn resources(rows: &Rows, wanted: impl Fn(&Kind) -> bool) -> Vec<Resource<'_>> {
                 })
                 .collect(),
             source: match &kind.crd {
+                None if kind.group == crate::usage::GROUP => {
+                    Source::Custom(Some(crate::usage::open_api_schema(&kind.kind)))
+                }
                 None => Source::Builtin,
                 Some(_) => Source::Custom(crate::crd::open_api_schema(kind)),
             },

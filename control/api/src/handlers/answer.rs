@@ -21,7 +21,7 @@ pub(crate) enum Outgoing {
 pub(crate) async fn object(call: &Call, code: u16, outgoing: Outgoing) -> Result<Response, Status> {
     let media = call.media;
     if let (Outgoing::Stored(bytes), Format::Json, Shape::Plain, false, true) =
-        (&outgoing, media.format, media.shape, media.pretty, call.kind.is_storage_version())
+        (&outgoing, media.format, media.shape, media.pretty, is_answer(&call.kind))
     {
         return Ok(bytes_response(code, "application/json", bytes.clone()));
     }
@@ -30,6 +30,11 @@ pub(crate) async fn object(call: &Call, code: u16, outgoing: Outgoing) -> Result
         Outgoing::Value(value) => value,
     };
     shaped(call, code, value)
+}
+
+/// Whether stored bytes are what a client of this version gets.
+fn is_answer(kind: &Kind) -> bool {
+    kind.is_storage_version() && !kind.defaults_when_read
 }
 
 /// Answers with an object in the shape that was asked for.

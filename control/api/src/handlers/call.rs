@@ -213,11 +213,20 @@ impl Call {
 
 /// Brings a stored object into the row's version.
 pub(crate) async fn to_version(kind: &Kind, value: Value) -> Result<Value, Status> {
-    if value.get("apiVersion").and_then(Value::as_str) == Some(kind.api_version().as_str()) {
-        return Ok(value);
-    }
-    let mut all = convert(kind, vec![value], &kind.api_version()).await?;
+    let mut all = all_to_version(kind, vec![value]).await?;
     all.pop().ok_or_else(|| Status::internal("a conversion lost its object"))
+}
+
+/// The same for many.
+pub(crate) async fn all_to_version(kind: &Kind, mut values: Vec<Value>) -> Result<Vec<Value>, Status> {
+    let wanted = kind.api_version();
+    if values.iter().any(|value| value.get("apiVersion").and_then(Value::as_str) != Some(wanted.as_str())) {
+        values = convert(kind, values, &wanted).await?;
+    }
+    if kind.defaults_when_read {
+        values.iter_mut().for_each(|value| wire::default(kind, value));
+    }
+    Ok(values)
 }
 
 /// Brings objects into an `apiVersion` of the same resource.

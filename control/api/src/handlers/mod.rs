@@ -27,7 +27,7 @@ pub(crate) use limits::Limits;
 pub(crate) use subresource::{body_kind, selector_text};
 
 use crate::authz::{Attributes, Decision};
-use crate::http::{Media, Query, ReqBody, Response, Route, Verb, status_response};
+use crate::http::{Media, Query, ReqBody, Response, Route, Shape, Verb, status_response};
 use crate::server::{ApiServer, Caller};
 use crate::status::Status;
 use crate::user::UserInfo;
@@ -97,7 +97,11 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
     if !resource.subresource.is_empty() && proxy::is_streaming(&kind, &resource.subresource) {
         return proxy::connect(&api, user, kind, resource, parts, query, body).await;
     }
-    let media = Media::negotiate(&parts.headers, &query, kind.crd.is_none())?;
+    let media = Media::negotiate(&parts.headers, &query, kind.has_protobuf())?;
+    // Who has no columns has no table, and what is never stored has no metadata.
+    if !kind.stored() && kind.columns.is_empty() && media.shape != Shape::Plain {
+        return Err(Status::not_acceptable(&crate::http::SERVED));
+    }
     let mut call = Call::new(api, user, kind, resource, query, media, &parts.headers)?;
     call.place = place;
     let mut response = dispatch(&mut call, body).await?;

@@ -23,6 +23,11 @@ const PAGE: usize = 1000;
 
 /// GET.
 pub(super) async fn get(call: &Call) -> Result<Response, Status> {
+    if !call.kind.stored() {
+        let name = &call.route.name;
+        let found = made(call).await?.into_iter().find(|object| crate::object::name(object) == name);
+        return answer::shaped(call, 200, found.ok_or_else(|| Status::not_found(&call.kind, name))?);
+    }
     revision_for_get(call).await?;
     let entry = call.api.store.get(&call.key()).await?;
     let entry = entry.ok_or_else(|| Status::not_found(&call.kind, &call.route.name))?;
@@ -301,10 +306,10 @@ fn expired_continue(start: Option<&str>) -> Status {
 /// LIST.
 pub(super) async fn list(call: &Call) -> Result<Response, Status> {
     if !call.kind.stored() {
-        let items = call.kind.strategy.answer_list(&call.context(crate::context::Operation::Connect, "")).await?;
-        let value =
-            json!({"kind": call.kind.list_kind, "apiVersion": call.kind.api_version(), "metadata": {}, "items": items});
-        return answer::plain(call.media, 200, &value);
+        let selection = Selection::parse(call)?;
+        let mut items = made(call).await?;
+        items.retain(|item| !selection.nothing && selection.matches(item));
+        return list_of(call, items, json!({}));
     }
     let selection = Selection::parse(call)?;
     let page = page(call, &selection).await?;
@@ -328,10 +333,18 @@ pub(super) async fn list(call: &Call) -> Result<Response, Status> {
     for entry in &page.entries {
         items.push(wire::parse_stored(&entry.value)?);
     }
-    let wanted = call.kind.api_version();
-    if items.iter().any(|item| item.get("apiVersion").and_then(Value::as_str) != Some(wanted.as_str())) {
-        items = super::call::convert(&call.kind, items, &wanted).await?;
-    }
+    let items = super::call::all_to_version(&call.kind, items).await?;
+    list_of(call, items, metadata)
+}
+
+/// The objects of a kind that is not stored, as they are now.
+async fn made(call: &Call) -> Result<Vec<Value>, Status> {
+    call.kind.strategy.answer_list(&call.context(crate::context::Operation::Connect, "")).await
+}
+
+/// A list in the shape that was asked for.
+fn list_of(call: &Call, items: Vec<Value>, metadata: Value) -> Result<Response, Status> {
+    let media = call.media;
     let (kind, api_version) = answer::list_head(&call.kind, media.shape);
     let value = match media.shape {
         Shape::Table => table::table(&call.kind, &items, media.include, metadata, true, call.now),

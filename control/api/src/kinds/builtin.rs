@@ -73,6 +73,7 @@ fn row(line: &'static str) -> Kind {
         conversion: crate::convert::builtin(group, resource),
         crd: None,
         deprecation: deprecation(group, version, resource),
+        defaults_when_read: false,
         served: true,
     }
 }
@@ -102,6 +103,7 @@ pub(crate) fn schema_name(group: &str, version: &str, kind: &str) -> String {
         "" => format!("io.k8s.api.core.{version}.{kind}"),
         "apiregistration.k8s.io" => format!("io.k8s.kube-aggregator.pkg.apis.apiregistration.{version}.{kind}"),
         "apiextensions.k8s.io" => format!("io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.{version}.{kind}"),
+        crate::usage::GROUP => format!("io.k8s.metrics.pkg.apis.metrics.{version}.{kind}"),
         _ => {
             let short = group.split('.').next().unwrap_or(group);
             format!("io.k8s.api.{short}.{version}.{kind}")

@@ -197,6 +197,18 @@ pub static ROWS: &[Row] = &[
         answer_list: Some(|_| Box::pin(async { Ok(component_statuses()) })),
         ..Row::BASE
     },
+    Row {
+        group: crate::usage::GROUP,
+        resource: "nodes",
+        answer_list: Some(|ctx| Box::pin(crate::usage::nodes(ctx))),
+        ..Row::BASE
+    },
+    Row {
+        group: crate::usage::GROUP,
+        resource: "pods",
+        answer_list: Some(|ctx| Box::pin(crate::usage::pods(ctx))),
+        ..Row::BASE
+    },
 ];
 
 const EVENT_LABELS: &[(&str, &str)] = &[

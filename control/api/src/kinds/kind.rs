@@ -101,6 +101,8 @@ pub struct Kind {
     pub crd: Option<Arc<Value>>,
     /// Sentence for a `Warning` header when this version is used and deprecated.
     pub deprecation: Option<String>,
+    /// Whether stored objects may lack defaults that a reader is to see: a CRD's schema got them after they were written.
+    pub defaults_when_read: bool,
     /// Whether the version is in discovery (a CRD's version may be stored but not served).
     pub served: bool,
 }
@@ -135,6 +137,11 @@ impl Kind {
     /// Whether objects of this kind are kept in the store.
     pub fn stored(&self) -> bool {
         !self.prefix.is_empty()
+    }
+
+    /// Whether objects have a protobuf form.
+    pub fn has_protobuf(&self) -> bool {
+        self.crd.is_none() && self.group != crate::usage::GROUP
     }
 
     /// Whether the row's version is the one in the store, so that stored bytes are answers.

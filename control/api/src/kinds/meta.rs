@@ -73,16 +73,33 @@ fn common(meta: &At<'_>, e: &mut Errs) {
     owners(&meta.at("ownerReferences"), e);
     let finalizers = meta.at("finalizers");
     for f in finalizers.items() {
-        let at = finalizers.with(f.v);
-        e.check(&at, names::qualified_name);
-        if names::qualified_name(f.str()).is_empty() && !names::fully_qualified_finalizer(f.str()) {
-            e.invalid(&at, "name is neither a standard finalizer name nor is it fully qualified");
-        }
+        e.check(&finalizers.with(f.v), names::qualified_name);
     }
     let has = |w: &str| finalizers.array().iter().any(|f| f == w);
     if has("orphan") && has("foregroundDeletion") {
         e.invalid(&finalizers, "finalizer orphan and foregroundDeletion cannot be both set");
     }
+}
+
+/// Errors of new finalizers: those of most built-in kinds are standard ones, or have a domain and a path. Definitions, custom
+/// resources and the server's own configuration never asked for that.
+pub fn check_finalizers(group: &str, new: &Value, old: Option<&Value>) -> Vec<FieldError> {
+    const FREE: [&str; 4] = [
+        "apiextensions.k8s.io",
+        "apiregistration.k8s.io",
+        "admissionregistration.k8s.io",
+        "flowcontrol.apiserver.k8s.io",
+    ];
+    let mut e = Errs::default();
+    let finalizers = At::root(new).at("metadata").at("finalizers");
+    let had =
+        |f: &Value| old.and_then(|old| old.pointer("/metadata/finalizers")?.as_array()).is_some_and(|l| l.contains(f));
+    for f in finalizers.items().filter(|f| !FREE.contains(&group) && !had(f.v)) {
+        if names::qualified_name(f.str()).is_empty() && !names::fully_qualified_finalizer(f.str()) {
+            e.invalid(&finalizers.with(f.v), "name is neither a standard finalizer name nor is it fully qualified");
+        }
+    }
+    e.0
 }
 
 /// One finalizer of a namespace's spec.

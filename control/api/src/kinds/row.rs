@@ -179,12 +179,14 @@ impl Strategy for Rowed {
     fn validate(&self, ctx: &Context, object: &Value) -> Vec<FieldError> {
         let mut errors =
             if ctx.kind.stored() { meta::check(object, ctx.kind.namespaced(), self.0.name) } else { Vec::new() };
+        errors.extend(meta::check_finalizers(self.0.group, object, None));
         errors.extend(self.0.check(object));
         errors
     }
 
     fn validate_update(&self, _ctx: &Context, new: &Value, old: &Value) -> Vec<FieldError> {
         let mut errors = meta::check_update(new, old);
+        errors.extend(meta::check_finalizers(self.0.group, new, Some(old)));
         errors.extend(self.0.check_change(new, old));
         errors
     }

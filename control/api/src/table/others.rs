@@ -9,12 +9,31 @@ use crate::object::text;
 /// Most ports and endpoints that a cell lists.
 const SHOWN: usize = 3;
 
+fn object_usage<'a>(v: &View<'a>, member: &str) -> &'a str {
+    v.object.pointer("/usage").and_then(|usage| usage[member].as_str()).unwrap_or_default()
+}
+
+/// What containers use together, in the unit that each of them has.
+fn total(containers: &[Value], member: &str) -> String {
+    let unit = if member == "cpu" { "n" } else { "Ki" };
+    let amounts = containers.iter().map(|c| c["usage"][member].as_str().unwrap_or_default().trim_end_matches(unit));
+    format!("{}{unit}", amounts.filter_map(|amount| amount.parse::<u64>().ok()).sum::<u64>())
+}
+
 /// The cells of an object of these groups; `None` for other kinds.
 pub(super) fn cells(kind: &Kind, v: &View<'_>) -> Option<Vec<Value>> {
     let flag = |pointer: &str, unset: bool| -> Value {
         v.object.pointer(pointer).and_then(Value::as_bool).unwrap_or(unset).into()
     };
     Some(match (kind.group.as_str(), kind.resource.as_str()) {
+        (crate::usage::GROUP, _) => {
+            let containers = v.list("/containers");
+            let sum = |member: &str| match object_usage(v, member) {
+                "" => total(containers, member),
+                text => text.to_owned(),
+            };
+            vec![v.name(), sum("cpu").into(), sum("memory").into(), v.text("/window").into()]
+        }
         ("apiregistration.k8s.io", _) => {
             let service = match v.text("/spec/service/name") {
                 "" => "Local".to_owned(),

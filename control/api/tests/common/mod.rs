@@ -11,6 +11,7 @@ use coracle_store::{Embedded, EmbeddedOptions};
 use hyper_util::rt::TokioIo;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+#[allow(dead_code, reason = "not every test needs all of it")]
 pub(crate) struct Server {
     pub api: Arc<ApiServer>,
     pub url: String,
@@ -29,6 +30,9 @@ impl NodeConnector for EchoNode {
         tokio::spawn(async move {
             let service = hyper::service::service_fn(|mut request: http::Request<hyper::body::Incoming>| async move {
                 let path = request.uri().to_string();
+                if path == "/stats/summary" {
+                    return Ok(http::Response::new(summary()));
+                }
                 if !request.headers().contains_key("upgrade") {
                     return Ok::<_, std::convert::Infallible>(http::Response::new(path));
                 }
@@ -51,7 +55,24 @@ impl NodeConnector for EchoNode {
     }
 }
 
+/// Names and uids of pods that the kubelet knows of.
+pub(crate) static USAGE_UIDS: std::sync::Mutex<Vec<(String, String)>> = std::sync::Mutex::new(Vec::new());
+
+/// What the kubelet says about usage.
+fn summary() -> String {
+    let usage = |cpu: u64, memory: u64| {
+        serde_json::json!({"name": "c", "cpu": {"time": "2026-01-01T00:00:00Z", "usageNanoCores": cpu},
+            "memory": {"workingSetBytes": memory}})
+    };
+    let known = USAGE_UIDS.lock().expect("no panic");
+    let pods = known.iter().map(|(name, uid)| {
+        serde_json::json!({"podRef": {"name": name, "namespace": "default", "uid": uid}, "containers": [usage(1_000_000, 1 << 20)]})
+    });
+    serde_json::json!({"node": usage(250_000_000, 2 << 20), "pods": pods.collect::<Vec<_>>()}).to_string()
+}
+
 impl Server {
+    #[allow(dead_code, reason = "some tests change the settings")]
     pub(crate) async fn start() -> Self {
         Self::start_with(|_| {}).await
     }
@@ -87,13 +108,17 @@ impl Server {
     }
 
     /// A client over TLS with the administrator's certificate.
+    #[allow(dead_code, reason = "kubectl needs the kubeconfig alone")]
     pub(crate) async fn client(&self) -> kube::Client {
         self.client_with(|_| {}).await
     }
 
+    #[allow(dead_code, reason = "kubectl needs the kubeconfig alone")]
     pub(crate) async fn client_with(&self, change: impl FnOnce(&mut kube::Config)) -> kube::Client {
         let text = kube::config::Kubeconfig::read_from(&self.kubeconfig).expect("a kubeconfig");
         let mut config = kube::Config::from_custom_kubeconfig(text, &Default::default()).await.expect("a config");
+        // What the server answers is what a test wants to see.
+        config.default_retry = false;
         change(&mut config);
         kube::Client::try_from(config).expect("a client")
     }

@@ -37,8 +37,6 @@ pub struct Init {
     sync: OwnedFd,
     stage: Stage,
     started: bool,
-    /// Whether it says that all is set up; an end before that is a failure.
-    announces: bool,
     finished: bool,
     /// How it ended, once it was reaped: whoever asks later is told the same.
     ended: Option<Exit>,
@@ -119,7 +117,6 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
         sync,
         stage: Stage::SettingUp,
         started: plan.options.gate == Gate::Open,
-        announces: true,
         finished: false,
         ended: None,
         console: None,
@@ -451,7 +448,6 @@ impl Init {
             sync,
             stage: Stage::SettingUp,
             started: story.starts_itself,
-            announces: false,
             finished: false,
             ended: None,
             story,
@@ -610,8 +606,7 @@ impl Init {
 
     /// The channel's end: the program was executed, or the process is no more.
     fn closed(&mut self) -> Result<bool> {
-        let executed = self.started && (self.stage == Stage::Created || !self.announces);
-        let exit = if executed { None } else { Some(self.wait()?) };
+        let exit = if self.started { None } else { Some(self.wait()?) };
         match exit {
             None => {
                 self.stage = Stage::Running;

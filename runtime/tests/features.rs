@@ -79,6 +79,16 @@ fn what_the_scheduler_is_told_holds_in_the_program() {
 }
 
 #[test]
+fn a_root_can_be_entered_without_pivoting() {
+    let bundle = Bundle::new("ls /; readlink /proc/self/cwd");
+    let output = bundle.command(&["run", "--no-pivot", &bundle.id]);
+    let out = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{output:?}");
+    assert!(out.contains("bin") && !out.contains("boot") && out.ends_with("/\n"), "{out}");
+    bundle.assert_gone();
+}
+
+#[test]
 fn exec_runs_on_the_processors_it_is_told() {
     let bundle = Bundle::new("sleep 100");
     bundle.ok(&["run", "-d", &bundle.id]);

@@ -23,6 +23,14 @@ impl Setting {
     }
 }
 
+impl Setting {
+    /// Whether this is how a cgroup is without being told: engines write defaults out, and nothing is lost where the
+    /// controller is missing.
+    pub fn is_default(&self) -> bool {
+        self.value == "max" || (self.file == "cpu.weight" && self.value == "100")
+    }
+}
+
 /// All values to write, in order. `exists` tells whether the cgroup has a file.
 pub fn settings(resources: &LinuxResources, exists: impl Fn(&str) -> bool) -> Result<Vec<Setting>> {
     let mut settings = Vec::new();

@@ -126,7 +126,7 @@ impl Cgroup {
             let known = setting.controller == "cgroup"
                 || available.split_whitespace().any(|controller| controller == setting.controller);
             if !known || !file.exists() {
-                if setting.optional {
+                if setting.optional || setting.is_default() {
                     continue;
                 }
                 return Err(Error::Controller {

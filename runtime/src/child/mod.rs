@@ -122,7 +122,7 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
         [fd, fd, fd]
     });
     let announce = || match plan.options.gate {
-        Gate::Open => tell(prepared.sync.as_fd(), Note::Created).map(|()| None),
+        Gate::Open => Ok(None),
         Gate::Parent => {
             tell(prepared.sync.as_fd(), Note::Created)?;
             listen(prepared.sync.as_fd(), Word::Start)?;

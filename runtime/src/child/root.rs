@@ -259,10 +259,8 @@ fn null_device(root: BorrowedFd<'_>) -> Result<OwnedFd, Failure> {
 pub(super) fn enter(plan: &Plan, prepared: &Prepared) -> Result<(), Failure> {
     let root = prepared.root.as_fd();
     path::fchdir(root).at(Step::Pivot)?;
-    if !plan.mounts_apart() {
-        path::chroot(c".").at(Step::Pivot)?;
-    } else if plan.options.no_pivot {
-        mount::mount(c".", c"/", c"", libc::MS_MOVE).at(Step::Pivot)?;
+    if !plan.mounts_apart() || plan.options.no_pivot {
+        // It is stacked upon the old root already, or stands in the host's tree.
         path::chroot(c".").at(Step::Pivot)?;
     } else {
         mount::pivot_to_cwd().at(Step::Pivot)?;

@@ -48,7 +48,7 @@ fn changes(context: &Context) -> Result<Value> {
         }
     }
     if let Some(path) = context.flags.value("resources") {
-        let path = Path::new(if path == "-" { "/dev/stdin" } else { path });
+        let path = Path::new(if path == "-" { "/proc/self/fd/0" } else { path });
         return Ok(spec::parse(path, &spec::read_bounded(path)?)?);
     }
     let mut document = json!({});

@@ -6,7 +6,7 @@ use anyhow::Context;
 use coracle_kubelet::Config;
 
 use crate::cli::Folders;
-use crate::server::layout;
+use crate::node::layout;
 
 /// Removes containers, mounts, namespaces, links, rules and cgroups; state and images stay.
 pub(crate) fn run(folders: &Folders) -> anyhow::Result<()> {

@@ -7,6 +7,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use crate::cluster::NetworkBackend;
+
 /// Kubernetes as one small binary on bare metal.
 ///
 /// `coracle server` runs everything on one host: API server, store, scheduler, controllers, node agent, container
@@ -25,6 +27,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run the control plane and, unless told otherwise, this host's node
     Server(Box<ServerOptions>),
+    /// Run a node of a cluster whose control plane is elsewhere
+    Agent(Box<AgentOptions>),
+    /// Make, list and remove the tokens that hosts join with
+    Token(crate::token::TokenArgs),
     /// Run this host's containers for a kubelet or crictl: the Container Runtime Interface v1 on a socket
     Cri(Box<crate::cri::CriOptions>),
     /// Tell what this host has and lacks, and what each lack costs
@@ -41,13 +47,10 @@ pub(crate) enum Command {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ServerOptions {
     #[command(flatten)]
-    pub(crate) folders: Folders,
-    /// Name of this host's node; the host name, in lower case, if not given
-    #[arg(long)]
-    pub(crate) node_name: Option<String>,
-    /// Address that this host's node announces; the one with the default route if not given
-    #[arg(long)]
-    pub(crate) node_ip: Option<IpAddr>,
+    pub(crate) node: NodeOptions,
+    /// Token that hosts may join with at any time, of the form abcdef.0123456789abcdef; see `coracle token` for those that end
+    #[arg(long, env = "CORACLE_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
     /// Addresses of pods
     #[arg(long, default_value = "10.42.0.0/16", value_name = "CIDR")]
     pub(crate) cluster_cidr: String,
@@ -57,12 +60,15 @@ pub(crate) struct ServerOptions {
     /// Ports of services of type NodePort
     #[arg(long, default_value = "30000-32767", value_name = "FIRST-LAST")]
     pub(crate) service_node_port_range: String,
-    /// Address of the cluster's DNS
-    #[arg(long, default_value = "10.43.0.10")]
-    pub(crate) cluster_dns: IpAddr,
+    /// Addresses of the cluster's DNS; the tenth of each range of services if not given
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) cluster_dns: Vec<IpAddr>,
     /// Domain of the cluster's names
     #[arg(long, default_value = "cluster.local")]
     pub(crate) cluster_domain: String,
+    /// How packets reach the pods of other hosts
+    #[arg(long, alias = "flannel-backend", value_enum, default_value = "host-gw")]
+    pub(crate) network_backend: NetworkBackend,
     /// Where the state is kept: the embedded store in the data folder if not given, else etcd (https://host:2379,…)
     #[arg(long, value_name = "URLS")]
     pub(crate) datastore_endpoint: Option<String>,
@@ -84,21 +90,6 @@ pub(crate) struct ServerOptions {
     /// Port the API listens on; 0 takes any free one
     #[arg(long, default_value_t = 6443, value_name = "PORT")]
     pub(crate) https_listen_port: u16,
-    /// Port the node's own API listens on; 0 takes any free one
-    #[arg(long, default_value_t = 10250, value_name = "PORT")]
-    pub(crate) kubelet_port: u16,
-    /// Folder of manifests of pods that this node runs whatever the API says (static pods)
-    #[arg(long, value_name = "FOLDER")]
-    pub(crate) pod_manifest_path: Option<PathBuf>,
-    /// Most pods on this node
-    #[arg(long, default_value_t = 500, value_name = "NUMBER")]
-    pub(crate) max_pods: u32,
-    /// Sysctls that pods may set besides the safe ones, such as `kernel.msg*`
-    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
-    pub(crate) allowed_unsafe_sysctls: Vec<String>,
-    /// What the host must keep free, or pods are evicted, such as `memory.available<100Mi,nodefs.available<1Gi`
-    #[arg(long, value_delimiter = ',', value_name = "THRESHOLDS")]
-    pub(crate) eviction_hard: Vec<coracle_kubelet::config::Threshold>,
     /// More names and addresses for the API's certificate
     #[arg(long, value_name = "NAME")]
     pub(crate) tls_san: Vec<String>,
@@ -123,6 +114,65 @@ pub(crate) struct ServerOptions {
     /// Admission plugins that do not run, such as `ServiceAccount`
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     pub(crate) disable_admission_plugins: Vec<String>,
+}
+
+/// Options of a host's node, on a server and on an agent.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct NodeOptions {
+    #[command(flatten)]
+    pub(crate) folders: Folders,
+    /// Name of this host's node; the host name, in lower case, if not given
+    #[arg(long)]
+    pub(crate) node_name: Option<String>,
+    /// Addresses that this host's node announces, one of each family; the one with the default route if not given
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) node_ip: Vec<IpAddr>,
+    /// Labels that the node registers with
+    #[arg(long, value_delimiter = ',', value_name = "KEY=VALUE")]
+    pub(crate) node_label: Vec<String>,
+    /// Taints that the node registers with
+    #[arg(long, value_delimiter = ',', value_name = "KEY=VALUE:EFFECT")]
+    pub(crate) node_taint: Vec<String>,
+    /// Port the node's own API listens on; 0 takes any free one
+    #[arg(long, default_value_t = 10250, value_name = "PORT")]
+    pub(crate) kubelet_port: u16,
+    /// Folder of manifests of pods that this node runs whatever the API says (static pods)
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) pod_manifest_path: Option<PathBuf>,
+    /// Most pods on this node
+    #[arg(long, default_value_t = 500, value_name = "NUMBER")]
+    pub(crate) max_pods: u32,
+    /// Sysctls that pods may set besides the safe ones, such as `kernel.msg*`
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    pub(crate) allowed_unsafe_sysctls: Vec<String>,
+    /// What the host must keep free, or pods are evicted, such as `memory.available<100Mi,nodefs.available<1Gi`
+    #[arg(long, value_delimiter = ',', value_name = "THRESHOLDS")]
+    pub(crate) eviction_hard: Vec<coracle_kubelet::config::Threshold>,
+}
+
+/// Options of `coracle agent`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AgentOptions {
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+    /// Servers of the cluster; one is enough, the others are found
+    #[arg(long, env = "CORACLE_URL", value_delimiter = ',', required = true, value_name = "https://HOST:PORT")]
+    pub(crate) server: Vec<http::Uri>,
+    /// What `coracle token create` printed; needed for the first start, and after the node's certificate has ended
+    #[arg(long, env = "CORACLE_TOKEN", hide_env_values = true, conflicts_with = "token_file")]
+    pub(crate) token: Option<String>,
+    /// File that holds the token
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Certificate of the cluster's authority (PEM), for tokens that do not name it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) server_ca_file: Option<PathBuf>,
+    /// Port of loopback at which this host reaches whichever server is alive; 0 takes any free one
+    #[arg(long, default_value_t = 6444, value_name = "PORT")]
+    pub(crate) lb_server_port: u16,
+    /// Address the node's own API listens on
+    #[arg(long, default_value = "0.0.0.0")]
+    pub(crate) bind_address: IpAddr,
 }
 
 /// Where state lies.

@@ -11,7 +11,8 @@ use coracle_kubelet::supervisor::client::Launch;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::Folders;
-use crate::server::{host, layout};
+use crate::host;
+use crate::node::layout;
 
 /// Options of `coracle cri`.
 #[derive(Clone, Debug, Args)]

@@ -1,12 +1,18 @@
 //! The `coracle` command: Kubernetes as one binary. Each subcommand is one file.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod check;
 mod cleanup;
 mod cli;
+mod cluster;
 mod cri;
+mod host;
+mod node;
+mod process;
 mod server;
 mod snapshot;
+mod token;
 
 use std::process::ExitCode;
 
@@ -41,6 +47,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             cli::log_to_stderr(&cli.log)?;
             server::run(*options)?;
         }
+        Command::Agent(options) => {
+            cli::log_to_stderr(&cli.log)?;
+            agent::run(*options)?;
+        }
+        Command::Token(arguments) => token::run(arguments)?,
         Command::Check(options) => return Ok(check::run(&options)),
         Command::Cri(options) => {
             cli::log_to_stderr(&cli.log)?;

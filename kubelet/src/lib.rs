@@ -11,6 +11,7 @@ pub mod names;
 
 pub mod grpc;
 
+pub mod certificates;
 pub mod cgroups;
 pub mod cri_v1;
 pub mod images;

@@ -46,3 +46,4 @@ pub use pki::request::CertificateRequest;
 pub use pki::{Identity, Pki, PkiError, Purpose};
 pub use registry::{Registry, Rows};
 pub use server::{ApiServer, Caller, Config, StartError};
+pub use tls_client::unverified as unverified_tls;

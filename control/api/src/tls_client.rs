@@ -31,7 +31,7 @@ pub(crate) fn trusting(ca_pem: &[u8], identity: Option<&Identity>) -> Result<Arc
 }
 
 /// Checks nobody: for backends whose certificates the API does not know, as `proxy` has always had it.
-pub(crate) fn unverified(identity: Option<&Identity>) -> Result<Arc<ClientConfig>, std::io::Error> {
+pub fn unverified(identity: Option<&Identity>) -> Result<Arc<ClientConfig>, std::io::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()

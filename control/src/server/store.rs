@@ -18,7 +18,7 @@ pub(super) async fn open(options: &ServerOptions) -> anyhow::Result<SharedStore>
         };
         return Ok(Arc::new(Etcd::connect(etcd).await.with_context(|| format!("connect to etcd at {endpoints}"))?));
     }
-    let folder = options.folders.data_dir.join("store");
+    let folder = options.node.folders.data_dir.join("store");
     // Replaying the log reads and checks every record: work for a thread of its own.
     let embedded =
         EmbeddedOptions { key_file: options.secrets_encryption_key_file.clone(), ..EmbeddedOptions::default() };

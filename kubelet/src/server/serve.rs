@@ -20,6 +20,7 @@ use super::router::{Node, Peer, router};
 use super::state::NodeState;
 use super::stats::Gatherer;
 use super::tls;
+use crate::certificates::NodeCertificate;
 
 /// Connections at once; exec and port-forward sessions included.
 const MAX_CONNECTIONS: usize = 4096;
@@ -31,10 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct ServerConfig {
     /// `metadata.name` of the Node.
     pub node_name: String,
-    /// Serving certificate chain, PEM.
-    pub certificate: Vec<u8>,
-    /// Its key, PEM.
-    pub key: Vec<u8>,
+    /// Serving certificate and key.
+    pub certificate: Arc<NodeCertificate>,
     /// CA of client certificates, PEM.
     pub client_ca: Option<Vec<u8>>,
     /// Folder shown at `/logs/`: `/var/log`.
@@ -53,10 +52,9 @@ impl NodeServer {
     /// A server for the node behind `state`; tokens and permissions are asked of the API through `client`.
     ///
     /// # Errors
-    /// When certificate, key or CA are malformed.
+    /// When the CA is malformed.
     pub fn new(config: ServerConfig, client: Client, state: Arc<dyn NodeState>) -> io::Result<Self> {
-        let tls =
-            tls::config(&config.certificate, &config.key, config.client_ca.as_deref()).map_err(io::Error::other)?;
+        let tls = tls::config(config.certificate, config.client_ca.as_deref()).map_err(io::Error::other)?;
         let node = Arc::new(Node {
             name: config.node_name.clone(),
             state,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
+use coracle_kubelet::certificates::NodeCertificate;
 use coracle_kubelet::server::{NodeServer, ServerConfig};
 use coracle_kubelet::streaming::spdy::{Frame, HeaderCodec, parse_frame};
 use futures::{SinkExt, StreamExt};
@@ -41,8 +42,8 @@ pub(crate) fn fixture() -> Fixture {
     let ca = parameters.self_signed(&ca_key).expect("CA");
     let config = ServerConfig {
         node_name: "node-1".into(),
-        certificate: own.cert.pem().into_bytes(),
-        key: own.signing_key.serialize_pem().into_bytes(),
+        certificate: NodeCertificate::from_pem(own.cert.pem().as_bytes(), own.signing_key.serialize_pem().as_bytes())
+            .expect("a certificate"),
         client_ca: Some(ca.pem().into_bytes()),
         log_folder: dir.path().to_owned(),
     };

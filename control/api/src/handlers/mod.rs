@@ -75,6 +75,9 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
         return crate::aggregate::pass_on(&api, &user, &backend, parts, body).await;
     }
     let Some(resource) = route.resource.clone() else {
+        if route.path == crate::node::TUNNEL_PATH {
+            return crate::node::open_tunnel(&api, &user, parts);
+        }
         return plain(&api, &user, &route, &parts, &query, body).await;
     };
     let place = if local { None } else { Some(api.limits.enter(&user, &route).await?) };

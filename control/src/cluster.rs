@@ -1,0 +1,70 @@
+//! What every node of a cluster must know alike. The server is told by flags and tells its agents by a ConfigMap.
+
+use std::net::IpAddr;
+
+use anyhow::Context;
+use coracle_netns::Overlay;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// Where agents find the settings.
+pub(crate) const NAMESPACE: &str = "kube-system";
+/// Name of the ConfigMap.
+pub(crate) const NAME: &str = "coracle-agent";
+/// The member of its data.
+pub(crate) const MEMBER: &str = "config.json";
+
+/// The identifier and port that flannel gives VXLAN.
+const VXLAN: Overlay = Overlay::Vxlan { vni: 1, port: 8472 };
+
+/// Settings of the whole cluster.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Cluster {
+    pub(crate) cluster_cidr: String,
+    pub(crate) service_cidr: String,
+    pub(crate) cluster_dns: Vec<IpAddr>,
+    pub(crate) cluster_domain: String,
+    pub(crate) network_backend: NetworkBackend,
+}
+
+/// How packets reach the pods of other hosts.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum NetworkBackend {
+    /// Plain routes: all hosts are on one network
+    HostGw,
+    /// VXLAN (UDP port 8472): hosts are on several networks that route between each other
+    Vxlan,
+}
+
+impl Cluster {
+    /// A node's part of the network.
+    pub(crate) fn network(
+        &self,
+        run_dir: &std::path::Path,
+        name: &str,
+        ips: &[IpAddr],
+        ranges: &[String],
+    ) -> anyhow::Result<coracle_netns::Config> {
+        Ok(coracle_netns::Config {
+            pod_cidrs: range("the node's pod range", &ranges.join(","))?,
+            cluster_cidrs: range("--cluster-cidr", &self.cluster_cidr)?,
+            service_cidrs: range("--service-cidr", &self.service_cidr)?,
+            dns_ips: self.cluster_dns.clone(),
+            cluster_domain: self.cluster_domain.clone(),
+            node_ips: ips.to_vec(),
+            overlay: match self.network_backend {
+                NetworkBackend::HostGw => Overlay::Routes,
+                NetworkBackend::Vxlan => VXLAN,
+            },
+            ..coracle_netns::Config::new(run_dir, name)
+        })
+    }
+}
+
+fn range(name: &str, text: &str) -> anyhow::Result<Vec<IpNet>> {
+    text.split(',')
+        .map(|range| range.trim().parse().with_context(|| format!("{name} {range} is no address range")))
+        .collect()
+}

@@ -1,0 +1,105 @@
+//! A host's node: registration, network, node agent, in the order in which they need each other.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::Context;
+use coracle_kubelet::certificates::NodeCertificate;
+use coracle_kubelet::node::{Facts, NodeAgent};
+use coracle_kubelet::server::ServerConfig;
+use coracle_kubelet::{Config, Kubelet, Layout};
+use coracle_netns::Network;
+use kube::Client;
+
+use crate::cli::{Folders, NodeOptions};
+use crate::cluster::Cluster;
+use crate::host;
+use crate::process::Parts;
+
+/// Who the node is, and how it speaks to the API.
+pub(crate) struct Identity {
+    pub(crate) name: String,
+    /// The preferred first.
+    pub(crate) ips: Vec<IpAddr>,
+    pub(crate) client: Client,
+    /// Of the node's own API.
+    pub(crate) certificate: Arc<NodeCertificate>,
+    /// Who signs the certificates of its callers, PEM.
+    pub(crate) client_ca: String,
+}
+
+/// Where the node's files lie.
+pub(crate) fn layout(folders: &Folders) -> Layout {
+    let container_logs = folders.pod_log_dir.with_file_name("containers");
+    Layout {
+        data: folders.data_dir.clone(),
+        run: folders.run_dir.clone(),
+        pod_logs: folders.pod_log_dir.clone(),
+        container_logs,
+    }
+}
+
+/// Names and addresses that the certificate of the node's own API must have.
+pub(crate) fn serving_names(name: &str, ips: &[IpAddr]) -> Vec<String> {
+    std::iter::once(name.to_owned()).chain(ips.iter().map(IpAddr::to_string)).collect()
+}
+
+/// Registers the node and starts it; returns when it can run pods, with the port of its own API and its pod ranges.
+pub(crate) async fn start(
+    options: &NodeOptions,
+    bind_address: IpAddr,
+    cluster: &Cluster,
+    identity: Identity,
+    parts: &mut Parts,
+) -> anyhow::Result<Arc<Network>> {
+    let layout = layout(&options.folders);
+    host::prepare_folder(&layout.run, 0o711)?;
+    for folder in [&layout.pod_logs, &layout.container_logs] {
+        host::prepare_folder(folder, 0o755)?;
+    }
+    let Identity { name, ips, client, certificate, client_ca } = identity;
+    let defaults = Config::new(name.clone());
+    let config = Config {
+        static_pod_path: options.pod_manifest_path.clone(),
+        max_pods: options.max_pods,
+        allowed_unsafe_sysctls: options.allowed_unsafe_sysctls.clone(),
+        eviction_hard: if options.eviction_hard.is_empty() {
+            defaults.eviction_hard.clone()
+        } else {
+            options.eviction_hard.clone()
+        },
+        node_ips: ips.clone(),
+        node_labels: host::labels(&options.node_label)?,
+        register_with_taints: host::taints(&options.node_taint)?,
+        layout,
+        cgroup_root: options.folders.cgroup_root.clone(),
+        port: options.kubelet_port,
+        cluster_domain: cluster.cluster_domain.clone(),
+        cluster_dns: cluster.cluster_dns.clone(),
+        ..defaults
+    };
+    let facts = Facts::gather(&config.layout.data).context("look at this host")?;
+    let agent = NodeAgent::new(Arc::new(config.clone()), client.clone(), facts.clone());
+    agent.register().await?;
+    let ranges = agent.pod_cidrs().await?;
+    let network = cluster.network(&options.folders.run_dir, &name, &ips, &ranges)?;
+    let made = tokio::task::spawn_blocking(move || Network::new(network)).await?;
+    let network = made.context("make the pod network of this host (coracle check tells what lacks)")?;
+    let names = network.clone();
+    parts.spawn("DNS server", async move { names.serve_dns().await.context("answer the cluster's names") });
+    let server = ServerConfig {
+        node_name: name.clone(),
+        certificate,
+        client_ca: Some(client_ca.into_bytes()),
+        log_folder: "/var/log".into(),
+    };
+    let address = SocketAddr::new(bind_address, options.kubelet_port);
+    let kubelet =
+        Kubelet::new(config, client, network.clone(), facts, server, address).await.context("start the node agent")?;
+    parts.spawn("node agent", async move {
+        kubelet.run().await;
+        Ok(())
+    });
+    tracing::info!(node = %name, "the node runs pods");
+    Ok(network)
+}

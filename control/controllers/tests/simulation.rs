@@ -142,7 +142,9 @@ impl World {
             let name = claim.name_any();
             let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone());
             let phase = claim.status.as_ref().and_then(|status| status.phase.clone()).unwrap_or_default();
-            let selected = claim.annotations().contains_key("volume.kubernetes.io/selected-node");
+            // One that goes is only waited for.
+            let selected = claim.metadata.deletion_timestamp.is_none()
+                && claim.annotations().contains_key("volume.kubernetes.io/selected-node");
             if selected && phase != "Bound" {
                 faults.push(format!("claim {name} is {phase}"));
             }

@@ -30,6 +30,9 @@ pub fn apply(object: &mut Value, patch: &[u8]) -> Result<(), PatchError> {
                 return Err(PatchError::Failed(text));
             }
         }
+        if absent_as_null(object, &operation) {
+            continue;
+        }
         let path = operation.path().to_string();
         let name = name(&operation);
         json_patch::patch_unsafe(object, &[operation]).map_err(|error| {
@@ -40,6 +43,15 @@ pub fn apply(object: &mut Value, patch: &[u8]) -> Result<(), PatchError> {
         })?;
     }
     Ok(())
+}
+
+/// Whether a test for null meets a field that is not there, which the API server takes as null: so do clients test that an
+/// object has no finalizers yet.
+fn absent_as_null(object: &Value, operation: &PatchOperation) -> bool {
+    let PatchOperation::Test(test) = operation else { return false };
+    let path = test.path.as_str();
+    let parent = path.rsplit_once('/').and_then(|(parent, _)| object.pointer(parent));
+    test.value.is_null() && object.pointer(path).is_none() && parent.is_some_and(Value::is_object)
 }
 
 const fn name(operation: &PatchOperation) -> &'static str {
@@ -68,6 +80,17 @@ mod tests {
         assert_eq!(failed, Err(PatchError::Failed("testing value /data/z failed: test failed".into())));
         assert!(matches!(apply(&mut object, b"{}"), Err(PatchError::Malformed(_))));
         assert!(matches!(apply(&mut object, br#"[{"op":"remove","path":"/x"}]"#), Err(PatchError::Failed(_))));
+    }
+
+    #[test]
+    fn a_field_that_is_not_there_tests_as_null() {
+        let mut object = json!({"metadata": {}});
+        let patch = br#"[{"op":"test","path":"/metadata/finalizers","value":null},{"op":"add","path":"/metadata/finalizers","value":["a"]}]"#;
+        apply(&mut object, patch).expect("applies");
+        assert_eq!(object, json!({"metadata": {"finalizers": ["a"]}}));
+        assert!(apply(&mut object, patch).is_err(), "there are finalizers now");
+        let nowhere = br#"[{"op":"test","path":"/spec/a","value":null}]"#;
+        assert!(apply(&mut object, nowhere).is_err(), "not even its parent is there");
     }
 
     #[test]

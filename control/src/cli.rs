@@ -99,6 +99,21 @@ pub(crate) struct ServerOptions {
     /// Trusted issuers of OpenID Connect tokens and rules for anonymous requests: an AuthenticationConfiguration
     #[arg(long, value_name = "FILE")]
     pub(crate) authentication_config: Option<PathBuf>,
+    /// Which requests are written down: an audit.k8s.io/v1 Policy
+    #[arg(long, value_name = "FILE", requires = "audit_log_path")]
+    pub(crate) audit_policy_file: Option<PathBuf>,
+    /// Where they are written, one JSON object a line
+    #[arg(long, value_name = "FILE", requires = "audit_policy_file")]
+    pub(crate) audit_log_path: Option<PathBuf>,
+    /// Megabytes after which that file is moved aside
+    #[arg(long, value_name = "MB", default_value_t = 100)]
+    pub(crate) audit_log_maxsize: u64,
+    /// How many files moved aside stay; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) audit_log_maxbackup: usize,
+    /// How many days they stay; 0 for ever
+    #[arg(long, value_name = "DAYS", default_value_t = 0)]
+    pub(crate) audit_log_maxage: u64,
     /// Where the administrator's kubeconfig is written, with mode 0600
     #[arg(long, default_value = "/etc/coracle/kubeconfig.yaml", value_name = "FILE")]
     pub(crate) write_kubeconfig: PathBuf,

@@ -95,6 +95,7 @@ pub struct ApiServer {
     pub authn: Authenticator,
     pub(crate) chain: OnceLock<Vec<Arc<dyn Admission>>>,
     authz: OnceLock<Arc<dyn Authorizer>>,
+    pub(crate) audit: OnceLock<crate::audit::Audit>,
     pub(crate) informers: Informers,
     pub(crate) usage: crate::usage::Usage,
     pub(crate) aggregated: crate::aggregate::Aggregated,
@@ -125,6 +126,7 @@ impl ApiServer {
             authn,
             chain: OnceLock::new(),
             authz: OnceLock::new(),
+            audit: OnceLock::new(),
             informers: Informers::new(store.clone()),
             usage: crate::usage::Usage::default(),
             aggregated: crate::aggregate::Aggregated::default(),
@@ -145,6 +147,14 @@ impl ApiServer {
         bootstrap::ensure(&api).await.map_err(step("create the objects of a fresh cluster"))?;
         crate::aggregate::start(&api);
         Ok(api)
+    }
+
+    /// Writes requests down from now on, as the settings say; called once, before the server listens.
+    pub fn audit(&self, settings: &crate::audit::Settings) -> Result<(), StartError> {
+        if let Some(audit) = crate::audit::Audit::open(settings)? {
+            self.audit.get_or_init(|| audit);
+        }
+        Ok(())
     }
 
     /// The shared handle of this server.

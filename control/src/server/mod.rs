@@ -60,6 +60,13 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
         disabled_admission: options.disable_admission_plugins.clone(),
     };
     let api = ApiServer::new(config, store, parts.shutdown.clone()).await.context("start the API server")?;
+    api.audit(&coracle_api::audit::Settings {
+        policy: options.audit_policy_file.clone(),
+        log: options.audit_log_path.clone(),
+        max_size_mb: options.audit_log_maxsize,
+        max_backups: options.audit_log_maxbackup,
+        max_age_days: options.audit_log_maxage,
+    })?;
     nodes.attach(&api)?;
     let serving = api.clone();
     parts.spawn("API server", async move { serving.serve_tls(listener).await.context("serve the API") });

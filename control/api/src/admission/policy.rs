@@ -13,7 +13,7 @@ use crate::admission::webhook::redefault;
 use crate::context::Context;
 use crate::kinds::edit::{list, text};
 use crate::kinds::meta;
-use crate::status::Status;
+use crate::status::{Cause, Status};
 
 const GROUP: &str = "admissionregistration.k8s.io";
 /// Longest message that an expression may give, in bytes.
@@ -243,6 +243,9 @@ async fn validate(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<
                 );
                 status.code = code;
                 status.reason = word;
+                if let Some(details) = &mut status.details {
+                    details.causes.push(Cause { message, ..Cause::default() });
+                }
                 return Err(status);
             }
         }

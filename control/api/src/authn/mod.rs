@@ -19,7 +19,7 @@ use crate::status::Status;
 use crate::user::{SYSTEM_AUTHENTICATED, UserInfo};
 
 pub use oidc::Issuer;
-pub(crate) use request::review;
+pub(crate) use request::{review, user_value};
 pub use settings::{Anonymous, AnonymousPath, Settings, SettingsError};
 
 /// Who is who.

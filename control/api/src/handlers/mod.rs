@@ -31,7 +31,7 @@ use crate::http::{Media, Query, ReqBody, Response, Route, Shape, Verb, status_re
 use crate::server::{ApiServer, Caller};
 use crate::status::Status;
 use crate::user::UserInfo;
-use crate::{discovery, health, proxy};
+use crate::{audit, discovery, health, proxy};
 
 /// Longest list of `Warning` headers of one answer, in bytes; what comes after is left out.
 const WARNINGS_BYTES: usize = 4096;
@@ -40,7 +40,8 @@ const WARNINGS_BYTES: usize = 4096;
 pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqBody>) -> Response {
     let audit_id = uuid::Uuid::new_v4().to_string();
     let accepts_gzip = compress::accepted(request.headers());
-    let mut response = match handle(api, caller, request).await {
+    let mut entry = None;
+    let mut response = match handle(api.clone(), caller, request, &audit_id, &mut entry).await {
         Ok(response) => response,
         Err(status) => {
             let mut response = status_response(&status);
@@ -52,25 +53,40 @@ pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::
             response
         }
     };
+    if let (Some(audit), Some(entry)) = (api.audit.get(), entry) {
+        response = audit.end(entry, response).await;
+    }
     if let Ok(id) = HeaderValue::from_str(&audit_id) {
         response.headers_mut().insert(HeaderName::from_static("audit-id"), id);
     }
     if accepts_gzip { compress::compress(response) } else { response }
 }
 
-async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqBody>) -> Result<Response, Status> {
+async fn handle(
+    api: Arc<ApiServer>,
+    caller: Caller,
+    request: http::Request<ReqBody>,
+    audit_id: &str,
+    entry: &mut Option<audit::Entry>,
+) -> Result<Response, Status> {
     let (parts, body) = request.into_parts();
     let query = Query::parse(parts.uri.query());
     let route = Route::parse(&parts.method, parts.uri.path(), &query);
     let local = matches!(caller, Caller::Local(_));
-    let user = match caller {
-        Caller::Local(user) => user,
-        Caller::Remote { certificate, .. } => {
-            let user = api.authn.authenticate(&api, certificate, &parts.headers, &route.path).await?;
-            api.authn.impersonate(&api, user, &parts.headers)?
+    let (sender, user, peer) = match caller {
+        Caller::Local(user) => (user.clone(), user, None),
+        Caller::Remote { certificate, peer } => {
+            let sender = api.authn.authenticate(&api, certificate, &parts.headers, &route.path).await?;
+            (sender.clone(), api.authn.impersonate(&api, sender, &parts.headers)?, peer)
         }
     };
-    authorize(&api, &user, &route, &query)?;
+    let acting = (!Arc::ptr_eq(&sender, &user)).then_some(&*user);
+    *entry = api.audit.get().and_then(|audit| audit.begin(audit_id, &sender, acting, peer, &route, &parts));
+    let allowed = authorize(&api, &user, &route, &query);
+    if let Some(entry) = entry {
+        entry.decided(&allowed);
+    }
+    allowed?;
     if let Some(backend) = crate::aggregate::document_target(&api, &route) {
         return crate::aggregate::pass_on(&api, &user, &backend, parts, body).await;
     }
@@ -107,6 +123,10 @@ async fn handle(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqB
     }
     let mut call = Call::new(api, user, kind, resource, query, media, &parts.headers)?;
     call.place = place;
+    let body = match entry {
+        Some(entry) => entry.request(body, &call.content_type).await?,
+        None => body,
+    };
     let mut response = dispatch(&mut call, body).await?;
     // Whoever made a definition finds its resource served.
     if crate::crd::is_definition(&call.kind)
@@ -163,7 +183,7 @@ async fn plain(
 }
 
 /// 403 unless the user may do it.
-fn authorize(api: &ApiServer, user: &UserInfo, route: &Route, query: &Query) -> Result<(), Status> {
+fn authorize(api: &ApiServer, user: &UserInfo, route: &Route, query: &Query) -> Result<String, Status> {
     let mut attributes = attributes(user, route);
     // Listing or watching one object by its name is asked about that object (apiserver `RequestInfo`).
     if attributes.is_resource
@@ -173,7 +193,7 @@ fn authorize(api: &ApiServer, user: &UserInfo, route: &Route, query: &Query) -> 
         attributes.name = query.get("fieldSelector").and_then(selected_name).unwrap_or_default();
     }
     match api.authorizer().authorize(&attributes) {
-        Decision::Allow(_) => Ok(()),
+        Decision::Allow(reason) => Ok(reason),
         Decision::Deny(reason) | Decision::NoOpinion(reason) => Err(denied(&attributes, &reason)),
     }
 }

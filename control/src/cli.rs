@@ -2,9 +2,12 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use coracle_kubelet::images::StoreOptions;
+use coracle_kubelet::images::registry::{CredentialProviders, RegistryConfig};
 use tracing_subscriber::EnvFilter;
 
 use crate::cluster::NetworkBackend;
@@ -136,6 +139,8 @@ pub(crate) struct ServerOptions {
 pub(crate) struct NodeOptions {
     #[command(flatten)]
     pub(crate) folders: Folders,
+    #[command(flatten)]
+    pub(crate) registries: Registries,
     /// Name of this host's node; the host name, in lower case, if not given
     #[arg(long)]
     pub(crate) node_name: Option<String>,
@@ -188,6 +193,32 @@ pub(crate) struct AgentOptions {
     /// Address the node's own API listens on
     #[arg(long, default_value = "0.0.0.0")]
     pub(crate) bind_address: IpAddr,
+}
+
+/// Where images come from.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Registries {
+    /// Mirrors, credentials and certificates of registries
+    #[arg(long, default_value = "/etc/coracle/registries.yaml", value_name = "FILE")]
+    registries: PathBuf,
+    /// Programs that know credentials of images: a CredentialProviderConfig (kubelet.config.k8s.io/v1)
+    #[arg(long, value_name = "FILE", requires = "image_credential_provider_bin_dir")]
+    image_credential_provider_config: Option<PathBuf>,
+    /// Folder of these programs
+    #[arg(long, value_name = "FOLDER", requires = "image_credential_provider_config")]
+    image_credential_provider_bin_dir: Option<PathBuf>,
+}
+
+impl Registries {
+    /// Reads the files.
+    pub(crate) fn load(&self) -> anyhow::Result<StoreOptions> {
+        let files = (&self.image_credential_provider_config, &self.image_credential_provider_bin_dir);
+        let providers = match files {
+            (Some(config), Some(folder)) => Some(Arc::new(CredentialProviders::load(config, folder)?)),
+            _ => None,
+        };
+        Ok(StoreOptions { registries: RegistryConfig::load(&self.registries)?, providers, ..StoreOptions::default() })
+    }
 }
 
 /// Where state lies.

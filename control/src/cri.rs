@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::Args;
 use coracle_kubelet::cri_v1::{Config, Server};
-use coracle_kubelet::images::registry::RegistryConfig;
 use coracle_kubelet::supervisor::client::Launch;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::Folders;
+use crate::cli::{Folders, Registries};
 use crate::host;
 use crate::node::layout;
 
@@ -28,9 +27,8 @@ pub(crate) struct CriOptions {
     /// Address that exec, attach and port-forward listen on; port 0 takes any free one
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDRESS:PORT")]
     streaming_address: SocketAddr,
-    /// Mirrors, credentials and certificates of registries
-    #[arg(long, default_value = "/etc/coracle/registries.yaml", value_name = "FILE")]
-    registries: PathBuf,
+    #[command(flatten)]
+    registries: Registries,
 }
 
 /// The path of a socket as kubelet and crictl write it.
@@ -71,7 +69,7 @@ async fn serve(options: CriOptions) -> anyhow::Result<()> {
         cgroup_root: options.folders.cgroup_root.clone(),
         streaming_address: options.streaming_address,
         network,
-        registries: RegistryConfig::load(&options.registries)?,
+        images: options.registries.load().context("read the configuration of registries")?,
     };
     let server = Server::start(config).await.context("start the container runtime")?;
     tracing::info!(socket = %socket.display(), "the container runtime listens");

@@ -72,6 +72,7 @@ pub(crate) async fn start(
         node_labels: host::labels(&options.node_label)?,
         register_with_taints: host::taints(&options.node_taint)?,
         layout,
+        images: options.registries.load().context("read the configuration of registries")?,
         cgroup_root: options.folders.cgroup_root.clone(),
         port: options.kubelet_port,
         cluster_domain: cluster.cluster_domain.clone(),

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use crate::cgroups::Hierarchy;
 use crate::cri::{ContainerRuntime, RuntimeError};
 use crate::events::Events;
-use crate::images::{ImageStore, StoreOptions};
+use crate::images::ImageStore;
 use crate::names::PodKey;
 use crate::native::Native;
 use crate::native::network::{PodNetwork, PodNetworks};
@@ -113,7 +113,8 @@ impl Kubelet {
         let launch = Launch { executable: config.executable.clone(), arguments: config.supervisor_arguments.clone() };
         let supervisor = Supervisor::start(layout.clone(), launch).await?;
         let folder = layout.data.join("images");
-        let images = tokio::task::spawn_blocking(move || ImageStore::open(&folder, StoreOptions::default()))
+        let options = config.images.clone();
+        let images = tokio::task::spawn_blocking(move || ImageStore::open(&folder, options))
             .await
             .map_err(|error| host("open the image store")(std::io::Error::other(error)))??;
         let limits =

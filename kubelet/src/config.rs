@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::images::StoreOptions;
 use crate::names::Layout;
 
 /// Below what a resource of the host counts as short: `memory.available<100Mi`, `nodefs.available<5%` (`evictionHard`).
@@ -66,6 +67,8 @@ pub struct Config {
     pub register_with_taints: Vec<(String, String, String)>,
     /// Where files lie.
     pub layout: Layout,
+    /// Mirrors, credentials and certificates of registries, and programs that know credentials.
+    pub images: StoreOptions,
     /// Folder of static pod manifests, if any.
     pub static_pod_path: Option<PathBuf>,
     /// The executable that is started again as the supervisor, with [`Self::supervisor_arguments`].
@@ -117,6 +120,7 @@ impl Config {
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),
             layout: Layout::default(),
+            images: StoreOptions::default(),
             static_pod_path: None,
             executable: "/proc/self/exe".into(),
             supervisor_arguments: vec!["supervisor".into()],

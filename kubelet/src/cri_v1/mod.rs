@@ -29,7 +29,6 @@ use crate::agent::{AgentError, host};
 use crate::cgroups::Hierarchy;
 use crate::cri::ContainerRuntime;
 use crate::grpc::{self, Router};
-use crate::images::registry::RegistryConfig;
 use crate::images::{ImageStore, StoreOptions};
 use crate::names::Layout;
 use crate::native::Native;
@@ -59,8 +58,8 @@ pub struct Config {
     pub streaming_address: SocketAddr,
     /// The pods' network.
     pub network: coracle_netns::Config,
-    /// Mirrors, credentials and certificates of registries.
-    pub registries: RegistryConfig,
+    /// Mirrors, credentials and certificates of registries, and programs that know credentials.
+    pub images: StoreOptions,
 }
 
 /// The interface, listening.
@@ -93,15 +92,13 @@ impl Server {
     /// # Errors
     /// The part that cannot be had.
     pub async fn start(config: Config) -> Result<Self, AgentError> {
-        let Config { socket, layout, launch, cgroup_root, streaming_address, network, registries } = config;
+        let Config { socket, layout, launch, cgroup_root, streaming_address, network, images: options } = config;
         let cgroups = Hierarchy::open(&cgroup_root)
             .map_err(host("make the cgroup of all pods (coracle check tells what lacks)"))?;
         let folder = layout.data.join("images");
-        let images = tokio::task::spawn_blocking(move || {
-            ImageStore::open(&folder, StoreOptions { registries, ..StoreOptions::default() })
-        })
-        .await
-        .map_err(|error| host("open the image store")(io::Error::other(error)))??;
+        let images = tokio::task::spawn_blocking(move || ImageStore::open(&folder, options))
+            .await
+            .map_err(|error| host("open the image store")(io::Error::other(error)))??;
         let resolv_conf = network.resolv_conf.clone();
         let network = Own::new(network).await.map_err(|error| {
             host("make the pod network of this host (coracle check tells what lacks)")(io::Error::other(error))

@@ -78,6 +78,9 @@ impl ImageStore {
             let mut attempts: Vec<Option<Credentials>> = Vec::new();
             if own {
                 attempts.extend(keyring.lookup(&reference).into_iter().cloned().map(Some));
+                if let Some(providers) = &self.options.providers {
+                    attempts.extend(providers.lookup(&reference).await.into_iter().map(Some));
+                }
             }
             if attempts.is_empty() {
                 attempts.push(self.client.configured_credentials(endpoint, &reference));

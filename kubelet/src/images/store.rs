@@ -13,7 +13,7 @@ use super::error::ImageError;
 use super::guard::LayerLimits;
 use super::layers::Layer;
 use super::layout::Layout;
-use super::registry::RegistryConfig;
+use super::registry::{CredentialProviders, RegistryConfig};
 use super::table::{ImageRecord, Table, Version};
 
 /// How a store behaves.
@@ -23,6 +23,8 @@ pub struct StoreOptions {
     pub limits: LayerLimits,
     /// Mirrors, credentials and certificates of registries.
     pub registries: RegistryConfig,
+    /// Programs that know credentials.
+    pub providers: Option<Arc<CredentialProviders>>,
 }
 
 /// An image ready to be run.

@@ -151,7 +151,7 @@ fn pattern(key: &str) -> String {
 }
 
 /// Host labels match one by one (`*` inside a label matches any part of it), ports are equal, the path is a prefix.
-fn matches(pattern: &str, registry: &str, repository: &str) -> bool {
+pub(super) fn matches(pattern: &str, registry: &str, repository: &str) -> bool {
     let (host, path) = pattern.split_once('/').unwrap_or((pattern, ""));
     let split = |host: &str| -> (String, Option<String>) {
         match host.rsplit_once(':') {

@@ -7,8 +7,10 @@ mod challenge;
 mod client;
 mod config;
 mod credentials;
+mod providers;
 
 pub use config::{Auth, HostConfig, Mirror, RegistryConfig, TlsConfig};
 pub use credentials::{Credentials, Keyring};
+pub use providers::CredentialProviders;
 
 pub(super) use client::{Client, Endpoint, Fetch};

@@ -67,7 +67,8 @@ fn what_the_scheduler_is_told_holds_in_the_program() {
     bundle.ok(&["run", "-d", &bundle.id]);
     let pid = bundle.state()["pid"].to_string();
     let policy = String::from_utf8(host(&["chrt", "-p", &pid]).stdout).expect("text");
-    assert!(policy.contains("SCHED_BATCH"), "{policy}");
+    // Debian's runc is older than this part of the specification.
+    assert!(!is_corun() || policy.contains("SCHED_BATCH"), "{policy}");
     let io = String::from_utf8(host(&["ionice", "-p", &pid]).stdout).expect("text");
     assert!(io.contains("idle"), "{io}");
     let personality = std::fs::read_to_string(format!("/proc/{pid}/personality")).expect("reads");
@@ -269,7 +270,44 @@ fn answers_have_the_shape_and_the_status_that_callers_of_runc_know() {
     assert!(String::from_utf8_lossy(&version.stdout).contains("spec: "), "{version:?}");
 }
 
-/// The host's folder of a container's root is left by 200 containers that start at the same time.
+/// Each with its own namespaces and cgroup, from one root.
+#[test]
+fn a_thousand_containers_live_at_once() {
+    const COUNT: usize = 1000;
+    const LANES: usize = 4;
+    let bundle = Bundle::new("exec sleep 1000");
+    std::fs::write(bundle.folder.path().join("config.json"), bundle.spec.to_string()).expect("writes");
+    let state = bundle.folder.path().join("state");
+    let all = |words: &[&str]| {
+        std::thread::scope(|scope| {
+            for lane in 0..LANES {
+                let (bundle, state) = (&bundle, &state);
+                scope.spawn(move || {
+                    for number in (lane..COUNT).step_by(LANES) {
+                        let status = runtime()
+                            .arg("--root")
+                            .arg(state)
+                            .args(words)
+                            .arg(format!("{}-{number}", bundle.id))
+                            .current_dir(bundle.folder.path())
+                            .stdin(std::process::Stdio::null())
+                            .stdout(std::process::Stdio::null())
+                            .status();
+                        assert!(status.expect("it runs").success(), "{words:?} of container {number}");
+                    }
+                });
+            }
+        });
+    };
+    all(&["run", "-d"]);
+    let listed: Value = serde_json::from_str(&bundle.ok(&["list", "-f", "json"])).expect("JSON");
+    let running = listed.as_array().expect("a list").iter().filter(|row| row["status"] == "running").count();
+    all(&["delete", "-f"]);
+    assert_eq!(running, COUNT);
+    assert_eq!(std::fs::read_dir(&state).map_or(0, Iterator::count), 0, "states that are left");
+}
+
+/// Two hundred that start at the same time leave nothing.
 #[test]
 fn many_containers_start_at_once() {
     const AT_ONCE: usize = 200;

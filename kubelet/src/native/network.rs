@@ -1,5 +1,6 @@
 //! What the runtime asks of the node's network.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -8,6 +9,10 @@ use coracle_netns::{HostPort, PodNet, Protocol};
 
 use crate::cri::{PortMapping, Result, RuntimeError};
 use crate::names::PodKey;
+
+/// Bandwidths that are taken, in bits a second, as kubelet has them.
+const MIN_BANDWIDTH_BITS: u64 = 1_000;
+const MAX_BANDWIDTH_BITS: u64 = 1_000_000_000_000_000;
 
 /// A pod's network as made.
 #[derive(Clone, Debug)]
@@ -31,7 +36,7 @@ pub trait PodNetworks: Send + Sync + 'static {
 ///
 /// # Errors
 /// When a protocol or a quantity is not one.
-pub fn request(mappings: &[PortMapping], annotation: impl Fn(&str) -> Option<u64>) -> Result<PodNet> {
+pub fn request(mappings: &[PortMapping], annotations: &BTreeMap<String, String>) -> Result<PodNet> {
     let host_ports = mappings
         .iter()
         .filter(|m| m.host_port != 0)
@@ -44,7 +49,33 @@ pub fn request(mappings: &[PortMapping], annotation: impl Fn(&str) -> Option<u64
         .collect::<Result<_>>()?;
     Ok(PodNet {
         host_ports,
-        ingress_bandwidth_bits: annotation("kubernetes.io/ingress-bandwidth"),
-        egress_bandwidth_bits: annotation("kubernetes.io/egress-bandwidth"),
+        ingress_bandwidth_bits: bandwidth(annotations, "kubernetes.io/ingress-bandwidth")?,
+        egress_bandwidth_bits: bandwidth(annotations, "kubernetes.io/egress-bandwidth")?,
     })
+}
+
+/// Bits a second of an annotation such as `10M`.
+fn bandwidth(annotations: &BTreeMap<String, String>, name: &str) -> Result<Option<u64>> {
+    let Some(text) = annotations.get(name) else { return Ok(None) };
+    let bits = text.parse::<crate::volumes::Quantity>().ok().and_then(|quantity| u64::try_from(quantity.ceil()).ok());
+    match bits {
+        Some(bits) if (MIN_BANDWIDTH_BITS..=MAX_BANDWIDTH_BITS).contains(&bits) => Ok(Some(bits)),
+        _ => Err(RuntimeError::Invalid(format!("annotation {name}: {text:?} is no bandwidth from 1k to 1P"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bandwidths_are_quantities() {
+        let of = |text: &str| {
+            let annotations = BTreeMap::from([("kubernetes.io/egress-bandwidth".to_owned(), text.to_owned())]);
+            request(&[], &annotations).ok().map(|net| (net.ingress_bandwidth_bits, net.egress_bandwidth_bits))
+        };
+        assert_eq!(of("10M"), Some((None, Some(10_000_000))));
+        assert_eq!(of("1Gi"), Some((None, Some(1 << 30))));
+        assert!(["", "fast", "-1", "999", "2P"].into_iter().all(|bad| of(bad).is_none()));
+    }
 }

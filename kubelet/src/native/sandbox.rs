@@ -82,8 +82,7 @@ impl Native {
             if status.config.network == NamespaceMode::Node {
                 return Ok(None);
             }
-            let bandwidth = |name: &str| status.config.annotations.get(name)?.parse().ok();
-            let wanted = network::request(&status.config.port_mappings, bandwidth)?;
+            let wanted = network::request(&status.config.port_mappings, &status.config.annotations)?;
             self.inner.network.setup(&pod, wanted).await.map(Some)
         };
         let ((), net) = tokio::try_join!(files, net)?;

@@ -8,6 +8,7 @@ mod common;
 mod garbage;
 mod machine;
 mod network;
+mod policy;
 mod storage;
 mod workloads;
 
@@ -58,6 +59,7 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(workloads::stateful_set::StatefulSets::new(&api, &pods, &revisions)));
     running.spawn(machine::run(workloads::daemon_set::DaemonSets::new(&api, &pods, &revisions)));
     running.spawn(machine::run(workloads::deployment::Deployments::new(&api)));
+    running.spawn(machine::run(policy::disruption::Budgets::new(&api)));
     running.spawn(garbage::run(api));
     while let Some(ended) = running.join_next().await {
         if let Err(error) = ended {

@@ -1,5 +1,6 @@
 //! The controllers of workloads on a whole control plane: a real API server in process, and a stand-in for the nodes.
 
+mod budgets;
 mod daemon_sets;
 mod stateful_sets;
 mod support;

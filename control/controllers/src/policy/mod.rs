@@ -1,0 +1,3 @@
+//! Controllers of policies on pods.
+
+pub(crate) mod disruption;

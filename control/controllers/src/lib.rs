@@ -2,6 +2,7 @@
 //! identity. A controller is one file and one row in [`run`].
 #![forbid(unsafe_code)]
 
+mod batch;
 mod certificates;
 mod cluster;
 mod common;
@@ -58,6 +59,8 @@ pub async fn run(api: Arc<ApiServer>) {
     let revisions = Arc::new(Owned::<ControllerRevision>::new(&api));
     running.spawn(machine::run(workloads::stateful_set::StatefulSets::new(&api, &pods, &revisions)));
     running.spawn(machine::run(workloads::daemon_set::DaemonSets::new(&api, &pods, &revisions)));
+    running.spawn(machine::run(batch::job::Jobs::new(&api, &pods)));
+    running.spawn(machine::run(batch::ttl::TtlAfterFinished::new(&api)));
     running.spawn(machine::run(workloads::deployment::Deployments::new(&api)));
     running.spawn(machine::run(policy::disruption::Budgets::new(&api)));
     running.spawn(garbage::run(api));

@@ -176,6 +176,11 @@ impl Host {
         self.delete_with(api, object, DeleteParams::background().grace_period(0)).await
     }
 
+    /// Deletes an object as [`Host::delete`] does, after what depends on it.
+    pub(crate) async fn delete_foreground<K: Kind>(&self, api: &Api<K>, object: &K) -> Result<(), Error> {
+        self.delete_with(api, object, DeleteParams::foreground()).await
+    }
+
     async fn delete_with<K: Kind>(&self, api: &Api<K>, object: &K, mut parameters: DeleteParams) -> Result<(), Error> {
         parameters.preconditions =
             object.uid().map(|uid| kube::api::Preconditions { uid: Some(uid), resource_version: None });

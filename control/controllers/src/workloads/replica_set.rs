@@ -268,6 +268,6 @@ fn non_zero(count: i32) -> Option<i32> {
 }
 
 /// Whole seconds, which is what `metav1.Time` keeps.
-pub(super) fn truncated(now: Timestamp) -> Timestamp {
+pub(crate) fn truncated(now: Timestamp) -> Timestamp {
     Timestamp::from_second(now.as_second()).unwrap_or(now)
 }

@@ -2,5 +2,6 @@
 
 mod budgets;
 mod daemon_sets;
+mod jobs;
 mod stateful_sets;
 mod support;

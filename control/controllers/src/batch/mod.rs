@@ -1,0 +1,4 @@
+//! Controllers of work that ends.
+
+pub(crate) mod job;
+pub(crate) mod ttl;

@@ -57,8 +57,8 @@ impl Nodes {
         stream::iter((0..self.count).map(Ok::<_, kube::Error>))
             .try_for_each_concurrent(PARALLEL, async |index| {
                 let name = name(index);
-                settled(leases.create(&PostParams::default(), &lease(&name)).await)?;
-                settled(nodes.create(&PostParams::default(), &node(&name)).await)?;
+                settled(leases.create(&PostParams::default(), &lease(&name)?).await)?;
+                settled(nodes.create(&PostParams::default(), &node(&name)?).await)?;
                 let status = Patch::Merge(json!({"status": status(index)}));
                 nodes.patch_status(&name, &PatchParams::default(), &status).await.map(drop)
             })
@@ -126,14 +126,14 @@ impl Nodes {
     }
 }
 
-fn lease(name: &str) -> Lease {
+fn lease(name: &str) -> Result<Lease, kube::Error> {
     object(json!({
         "metadata": {"name": name, "namespace": LEASES},
         "spec": {"holderIdentity": name, "leaseDurationSeconds": 40, "renewTime": now()},
     }))
 }
 
-fn node(name: &str) -> Node {
+fn node(name: &str) -> Result<Node, kube::Error> {
     object(json!({"metadata": {"name": name, "labels": {
         "kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64", "coracle.io/hollow": "true"}}}))
 }
@@ -170,7 +170,6 @@ fn running(pod: &Pod, ip: &str) -> Value {
     })
 }
 
-/// An object of JSON that this file wrote.
-fn object<K: serde::de::DeserializeOwned + Default>(json: Value) -> K {
-    serde_json::from_value(json).unwrap_or_default()
+fn object<K: serde::de::DeserializeOwned>(json: Value) -> Result<K, kube::Error> {
+    serde_json::from_value(json).map_err(kube::Error::SerdeError)
 }

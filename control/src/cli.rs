@@ -129,6 +129,9 @@ pub(crate) struct ServerOptions {
     /// Run no scheduler: pods get a node from somebody else
     #[arg(long)]
     pub(crate) disable_scheduler: bool,
+    /// Profiles, plugins and their arguments for the scheduler: a KubeSchedulerConfiguration
+    #[arg(long, value_name = "FILE", conflicts_with = "disable_scheduler")]
+    pub(crate) scheduler_config: Option<PathBuf>,
     /// Admission plugins that do not run, such as `ServiceAccount`
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     pub(crate) disable_admission_plugins: Vec<String>,

@@ -40,6 +40,7 @@ mod usage;
 pub mod user;
 mod wire;
 
+pub use coracle_schema as schema;
 pub use health::{KUBERNETES_VERSION, git_version};
 pub use http::{BoxError, ReqBody, ResBody};
 pub use in_process::Service;

@@ -70,12 +70,13 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
     nodes.attach(&api)?;
     let serving = api.clone();
     parts.spawn("API server", async move { serving.serve_tls(listener).await.context("serve the API") });
-    let (controllers, scheduler) = (!options.disable_controller_manager, !options.disable_scheduler);
+    let controllers = !options.disable_controller_manager;
+    let scheduler = if options.disable_scheduler { None } else { Some(scheduler_config(options)?) };
     let leading = api.clone();
     let shared = options.datastore_endpoint.is_some();
     let identity = format!("{node_name}_{}", std::process::id());
     parts.spawn("controllers and scheduler", async move {
-        let work = || loops(&leading, controllers, scheduler);
+        let work = || loops(&leading, controllers, scheduler.clone());
         // Who has a store of its own has no rival.
         if shared {
             leader::lead(&leading, identity, work).await
@@ -113,13 +114,13 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
 }
 
 /// The loops of which a cluster has one each.
-async fn loops(api: &Arc<ApiServer>, controllers: bool, scheduler: bool) {
+async fn loops(api: &Arc<ApiServer>, controllers: bool, scheduler: Option<coracle_scheduler::Config>) {
     let mut running = JoinSet::new();
     if controllers {
         running.spawn(coracle_controllers::run(api.clone()));
     }
-    if scheduler {
-        running.spawn(coracle_scheduler::run(api.clone()));
+    if let Some(config) = scheduler {
+        running.spawn(coracle_scheduler::run(api.clone(), config));
     }
     if running.is_empty() {
         std::future::pending::<()>().await;
@@ -127,6 +128,12 @@ async fn loops(api: &Arc<ApiServer>, controllers: bool, scheduler: bool) {
     if let Some(Err(error)) = running.join_next().await {
         tracing::error!(%error, "a loop of the control plane ended");
     }
+}
+
+fn scheduler_config(options: &ServerOptions) -> anyhow::Result<coracle_scheduler::Config> {
+    let Some(file) = &options.scheduler_config else { return Ok(coracle_scheduler::Config::default()) };
+    let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    coracle_scheduler::Config::parse(&text).with_context(|| format!("settings of the scheduler in {}", file.display()))
 }
 
 async fn listen(options: &ServerOptions) -> anyhow::Result<TcpListener> {

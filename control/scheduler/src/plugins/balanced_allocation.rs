@@ -1,16 +1,24 @@
-//! NodeResourcesBalancedAllocation: better marks where CPU and memory are used to the same degree.
+//! NodeResourcesBalancedAllocation: better marks where the resources are used to the same degree.
 
-use super::MAX_SCORE;
-use crate::state::{NodeState, PodState};
+use super::{Context, MAX_SCORE, resources_fit};
+use crate::state::{NodeState, Shape};
 
-pub(super) fn score(pod: &PodState, node: &NodeState) -> i64 {
-    let share = |has: i64, taken: i64| {
-        if has == 0 { 1.0 } else { (taken as f64 / has as f64).min(1.0) }
+pub(super) fn score(pod: &Shape, node: &NodeState, context: &Context<'_>) -> i64 {
+    let names = &context.args.balanced_resources;
+    // A pod that asks for nothing changes no balance.
+    if names.iter().all(|(name, _)| pod.requests.get(name) == 0) {
+        return 0;
+    }
+    let share = |(name, _): &(String, i64)| {
+        let (has, taken) = resources_fit::shares(pod, node, name, false)?;
+        Some((taken as f64 / has as f64).min(1.0))
     };
-    let (asked, has, taken) = (&pod.requests, &node.allocatable, &node.requested);
-    let cpu = share(has.cpu_millis, taken.cpu_millis + asked.cpu_millis);
-    let memory = share(has.memory_bytes, taken.memory_bytes + asked.memory_bytes);
-    // Of two values, the standard deviation is half their distance.
-    let deviation = (cpu - memory).abs() / 2.0;
+    let (mut count, mut sum, mut squares) = (0.0, 0.0, 0.0);
+    for share in names.iter().filter_map(share) {
+        count += 1.0;
+        sum += share;
+        squares += share * share;
+    }
+    let deviation = if count == 0.0 { 0.0 } else { (squares / count - (sum / count).powi(2)).max(0.0).sqrt() };
     ((1.0 - deviation) * MAX_SCORE as f64) as i64
 }

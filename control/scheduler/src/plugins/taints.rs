@@ -2,12 +2,14 @@
 
 use k8s_openapi::api::core::v1::Toleration;
 
-use super::Rejection;
-use crate::state::{NodeState, PodState};
+use super::{Context, Event, Rejection};
+use crate::state::{NodeState, PodState, Shape};
 
 /// Whether a toleration covers a taint (core/v1 `ToleratesTaint`).
 fn covers(toleration: &Toleration, key: &str, value: &str, effect: &str) -> bool {
-    let text = |field: &Option<String>| field.clone().unwrap_or_default();
+    fn text(field: &Option<String>) -> &str {
+        field.as_deref().unwrap_or_default()
+    }
     let (own_effect, own_key) = (text(&toleration.effect), text(&toleration.key));
     if (!own_effect.is_empty() && own_effect != effect) || (!own_key.is_empty() && own_key != key) {
         return false;
@@ -17,35 +19,36 @@ fn covers(toleration: &Toleration, key: &str, value: &str, effect: &str) -> bool
         Some("Exists") => true,
         None | Some("" | "Equal") => text(&toleration.value) == value,
         // KEP-5471: numeric comparison.
-        Some("Lt") => number(value).zip(number(&text(&toleration.value))).is_some_and(|(taint, own)| taint < own),
-        Some("Gt") => number(value).zip(number(&text(&toleration.value))).is_some_and(|(taint, own)| taint > own),
+        Some("Lt") => number(value).zip(number(text(&toleration.value))).is_some_and(|(taint, own)| taint < own),
+        Some("Gt") => number(value).zip(number(text(&toleration.value))).is_some_and(|(taint, own)| taint > own),
         Some(_) => false,
     }
 }
 
 /// Whether a pod tolerates a taint.
-pub(super) fn tolerates(pod: &PodState, key: &str, value: &str, effect: &str) -> bool {
-    let tolerations = pod.spec().and_then(|spec| spec.tolerations.as_ref());
-    tolerations.into_iter().flatten().any(|toleration| covers(toleration, key, value, effect))
+pub(super) fn tolerates(pod: &Shape, key: &str, value: &str, effect: &str) -> bool {
+    pod.tolerations.iter().any(|toleration| covers(toleration, key, value, effect))
 }
 
-pub(super) fn filter(pod: &PodState, node: &NodeState) -> Result<(), Rejection> {
-    let taints = node.node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
-    for taint in taints.into_iter().flatten().filter(|taint| taint.effect != "PreferNoSchedule") {
+pub(super) fn filter(pod: &Shape, node: &NodeState, _: &Context<'_>) -> Result<(), Rejection> {
+    for taint in node.taints().iter().filter(|taint| taint.effect != "PreferNoSchedule") {
         let value = taint.value.as_deref().unwrap_or_default();
         if !tolerates(pod, &taint.key, value, &taint.effect) {
-            return Err(Rejection::unresolvable(format!("node(s) had untolerated taint {{{}: {value}}}", taint.key)));
+            return Err(Rejection::unresolvable("node(s) had untolerated taint(s)"));
         }
     }
     Ok(())
 }
 
 /// How many preferences the node has against the pod.
-pub(super) fn score(pod: &PodState, node: &NodeState) -> i64 {
-    let taints = node.node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
-    let against = taints.into_iter().flatten().filter(|taint| {
+pub(super) fn score(pod: &Shape, node: &NodeState, _: &Context<'_>) -> i64 {
+    let against = node.taints().iter().filter(|taint| {
         taint.effect == "PreferNoSchedule"
             && !tolerates(pod, &taint.key, taint.value.as_deref().unwrap_or_default(), &taint.effect)
     });
     i64::try_from(against.count()).unwrap_or(i64::MAX)
+}
+
+pub(super) fn helps(pod: &PodState, event: Event<'_>, context: &Context<'_>) -> bool {
+    matches!(event, Event::Node(node) if filter(&pod.shape, node, context).is_ok())
 }

@@ -1,59 +1,46 @@
-//! A pod as filters read it: requests summed up once.
+//! A pod as the scheduler keeps it: the object and its shape.
 
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Pod, PodSpec};
-use kube::ResourceExt;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::jiff::Timestamp;
 
-use super::Resources;
+use super::{Shape, Shapes};
 
-/// A host port: protocol, address, number.
-pub(crate) type HostPort = (String, String, i32);
-
-/// A pod and what is computed from it once.
-#[derive(Debug)]
+/// A pod and what was computed from it once.
+#[derive(Clone, Debug)]
 pub(crate) struct PodState {
     pub(crate) pod: Arc<Pod>,
-    pub(crate) requests: Resources,
-    /// Requests with defaults for containers that have none, for scores.
-    pub(crate) scored_requests: Resources,
-    pub(crate) host_ports: Vec<HostPort>,
+    pub(crate) uid: Arc<str>,
+    pub(crate) shape: Arc<Shape>,
 }
 
 impl PodState {
-    pub(crate) fn new(pod: Arc<Pod>) -> Self {
-        let empty = PodSpec::default();
-        let spec = pod.spec.as_ref().unwrap_or(&empty);
-        let sidecars = spec
-            .init_containers
-            .iter()
-            .flatten()
-            .filter(|container| container.restart_policy.as_deref() == Some("Always"));
-        let host_ports = spec
-            .containers
-            .iter()
-            .chain(sidecars)
-            .flat_map(|container| container.ports.iter().flatten())
-            .filter_map(|port| {
-                let number = port.host_port.filter(|number| *number > 0)?;
-                let protocol = port.protocol.clone().unwrap_or_else(|| "TCP".into());
-                let address = port.host_ip.clone().filter(|ip| !ip.is_empty()).unwrap_or_else(|| "0.0.0.0".into());
-                Some((protocol, address, number))
-            })
-            .collect();
-        Self {
-            requests: Resources::of_pod(spec, false),
-            scored_requests: Resources::of_pod(spec, true),
-            host_ports,
-            pod,
-        }
+    pub(crate) fn new(pod: Arc<Pod>, shapes: &mut Shapes) -> Arc<Self> {
+        Arc::new(Self { uid: pod.metadata.uid.as_deref().unwrap_or_default().into(), shape: shapes.of(&pod), pod })
     }
 
-    pub(crate) fn spec(&self) -> Option<&PodSpec> {
-        self.pod.spec.as_ref()
+    pub(crate) fn name(&self) -> &str {
+        self.pod.metadata.name.as_deref().unwrap_or_default()
     }
 
-    pub(crate) fn uid(&self) -> String {
-        self.pod.uid().unwrap_or_default()
+    pub(crate) fn is_terminating(&self) -> bool {
+        self.pod.metadata.deletion_timestamp.is_some()
     }
+
+    /// When it started, for who is the more important of two; one that has not is the youngest.
+    pub(crate) fn started(&self) -> Timestamp {
+        self.pod.status.as_ref().and_then(|status| status.start_time.as_ref()).map_or(Timestamp::MAX, |time| time.0)
+    }
+
+    /// The node on which room was made for it.
+    pub(crate) fn nominated(&self) -> Option<&str> {
+        self.pod.status.as_ref()?.nominated_node_name.as_deref().filter(|name| !name.is_empty())
+    }
+}
+
+/// Whether a pod takes room on its node.
+pub(crate) fn takes_room(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    !matches!(phase, Some("Succeeded" | "Failed"))
 }

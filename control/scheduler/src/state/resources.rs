@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Container, PodSpec};
+use coracle_api::schema::quantity::Quantity as Exact;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 /// What a container without a CPU request counts as when nodes are scored (thousandths).
@@ -12,7 +13,7 @@ const DEFAULT_CPU_MILLIS: i64 = 100;
 const DEFAULT_MEMORY_BYTES: i64 = 200 * 1024 * 1024;
 
 /// Amounts by resource.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
 pub(crate) struct Resources {
     pub(crate) cpu_millis: i64,
     pub(crate) memory_bytes: i64,
@@ -21,54 +22,28 @@ pub(crate) struct Resources {
     pub(crate) others: BTreeMap<Arc<str>, i64>,
 }
 
-/// A quantity in thousandths (`scale` 1000) or units (`scale` 1), rounded up; `None` if it is malformed.
-pub(crate) fn quantity(quantity: &Quantity, scale: i128) -> Option<i64> {
-    let text = quantity.0.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && !"+-.".contains(c)).unwrap_or(text.len());
-    let (number, suffix) = text.split_at(digits);
-    let (negative, number) = match number.strip_prefix('-') {
-        Some(rest) => (true, rest),
-        None => (false, number.strip_prefix('+').unwrap_or(number)),
-    };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if (whole.is_empty() && fraction.is_empty()) || number.contains(['-', '+']) {
-        return None;
-    }
-    // Value as digits / 10^places × multiplier, all in integers.
-    let mut value: i128 = format!("{whole}{fraction}").parse().ok()?;
-    let mut divisor: i128 = 10_i128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
-    let binary = ["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"].iter().position(|known| *known == suffix);
-    let decimal = ["n", "u", "m", "", "k", "M", "G", "T", "P", "E"].iter().position(|known| *known == suffix);
-    if let Some(power) = binary {
-        value = value.checked_mul(1024_i128.checked_pow(u32::try_from(power).ok()? + 1)?)?;
-    } else if let Some(power) = decimal {
-        match u32::try_from(power).ok()?.checked_sub(3) {
-            Some(power) => value = value.checked_mul(1000_i128.checked_pow(power)?)?,
-            None => divisor = divisor.checked_mul(1000_i128.checked_pow(3 - u32::try_from(power).ok()?)?)?,
-        }
-    } else {
-        let exponent: i32 = suffix.strip_prefix(['e', 'E'])?.parse().ok()?;
-        let factor = 10_i128.checked_pow(exponent.unsigned_abs())?;
-        if exponent >= 0 { value = value.checked_mul(factor)? } else { divisor = divisor.checked_mul(factor)? }
-    }
-    let scaled = value.checked_mul(scale)?;
-    let rounded = scaled.checked_div(divisor)? + i128::from(scaled % divisor != 0);
-    i64::try_from(if negative { -rounded } else { rounded }).ok()
+/// Whole units of a quantity, rounded up; malformed ones, which validation never lets in, count as nothing.
+pub(crate) fn units(quantity: &Quantity) -> i64 {
+    quantity.0.parse::<Exact>().map_or(0, |exact| exact.value())
+}
+
+/// Thousandths of a quantity, rounded up.
+fn millis(quantity: &Quantity) -> i64 {
+    quantity.0.parse::<Exact>().map_or(0, |exact| exact.millis())
 }
 
 impl Resources {
-    /// Amounts from a list of quantities; malformed ones, which validation never lets in, count as nothing.
+    /// Amounts from a list of quantities.
     pub(crate) fn from_list(list: Option<&BTreeMap<String, Quantity>>) -> Self {
         let mut resources = Self::default();
         for (name, amount) in list.into_iter().flatten() {
-            let units = || quantity(amount, 1).unwrap_or_default();
             match name.as_str() {
-                "cpu" => resources.cpu_millis = quantity(amount, 1000).unwrap_or_default(),
-                "memory" => resources.memory_bytes = units(),
-                "ephemeral-storage" => resources.ephemeral_bytes = units(),
+                "cpu" => resources.cpu_millis = millis(amount),
+                "memory" => resources.memory_bytes = units(amount),
+                "ephemeral-storage" => resources.ephemeral_bytes = units(amount),
                 "pods" => {}
                 _ => {
-                    resources.others.insert(name.as_str().into(), units());
+                    resources.others.insert(name.as_str().into(), units(amount));
                 }
             }
         }
@@ -86,7 +61,7 @@ impl Resources {
     }
 
     /// Raises each amount to the other's where that is larger.
-    fn raise(&mut self, other: &Self) {
+    pub(crate) fn raise(&mut self, other: &Self) {
         self.cpu_millis = self.cpu_millis.max(other.cpu_millis);
         self.memory_bytes = self.memory_bytes.max(other.memory_bytes);
         self.ephemeral_bytes = self.ephemeral_bytes.max(other.ephemeral_bytes);
@@ -96,13 +71,33 @@ impl Resources {
         }
     }
 
+    /// The amount of one resource.
+    pub(crate) fn get(&self, name: &str) -> i64 {
+        match name {
+            "cpu" => self.cpu_millis,
+            "memory" => self.memory_bytes,
+            "ephemeral-storage" => self.ephemeral_bytes,
+            name => self.others.get(name).copied().unwrap_or_default(),
+        }
+    }
+
     /// What a pod asks for (component-helpers `PodRequests`): the sum of its containers and sidecars, or what an init
     /// container needs beside the sidecars started before it, whichever is larger; pod-level requests take the place of
-    /// the sum; plus overhead. With `defaults`, containers without requests count as small ones.
-    pub(crate) fn of_pod(spec: &PodSpec, defaults: bool) -> Self {
+    /// the sum; plus overhead. With `defaults`, containers without requests count as small ones. A container under resize
+    /// counts with the largest of what it wants, was promised and has.
+    pub(crate) fn of_pod(pod: &Pod, defaults: bool) -> Self {
+        let empty = PodSpec::default();
+        let spec = pod.spec.as_ref().unwrap_or(&empty);
+        let status = pod.status.as_ref();
         let request = |container: &Container| {
             let list = container.resources.as_ref().and_then(|resources| resources.requests.as_ref());
             let mut amounts = Self::from_list(list);
+            let statuses = status.map(|status| [&status.container_statuses, &status.init_container_statuses]);
+            let own = statuses.into_iter().flatten().flatten().flatten().find(|status| status.name == container.name);
+            if let Some(own) = own {
+                amounts.raise(&Self::from_list(own.allocated_resources.as_ref()));
+                amounts.raise(&Self::from_list(own.resources.as_ref().and_then(|has| has.requests.as_ref())));
+            }
             if defaults {
                 if !list.is_some_and(|list| list.contains_key("cpu")) {
                     amounts.cpu_millis = DEFAULT_CPU_MILLIS;
@@ -154,32 +149,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantities_are_read_exactly_and_rounded_up() {
-        let read = |text: &str, scale| quantity(&Quantity(text.into()), scale);
-        for (text, scale, wanted) in [
-            ("100m", 1000, 100),
-            ("0.1", 1000, 100),
-            ("1", 1000, 1000),
-            ("1500u", 1000, 2),
-            ("1Gi", 1, 1 << 30),
-            ("1.5Gi", 1, 3 << 29),
-            ("1e3", 1, 1000),
-            ("128974848", 1, 128_974_848),
-            ("129M", 1, 129_000_000),
-            ("1m", 1, 1),
-            ("-5", 1, -5),
-        ] {
-            assert_eq!(read(text, scale), Some(wanted), "{text}");
-        }
-        // The last is beyond 64 bits.
-        for text in ["", "m", "1x", "1.2.3", "--1", "12E"] {
-            assert_eq!(read(text, 1), None, "{text}");
-        }
-    }
-
-    #[test]
     fn init_containers_count_by_their_peak() {
-        let spec: PodSpec = serde_json::from_value(serde_json::json!({
+        let pod: Pod = serde_json::from_value(serde_json::json!({"spec": {
             "containers": [{"name": "a", "resources": {"requests": {"cpu": "1"}}}],
             "initContainers": [
                 {"name": "i1", "resources": {"requests": {"cpu": "500m"}}},
@@ -187,8 +158,25 @@ mod tests {
                 {"name": "i2", "resources": {"requests": {"cpu": "1500m"}}},
             ],
             "overhead": {"cpu": "10m"},
-        }))
-        .expect("a spec");
-        assert_eq!(Resources::of_pod(&spec, false).cpu_millis, 1710);
+        }}))
+        .expect("a pod");
+        assert_eq!(Resources::of_pod(&pod, false).cpu_millis, 1710);
+    }
+
+    #[test]
+    fn pod_level_requests_replace_sums_and_resizes_count_by_their_largest() {
+        let mut pod: Pod = serde_json::from_value(serde_json::json!({"spec": {
+            "containers": [{"name": "a", "resources": {"requests": {"cpu": "1", "memory": "1Gi"}}}],
+            "resources": {"requests": {"cpu": "3"}},
+        }}))
+        .expect("a pod");
+        let asked = Resources::of_pod(&pod, false);
+        assert_eq!((asked.cpu_millis, asked.memory_bytes), (3000, 1 << 30));
+        let status = serde_json::json!({"containerStatuses": [{
+            "name": "a", "image": "", "imageID": "", "ready": true, "restartCount": 0,
+            "resources": {"requests": {"memory": "2Gi"}},
+        }]});
+        pod.status = Some(serde_json::from_value(status).expect("a status"));
+        assert_eq!(Resources::of_pod(&pod, false).memory_bytes, 2 << 30);
     }
 }

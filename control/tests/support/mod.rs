@@ -84,7 +84,9 @@ impl Host {
             .args(["--node-name", "n1", "--write-kubeconfig"])
             .arg(self.path("kubeconfig"))
             .arg("--pod-manifest-path")
-            .arg(self.path("manifests"));
+            .arg(self.path("manifests"))
+            // How full the disk of the machine is decides nothing in a test.
+            .args(["--eviction-hard", "memory.available<1Mi"]);
         self.server = Some(command.stderr(log).spawn().expect("the server starts"));
         let ready = || {
             let status = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;

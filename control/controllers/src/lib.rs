@@ -25,6 +25,9 @@ pub use machine::WorkQueue;
 
 /// Runs every controller until the future is dropped. At most one process of a cluster may do so at a time.
 pub async fn run(api: Arc<ApiServer>) {
+    if let Err(error) = coracle_api::bootstrap::local_storage_class(&api).await {
+        tracing::error!(%error, "the default class of volumes was not made; the next start tries again");
+    }
     let mut running = JoinSet::new();
     running.spawn(machine::run(cluster::accounts::Accounts::new(&api)));
     running.spawn(machine::run(cluster::root_ca::RootCa::new(&api)));

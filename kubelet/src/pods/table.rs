@@ -61,12 +61,15 @@ pub struct Verdict {
     pub grace: Option<Duration>,
 }
 
+/// What wakes a worker, and what was decided.
+type Worker = (Arc<Notify>, Option<Verdict>);
+
 /// The table. Cheap to share; readers never wait for a worker.
 #[derive(Debug, Default)]
 pub struct PodTable {
     by_uid: RwLock<HashMap<String, Arc<PodEntry>>>,
-    /// Of pods that have a worker: what wakes it, and what was decided.
-    workers: RwLock<HashMap<String, (Arc<Notify>, Option<Verdict>)>>,
+    /// Of pods that have a worker.
+    workers: RwLock<HashMap<String, Worker>>,
 }
 
 impl PodTable {

@@ -73,6 +73,14 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
     refresh_endpoints(api).await
 }
 
+/// Makes the default class of volumes if there is none of its name: for whoever runs the provisioner behind it.
+///
+/// # Errors
+/// When the store refuses it.
+pub async fn local_storage_class(api: &Arc<ApiServer>) -> Result<(), Status> {
+    create(api.store.as_ref(), "storage.k8s.io", "storageclasses", own::local_class()).await
+}
+
 /// A cluster role of the table, by name.
 pub fn role(name: &str) -> Option<Value> {
     let objects: Map<String, Value> = serde_json::from_str(OBJECTS).ok()?;

@@ -60,6 +60,14 @@ fn binding(name: &str, role: &str, subject: &Value) -> Value {
         "roleRef": {"apiGroup": RBAC, "kind": "ClusterRole", "name": role}, "subjects": [subject]})
 }
 
+/// The default class of volumes.
+pub(super) fn local_class() -> Value {
+    json!({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass",
+        "metadata": {"name": "coracle-local", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
+        "provisioner": "coracle.io/local", "reclaimPolicy": "Delete", "volumeBindingMode": "WaitForFirstConsumer",
+        "allowVolumeExpansion": true})
+}
+
 /// The objects, with group and resource.
 pub(super) fn objects() -> Vec<(&'static str, &'static str, Value)> {
     let mut all = Vec::new();
@@ -67,14 +75,6 @@ pub(super) fn objects() -> Vec<(&'static str, &'static str, Value)> {
         let subject = json!({"apiGroup": RBAC, "kind": "Group", "name": group});
         all.push((RBAC, "clusterrolebindings", binding(name, role, &subject)));
     }
-    all.push((
-        "storage.k8s.io",
-        "storageclasses",
-        json!({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass",
-            "metadata": {"name": "coracle-local", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
-            "provisioner": "coracle.io/local", "reclaimPolicy": "Delete", "volumeBindingMode": "WaitForFirstConsumer",
-            "allowVolumeExpansion": true}),
-    ));
     for (name, account, rules) in rules() {
         let role = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
             "metadata": {"name": name}, "rules": rules});

@@ -91,13 +91,15 @@ impl Jobs {
 
     /// Removes pods without counting them: their finalizer goes first.
     async fn remove(&self, job: &Job, api: &Api<Pod>, pods: &[Arc<Pod>]) -> Result<(), Error> {
-        control::collect(pods.iter().take(control::BURST).map(|pod| async move {
-            if held(pod) {
-                self.release(api, pod).await?;
-            }
-            control::delete(&self.host, job, api, pod).await
-        }))
-        .await
+        let calls: Vec<_> = pods.iter().take(control::BURST).map(|pod| self.drop_pod(job, api, pod)).collect();
+        control::collect(calls).await
+    }
+
+    async fn drop_pod(&self, job: &Job, api: &Api<Pod>, pod: &Pod) -> Result<(), Error> {
+        if held(pod) {
+            self.release(api, pod).await?;
+        }
+        control::delete(&self.host, job, api, pod).await
     }
 
     async fn event(&self, job: &Job, type_: EventType, reason: &str, message: &str) {
@@ -150,9 +152,10 @@ impl Jobs {
             self.announce(job, &before, &status).await;
         }
         // Only now that the status shows them may the pods go.
-        control::collect(tally.release.iter().map(|pod| self.release(&api, pod))).await?;
+        let releases: Vec<_> = tally.release.iter().map(|pod| self.release(&api, pod)).collect();
+        control::collect(releases).await?;
         if over.is_some() {
-            let active = pods.iter().filter(|pod| pods::is_active(pod)).cloned();
+            let active: Vec<_> = pods.iter().filter(|pod| pods::is_active(pod)).cloned().collect();
             control::delete_all(&self.host, job, &api, active).await?;
         }
         changed?;

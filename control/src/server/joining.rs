@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use coracle_api::bootstrap;
 use coracle_api::server::ApiServer;
-use coracle_api::user::{SYSTEM_ANONYMOUS, UserInfo};
+use coracle_api::user::{SYSTEM_ANONYMOUS, SYSTEM_AUTHENTICATED, UserInfo};
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
@@ -70,8 +70,13 @@ fn rights() -> Vec<(&'static str, Value)> {
             "system:nodes",
         ),
     ];
+    // Without a token the authority is asked for; with one, whether the token is good.
+    let anybody = json!([
+        {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": SYSTEM_ANONYMOUS},
+        {"kind": "Group", "apiGroup": "rbac.authorization.k8s.io", "name": SYSTEM_AUTHENTICATED},
+    ]);
     let one_map = [
-        (token::INFO_NAMESPACE, token::INFO_NAME, subject("User", SYSTEM_ANONYMOUS)),
+        (token::INFO_NAMESPACE, token::INFO_NAME, anybody),
         (cluster::NAMESPACE, cluster::NAME, subject("Group", "system:nodes")),
     ];
     let mut all: Vec<_> = cluster_wide

@@ -88,12 +88,62 @@ impl Host {
             // How full the disk of the machine is decides nothing in a test.
             .args(["--eviction-hard", "memory.available<1Mi"]);
         self.server = Some(command.stderr(log).spawn().expect("the server starts"));
-        let ready = || {
-            let status = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
-            let output = self.kubectl(&["get", "node", "n1", "-o", status]);
-            (output.status.success() && output.stdout == b"True").then_some(())
-        };
+        let ready = || self.is_ready("n1").then_some(());
         assert!(eventually(Duration::from_secs(PATIENCE_S.into()), ready).is_some(), "no Ready node:\n{}", self.log());
+    }
+
+    /// Makes the host a switch that others can be plugged into, at 10.99.0.254.
+    pub(crate) fn make_switch(&self) {
+        self.shell("ip link add br0 type bridge && ip address add 10.99.0.254/24 dev br0 && ip link set br0 up");
+    }
+
+    /// Gives the host an uplink with the address 10.99.0.NUMBER.
+    pub(crate) fn plug_into(&self, switch: &Self, number: usize) {
+        let peer = format!("port{number}");
+        let to = switch.holder.id();
+        self.shell(&format!(
+            "ip link add eth0 type veth peer name {peer} netns {to} && ip address add 10.99.0.{number}/24 dev eth0 && ip link set eth0 up && ip route add default via 10.99.0.254"
+        ));
+        switch.shell(&format!("ip link set {peer} master br0 up"));
+    }
+
+    fn shell(&self, script: &str) {
+        let output = self.command("sh").args(["-c", script]).output().expect("sh starts");
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// What a command of ours prints; it must succeed.
+    pub(crate) fn coracle(&self, arguments: &[&str]) -> String {
+        let output = self.command(env!("CARGO_BIN_EXE_coracle")).args(arguments).output().expect("coracle starts");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    fn agent(&self, name: &str, server: &str, token: Option<&str>) -> Command {
+        let mut command = self.command(env!("CARGO_BIN_EXE_coracle"));
+        command.arg("agent").args(self.folders()).args(["--node-name", name, "--server", server]);
+        command.args(token.iter().flat_map(|token| ["--token", token]));
+        command
+    }
+
+    /// Starts an agent; it joins by itself.
+    pub(crate) fn start_agent(&mut self, name: &str, server: &str, token: Option<&str>) {
+        let log = std::fs::File::options().create(true).append(true).open(self.path("log.txt")).expect("a log");
+        self.server = Some(self.agent(name, server, token).stderr(log).spawn().expect("the agent starts"));
+    }
+
+    /// What an agent says that cannot join.
+    pub(crate) fn agent_error(&self, name: &str, server: &str, token: &str) -> String {
+        let output = self.agent(name, server, Some(token)).output().expect("the agent starts");
+        assert!(!output.status.success(), "it joined");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// Whether the API calls a node Ready.
+    pub(crate) fn is_ready(&self, node: &str) -> bool {
+        let status = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
+        let output = self.kubectl(&["get", "node", node, "-o", status]);
+        output.status.success() && output.stdout == b"True"
     }
 
     /// Starts the container runtime alone; returns when it listens.

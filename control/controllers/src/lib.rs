@@ -64,6 +64,7 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(workloads::daemon_set::DaemonSets::new(&api, &pods, &revisions)));
     running.spawn(machine::run(batch::job::Jobs::new(&api, &pods)));
     running.spawn(machine::run(batch::ttl::TtlAfterFinished::new(&api)));
+    running.spawn(machine::run(batch::cron_job::CronJobs::new(&api)));
     running.spawn(machine::run(workloads::deployment::Deployments::new(&api)));
     running.spawn(machine::run(policy::disruption::Budgets::new(&api)));
     running.spawn(garbage::run(api));

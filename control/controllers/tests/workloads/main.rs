@@ -1,6 +1,7 @@
 //! The controllers of workloads on a whole control plane: a real API server in process, and a stand-in for the nodes.
 
 mod budgets;
+mod cron_jobs;
 mod daemon_sets;
 mod jobs;
 mod stateful_sets;

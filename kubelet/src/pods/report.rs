@@ -178,7 +178,8 @@ mod tests {
         let wanted =
             status(json!({"podIPs": [{"ip": "10.0.0.2"}], "conditions": [condition("Ready"), condition("a/gate")]}));
         let patch = patch(&wanted, Some(&before));
-        assert_eq!(patch["conditions"], json!([condition("Ready"), {"$patch": "delete", "type": "PodResizePending"}]));
+        let ready = json!({"type": "Ready", "status": "True", "message": null});
+        assert_eq!(patch["conditions"], json!([ready, {"$patch": "delete", "type": "PodResizePending"}]));
         assert_eq!(patch["podIPs"], json!([{"$patch": "replace"}, {"ip": "10.0.0.2"}]));
     }
 }

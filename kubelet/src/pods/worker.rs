@@ -250,16 +250,13 @@ impl Worker {
             self.report(pod).await;
             return next;
         }
-        let deadline = match self.deadline_of(pod) {
-            Some(deadline) if deadline <= Instant::now() => {
-                let message = "Pod was active on the node longer than the specified deadline".to_owned();
-                self.context.event(pod, EventType::Normal, "DeadlineExceeded", "Killing", message.clone());
-                self.failure = Some(("DeadlineExceeded".into(), message));
-                self.end(pod, stop::grace(pod)).await;
-                return self.report(pod).await;
-            }
-            deadline => deadline,
-        };
+        if self.deadline_of(pod).is_some_and(|deadline| deadline <= Instant::now()) {
+            let message = "Pod was active on the node longer than the specified deadline".to_owned();
+            self.context.event(pod, EventType::Normal, "DeadlineExceeded", "Killing", message.clone());
+            self.failure = Some(("DeadlineExceeded".into(), message));
+            self.end(pod, stop::grace(pod)).await;
+            return self.report(pod).await;
+        }
         if !self.admitted {
             if !observed.sandbox_ready && observed.containers.values().all(|seen| seen.current.is_none()) {
                 let others = self.others();
@@ -283,7 +280,8 @@ impl Worker {
         }
         let mut next = self.step(pod, observed).await;
         self.report(pod).await;
-        if let Some(deadline) = deadline {
+        // The first report says since when the pod runs, so the deadline is known only after it.
+        if let Some(deadline) = self.deadline_of(&self.latest(pod)) {
             next.no_later_than(deadline);
         }
         if self.progress.is_some() {

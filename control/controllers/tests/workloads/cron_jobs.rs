@@ -64,6 +64,7 @@ async fn forbid_waits_for_the_job_before_and_a_lost_one_is_told() {
         cluster.reasons("c").await.iter().any(|r| r == "MissingJob"),
         "the lost job was not missed"
     );
-    let status = cluster.of::<CronJob>().get("c").await.expect("there").status.unwrap_or_default();
-    assert!(status.active.is_none(), "{status:?}");
+    // The event comes before the status is written.
+    let status = async || cluster.of::<CronJob>().get("c").await.expect("there").status.unwrap_or_default();
+    assert_eventually_async!(30, status().await.active.is_none(), "{:?}", status().await);
 }

@@ -167,6 +167,9 @@ fn profile(file: ProfileFile) -> Result<Profile, ConfigError> {
     }
     profile.percent_to_score = file.percentage_of_nodes_to_score.unwrap_or(0);
     for (point, set) in &file.plugins {
+        if !POINTS.contains(&point.as_str()) {
+            return Err(ConfigError::Form(format!("profile {}: no extension point {point:?}", profile.name)));
+        }
         let (filters, scores) = (point != "score", point == "score" || point == "multiPoint");
         for plugin in &set.disabled {
             if plugin.name == "*" {
@@ -193,6 +196,23 @@ fn profile(file: ProfileFile) -> Result<Profile, ConfigError> {
     }
     Ok(profile)
 }
+
+/// The extension points of a profile.
+const POINTS: &[&str] = &[
+    "multiPoint",
+    "preEnqueue",
+    "queueSort",
+    "preFilter",
+    "filter",
+    "postFilter",
+    "preScore",
+    "score",
+    "reserve",
+    "permit",
+    "preBind",
+    "bind",
+    "postBind",
+];
 
 /// What always runs here and cannot be switched: order of the queue, gates, binding, names of nodes (a selector here).
 const ALWAYS: &[&str] = &["PrioritySort", "SchedulingGates", "DefaultBinder", "NodeName"];
@@ -338,6 +358,7 @@ mod tests {
             ("podInitialBackoffSeconds: 20\n", "podMaxBackoffSeconds"),
             ("profiles: [{schedulerName: a}, {schedulerName: a}]\n", "two profiles"),
             ("profiles: [{plugins: {score: {enabled: [{name: Magic}]}}}]\n", "Magic"),
+            ("profiles: [{plugins: {scoer: {}}}]\n", "scoer"),
             ("profiles: [{pluginConfig: [{name: VolumeBinding, args: {bindTimeout: 1}}]}]\n", "bindTimeout"),
             (
                 "profiles: [{pluginConfig: [{name: NodeResourcesFit, args: {scoringStrategy: {type: RequestedToCapacityRatio, requestedToCapacityRatio: {shape: [{utilization: 50, score: 11}]}}}}]}]\n",

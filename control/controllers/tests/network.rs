@@ -91,7 +91,11 @@ async fn endpoints_that_users_write_are_mirrored() {
     let cluster = Cluster::start().await;
     cluster.namespace("n").await;
     let custom: Api<Endpoints> = cluster.ns("n");
-    // Endpoints without a Service are nobody's business.
+    // Whatever has no Service when the controllers start goes; they have started when a Service gets its Endpoints.
+    let selecting = json!({"metadata": {"name": "first"}, "spec": {"selector": {"app": "x"}, "ports": [{"port": 80}]}});
+    cluster.create(&cluster.ns::<Service>("n"), selecting).await;
+    assert_eventually_async!(20, custom.get_opt("first").await.expect("asked").is_some(), "the controllers run");
+    // From then on Endpoints without a Service are nobody's business.
     let subset = |ip: &str, port: i32| json!([{"addresses": [{"ip": ip}], "ports": [{"name": "p", "port": port}]}]);
     cluster.create(&custom, json!({"metadata": {"name": "alone"}, "subsets": subset("192.0.2.1", 80)})).await;
     cluster

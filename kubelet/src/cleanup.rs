@@ -3,13 +3,9 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use coracle_netns::Network;
-use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{getsockopt, sockopt};
-use nix::unistd::Pid;
 
 use crate::Config;
 use crate::agent::{AgentError, Networks, host};
@@ -35,7 +31,7 @@ pub async fn cleanup(config: &Config, network: Arc<Network>) -> Result<(), Agent
     let limits =
         Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
     let networks = Arc::new(Networks(network.clone()));
-    let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
+    let native = Native::new(layout.clone(), limits, supervisor.clone(), images.clone(), networks, cgroups.clone())?;
     for sandbox in native.list_pod_sandboxes().await? {
         native.stop_pod_sandbox(&sandbox.id).await?;
         native.remove_pod_sandbox(&sandbox.id).await?;
@@ -54,18 +50,10 @@ pub async fn cleanup(config: &Config, network: Arc<Network>) -> Result<(), Agent
         .await
         .map_err(|error| host("remove the pod network")(io::Error::other(error)))?
         .map_err(|error| host("remove the pod network")(io::Error::other(error)))?;
-    end_supervisor(config).map_err(host("end the supervisor"))?;
+    supervisor.end().map_err(host("end the supervisor"))?;
     cgroups.remove(&config.cgroup_root).map_err(host("remove the cgroup of all pods"))?;
     match fs::remove_dir_all(&layout.run) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(host("remove the run folder")(error)),
         _ => Ok(()),
     }
-}
-
-/// Ends the process at the other end of the supervisor's socket. It holds nothing any more, so it may end at once.
-fn end_supervisor(config: &Config) -> io::Result<()> {
-    let socket = coracle_sys::packet::connect_to(&config.layout.supervisor_socket())?;
-    let peer = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
-    kill(Pid::from_raw(peer.pid()), Signal::SIGKILL)?;
-    Ok(())
 }

@@ -6,15 +6,19 @@ use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use coracle_sys::process;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::Pid;
 use parking_lot::Mutex;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, broadcast, oneshot};
+use tokio::task::AbortHandle;
 
 use super::container::{now, start_ticks};
 use super::link::{Fds, Link, Received, receive};
@@ -77,6 +81,8 @@ struct Inner {
     queued: Notify,
     next: AtomicU64,
     events: broadcast::Sender<Event>,
+    /// What keeps a supervisor running.
+    keeper: OnceLock<AbortHandle>,
 }
 
 /// What the supervisor answers to a request, with the descriptors that came along.
@@ -120,6 +126,7 @@ impl Client {
             queued: Notify::new(),
             next: AtomicU64::new(1),
             events: broadcast::Sender::new(EVENT_QUEUE),
+            keeper: OnceLock::new(),
         });
         let client = Self { inner };
         let (socket, child) = match coracle_sys::packet::connect_to(&client.inner.layout.supervisor_socket()) {
@@ -127,7 +134,8 @@ impl Client {
             Err(_) => client.launch().await?,
         };
         let reader = client.connected(socket)?;
-        tokio::spawn(client.clone().serve(reader, child));
+        let keeper = tokio::spawn(client.clone().serve(reader, child));
+        client.inner.keeper.get_or_init(|| keeper.abort_handle());
         client.request(Verb::Hello, Vec::new()).await?;
         client.bury_orphans()?;
         Ok(client)
@@ -253,6 +261,20 @@ impl Client {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
         }
+    }
+
+    /// Ends the supervisor for good; it must hold no container any more.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be killed.
+    pub fn end(&self) -> io::Result<()> {
+        if let Some(keeper) = self.inner.keeper.get() {
+            keeper.abort();
+        }
+        let link = self.inner.state.lock().link.take().ok_or(io::ErrorKind::NotConnected)?;
+        let peer = getsockopt(&link.as_fd(), sockopt::PeerCredentials)?;
+        kill(Pid::from_raw(peer.pid()), Signal::SIGKILL)?;
+        Ok(())
     }
 
     async fn done(&self, verb: Verb) -> Result<(), ClientError> {
@@ -493,7 +515,7 @@ impl Client {
                     && let Ok(pidfd) = process::pidfd_open(report.pid)
                 {
                     // Its cgroup may be gone already; the process itself is surely told by its start time.
-                    _ = process::pidfd_send_signal(pidfd.as_fd(), libc_sigkill());
+                    _ = process::pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL as i32);
                 }
                 report.state = ContainerState::Unknown;
                 report.exit = Some(ExitStatus { code: 137, signal: None, oom_killed: false, finished_at: now() });
@@ -512,10 +534,6 @@ impl Client {
 )]
 fn watch(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     AsyncFd::new(fd)
-}
-
-fn libc_sigkill() -> i32 {
-    nix::sys::signal::Signal::SIGKILL as i32
 }
 
 fn read_report(folder: &Path) -> Option<Report> {

@@ -22,6 +22,7 @@ demo: ## Install what is missing, build, and show a Deployment behind a Service 
 
 test: ## Run every test (as root; installs the programs it needs)
 	$(CARGO) test --workspace --no-fail-fast
+	fuzz/smoke.sh
 
 unit: ## Run the unit tests alone
 	$(CARGO) test --workspace --lib --bins

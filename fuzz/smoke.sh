@@ -4,23 +4,17 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-seconds="${FUZZ_SECONDS:-4}"
-# Coverage counters for libFuzzer with the stable compiler; address sanitizing needs a nightly one.
-export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
--Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
--Cllvm-args=-sanitizer-coverage-trace-compares"
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/../target}/fuzz"
-# The triple keeps the flags away from build scripts and macros.
-triple=$(rustc -vV | sed -n 's/^host: //p')
+seconds="${FUZZ_SECONDS:-2}"
+target_dir="${CARGO_TARGET_DIR:-$PWD/../target}"
 command -v c++ >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends g++; }
-cargo build -q --target "$triple" --bins
+RUSTC_WORKSPACE_WRAPPER="$PWD/rustc.sh" CARGO_INCREMENTAL=0 cargo build -q -p coracle-fuzz --features libfuzzer --bins
 
 found=$(mktemp -d)
 trap 'rm -rf "$found"' EXIT
 for file in fuzz_targets/*.rs; do
     target=$(basename "$file" .rs)
     mkdir -p "$found/$target"
-    if ! "$CARGO_TARGET_DIR/$triple/debug/$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 -print_final_stats=1 \
+    if ! "$target_dir/debug/$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 -print_final_stats=1 \
         -artifact_prefix="$PWD/artifacts-$target-" "$found/$target" "corpus/$target" >"$found/log" 2>&1; then
         tail -n 40 "$found/log"
         echo "fuzz: $target failed; the input lies beside this script" >&2

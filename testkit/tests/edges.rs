@@ -30,6 +30,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("coracle-bench", &["coracle-testkit"]),
     ("coracle-testkit", &[]),
     ("coracle-hello", &[]),
+    ("coracle-fuzz", &["coracle-kubelet", "coracle-netns", "coracle-runtime", "coracle-schema"]),
 ];
 
 fn metadata() -> serde_json::Value {

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use coracle_runtime::capability;
+use coracle_runtime::spec::{DEFAULT_CAPABILITIES, MASKED_PATHS, READONLY_PATHS};
 use serde_json::{Map, Value, json};
 
 use super::user::User;
@@ -10,80 +12,6 @@ use crate::cri::{
     ContainerConfig, NamespaceMode, Propagation, Resources, RuntimeError, SandboxConfig, SecurityProfile,
 };
 
-/// Capabilities of a container that asks for none: what containerd and Docker grant.
-const DEFAULT_CAPABILITIES: [&str; 14] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "FSETID",
-    "FOWNER",
-    "MKNOD",
-    "NET_RAW",
-    "SETGID",
-    "SETUID",
-    "SETFCAP",
-    "SETPCAP",
-    "NET_BIND_SERVICE",
-    "SYS_CHROOT",
-    "KILL",
-    "AUDIT_WRITE",
-];
-/// All capabilities of Linux 6.1.
-const ALL_CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-const MASKED_PATHS: [&str; 10] = [
-    "/proc/acpi",
-    "/proc/asound",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/proc/timer_list",
-    "/sys/firmware",
-];
-const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 /// `PATH` of a process whose image sets none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -310,28 +238,25 @@ fn set_default(list: &mut Vec<(String, String)>, name: &str, value: &str) {
 /// The capabilities with their `CAP_` names: defaults, plus added, minus dropped, in the order of the kernel.
 pub fn capabilities(container: &ContainerConfig) -> Vec<String> {
     let security = &container.security;
-    let plain = |list: &[String]| -> Vec<String> {
-        list.iter().map(|c| c.to_uppercase().trim_start_matches("CAP_").to_owned()).collect()
+    let named = |list: &[String]| -> Vec<String> {
+        list.iter().map(|c| format!("CAP_{}", c.to_uppercase().trim_start_matches("CAP_"))).collect()
     };
-    let (add, drop) = (plain(&security.add_capabilities), plain(&security.drop_capabilities));
-    let all = |list: &[String]| list.iter().any(|c| c == "ALL");
-    ALL_CAPABILITIES
-        .iter()
+    let (add, drop) = (named(&security.add_capabilities), named(&security.drop_capabilities));
+    let all = |list: &[String]| list.iter().any(|c| c == "CAP_ALL");
+    capability::names()
         .filter(|name| {
-            let listed = |list: &[String]| list.iter().any(|c| c == *name);
             if security.privileged {
                 return true;
             }
             // ALL in one list is overruled by a name in the other, as containerd does.
             if all(&drop) {
-                return listed(&add) && !listed(&drop);
+                return add.contains(name) && !drop.contains(name);
             }
             if all(&add) {
-                return !listed(&drop);
+                return !drop.contains(name);
             }
-            (DEFAULT_CAPABILITIES.contains(name) || listed(&add)) && !listed(&drop)
+            (DEFAULT_CAPABILITIES.contains(&name.as_str()) || add.contains(name)) && !drop.contains(name)
         })
-        .map(|name| format!("CAP_{name}"))
         .collect()
 }
 

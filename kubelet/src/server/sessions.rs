@@ -2,46 +2,36 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{Path, Query, State};
 use axum::response::{IntoResponse, Response};
 
 use super::containers::{Refused, running};
 use super::router::Node;
-use crate::cri::NamespaceMode;
+use crate::cri::{ContainerStatus, NamespaceMode};
 use crate::streaming::{Kind, Request, forward_spdy, forward_websocket, serve};
 
 /// Words of one command.
 const MAX_COMMAND_WORDS: usize = 4096;
 
-/// A query, decoded, in order.
-fn pairs(query: Option<&str>) -> Vec<(String, String)> {
-    let decode = |text: &str| {
-        let plain = text.replace('+', " ");
-        let mut bytes = Vec::with_capacity(plain.len());
-        let mut rest = plain.as_bytes();
-        while let Some((first, tail)) = rest.split_first() {
-            let escaped = (*first == b'%').then(|| tail.get(..2)).flatten();
-            match escaped.and_then(|digits| hex::decode(digits).ok()) {
-                Some(byte) => {
-                    bytes.extend(byte);
-                    rest = &tail[2..];
-                }
-                None => {
-                    bytes.push(*first);
-                    rest = tail;
-                }
-            }
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    query
-        .unwrap_or_default()
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(key, value)| (decode(key), decode(value)))
-        .collect()
+/// What a request names in its path.
+#[derive(serde::Deserialize)]
+pub(super) struct Target {
+    namespace: String,
+    pod: String,
+    #[serde(default)]
+    uid: Option<String>,
+    #[serde(default)]
+    container: String,
 }
+
+impl Target {
+    async fn running(&self, node: &Node) -> Result<ContainerStatus, Refused> {
+        running(node, &self.namespace, &self.pod, self.uid.as_deref(), &self.container).await
+    }
+}
+
+/// A query in its order.
+type Pairs = Vec<(String, String)>;
 
 /// The API server says `input`, `output`, `error`; people say `stdin`, `stdout`, `stderr`.
 fn wanted(pairs: &[(String, String)]) -> Result<Request, Refused> {
@@ -64,81 +54,33 @@ fn wanted(pairs: &[(String, String)]) -> Result<Request, Refused> {
     Ok(request)
 }
 
-type Names = (String, String, String);
-type NamesWithUid = (String, String, String, String);
-
-/// `/exec/{namespace}/{pod}/{container}`
+/// `/exec/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn exec(
     State(node): State<Arc<Node>>,
-    Path((namespace, pod, container)): Path<Names>,
-    RawQuery(query): RawQuery,
+    Path(target): Path<Target>,
+    Query(pairs): Query<Pairs>,
     request: axum::extract::Request,
 ) -> Result<Response, Refused> {
-    exec_in(&node, &namespace, &pod, None, &container, query, request).await
-}
-
-/// `/exec/{namespace}/{pod}/{uid}/{container}`
-pub(super) async fn exec_uid(
-    State(node): State<Arc<Node>>,
-    Path((namespace, pod, uid, container)): Path<NamesWithUid>,
-    RawQuery(query): RawQuery,
-    request: axum::extract::Request,
-) -> Result<Response, Refused> {
-    exec_in(&node, &namespace, &pod, Some(&uid), &container, query, request).await
-}
-
-async fn exec_in(
-    node: &Node,
-    namespace: &str,
-    pod: &str,
-    uid: Option<&str>,
-    container: &str,
-    query: Option<String>,
-    request: axum::extract::Request,
-) -> Result<Response, Refused> {
-    let pairs = pairs(query.as_deref());
     let wanted = wanted(&pairs)?;
     let command: Vec<String> = pairs.into_iter().filter(|(key, _)| key == "command").map(|(_, value)| value).collect();
     if command.is_empty() || command.len() > MAX_COMMAND_WORDS {
         return Err(Refused::bad("you must specify a command"));
     }
-    let status = running(node, namespace, pod, uid, container).await?;
+    let status = target.running(&node).await?;
     let runtime = node.state.runtime();
     let start = crate::streaming::exec(runtime, status.id, command, wanted);
     Ok(serve(request, wanted, start).await)
 }
 
-/// `/attach/{namespace}/{pod}/{container}`
+/// `/attach/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn attach(
     State(node): State<Arc<Node>>,
-    Path((namespace, pod, container)): Path<Names>,
-    RawQuery(query): RawQuery,
+    Path(target): Path<Target>,
+    Query(pairs): Query<Pairs>,
     request: axum::extract::Request,
 ) -> Result<Response, Refused> {
-    attach_to(&node, &namespace, &pod, None, &container, query, request).await
-}
-
-/// `/attach/{namespace}/{pod}/{uid}/{container}`
-pub(super) async fn attach_uid(
-    State(node): State<Arc<Node>>,
-    Path((namespace, pod, uid, container)): Path<NamesWithUid>,
-    RawQuery(query): RawQuery,
-    request: axum::extract::Request,
-) -> Result<Response, Refused> {
-    attach_to(&node, &namespace, &pod, Some(&uid), &container, query, request).await
-}
-
-async fn attach_to(
-    node: &Node,
-    namespace: &str,
-    pod: &str,
-    uid: Option<&str>,
-    container: &str,
-    query: Option<String>,
-    request: axum::extract::Request,
-) -> Result<Response, Refused> {
-    let mut wanted = wanted(&pairs(query.as_deref()))?;
-    let status = running(node, namespace, pod, uid, container).await?;
+    let mut wanted = wanted(&pairs)?;
+    let status = target.running(&node).await?;
     // Whether there is a terminal the container says, not the client.
     wanted.tty = status.config.stdio.tty;
     wanted.stderr &= !wanted.tty;
@@ -151,16 +93,15 @@ async fn attach_to(
 /// `/run/{namespace}/{pod}/{container}`: a command's output as the answer.
 pub(super) async fn run(
     State(node): State<Arc<Node>>,
-    Path((namespace, pod, container)): Path<Names>,
-    RawQuery(query): RawQuery,
+    Path(target): Path<Target>,
+    Query(pairs): Query<Pairs>,
 ) -> Result<Response, Refused> {
-    let pairs = pairs(query.as_deref());
     let command = pairs.iter().find(|(key, _)| key == "cmd").map(|(_, value)| value.clone()).unwrap_or_default();
     let command: Vec<String> = command.split(' ').filter(|word| !word.is_empty()).map(str::to_owned).collect();
     if command.is_empty() {
         return Err(Refused::bad("you must specify a command as cmd"));
     }
-    let status = running(&node, &namespace, &pod, None, &container).await?;
+    let status = target.running(&node).await?;
     let output = node.state.runtime().exec_sync(&status.id, &command, None).await.map_err(Refused::internal)?;
     let mut text = output.stdout;
     text.extend(output.stderr);
@@ -171,32 +112,11 @@ pub(super) async fn run(
     Ok(text.into_response())
 }
 
-/// `/portForward/{namespace}/{pod}`
+/// `/portForward/{namespace}/{pod}[/{uid}]`
 pub(super) async fn port_forward(
     State(node): State<Arc<Node>>,
-    Path((namespace, pod)): Path<(String, String)>,
-    RawQuery(query): RawQuery,
-    request: axum::extract::Request,
-) -> Result<Response, Refused> {
-    forward(&node, &namespace, &pod, None, query, request).await
-}
-
-/// `/portForward/{namespace}/{pod}/{uid}`
-pub(super) async fn port_forward_uid(
-    State(node): State<Arc<Node>>,
-    Path((namespace, pod, uid)): Path<Names>,
-    RawQuery(query): RawQuery,
-    request: axum::extract::Request,
-) -> Result<Response, Refused> {
-    forward(&node, &namespace, &pod, Some(uid), query, request).await
-}
-
-async fn forward(
-    node: &Node,
-    namespace: &str,
-    pod: &str,
-    uid: Option<String>,
-    query: Option<String>,
+    Path(Target { namespace, pod, uid, .. }): Path<Target>,
+    Query(pairs): Query<Pairs>,
     request: axum::extract::Request,
 ) -> Result<Response, Refused> {
     let sandboxes = node.state.runtime().list_pod_sandboxes().await.map_err(Refused::internal)?;
@@ -219,7 +139,7 @@ async fn forward(
     match Kind::of(request.headers()) {
         Some(Kind::Spdy) => Ok(forward_spdy(request, target)),
         Some(Kind::WebSocket) => {
-            let ports: Option<Vec<u16>> = pairs(query.as_deref())
+            let ports: Option<Vec<u16>> = pairs
                 .iter()
                 .filter(|(key, _)| matches!(key.as_str(), "port" | "ports"))
                 .flat_map(|(_, value)| value.split(','))
@@ -238,7 +158,8 @@ mod tests {
 
     #[test]
     fn queries_are_decoded_in_order() {
-        let pairs = pairs(Some("command=sh&command=-c&command=echo%20a%2Bb+c&output=1&tty"));
+        let uri = http::Uri::from_static("/?command=sh&command=-c&command=echo%20a%2Bb+c&output=1&tty");
+        let Query(pairs) = Query::<Pairs>::try_from_uri(&uri).expect("a query");
         let words: Vec<&str> =
             pairs.iter().filter(|(key, _)| key == "command").map(|(_, value)| value.as_str()).collect();
         assert_eq!(words, ["sh", "-c", "echo a+b c"]);

@@ -16,7 +16,7 @@ use kube::{Api, Resource, ResourceExt};
 use super::job::{finish, is_finished};
 use super::schedule::Schedule;
 use crate::machine::{
-    Controller, Error, Host, Key, Outcome, Sources, controller_of, controller_reference, is_controlled_by,
+    Controller, Error, Host, Key, Outcome, Sources, controller_of, controller_reference, is_controlled_by, own,
 };
 
 /// Annotation of a Job: the time for which it was made.
@@ -221,11 +221,7 @@ impl Controller for CronJobs {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.cron_jobs, |_, delta, queue| {
-            if let Some(cron) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**cron));
-            }
-        });
+        sources.watch(&self.cron_jobs, own);
         sources.watch(&self.jobs, |_, delta, queue| {
             for job in [&delta.old, &delta.new].into_iter().flatten() {
                 if let Some(owner) = controller_of(job.meta()).filter(|owner| owner.kind == "CronJob") {

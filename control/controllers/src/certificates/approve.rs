@@ -15,7 +15,7 @@ use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 
 use super::{holds, kubelet, now};
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 const CLIENT: &str = "kubernetes.io/kube-apiserver-client-kubelet";
 const SERVING: &str = "kubernetes.io/kubelet-serving";
@@ -134,11 +134,7 @@ impl Controller for Approver {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.requests, |_, delta, queue| {
-            if let Some(request) = &delta.new {
-                queue.add(Key::of(&**request));
-            }
-        });
+        sources.watch(&self.requests, own);
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {

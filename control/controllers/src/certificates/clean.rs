@@ -10,7 +10,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::{Api, ResourceExt};
 
 use super::holds;
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 /// Time that a request with an answer stays.
 const ANSWERED: SignedDuration = SignedDuration::from_hours(1);
@@ -52,11 +52,7 @@ impl Controller for Cleaner {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.requests, |_, delta, queue| {
-            if let Some(request) = &delta.new {
-                queue.add(Key::of(&**request));
-            }
-        });
+        sources.watch(&self.requests, own);
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {

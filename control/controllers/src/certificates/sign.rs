@@ -11,7 +11,7 @@ use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateS
 use kube::Api;
 
 use super::{holds, kubelet, now};
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 /// Life of a certificate unless a shorter one is asked for (`--cluster-signing-duration`).
 const LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -73,11 +73,7 @@ impl Controller for Signer {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.requests, |_, delta, queue| {
-            if let Some(request) = &delta.new {
-                queue.add(Key::of(&**request));
-            }
-        });
+        sources.watch(&self.requests, own);
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {

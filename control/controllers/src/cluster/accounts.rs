@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
 
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 const DEFAULT: &str = "default";
 
@@ -38,11 +38,7 @@ impl Controller for Accounts {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.namespaces, |_, delta, queue| {
-            if let Some(namespace) = &delta.new {
-                queue.add(Key::of(&**namespace));
-            }
-        });
+        sources.watch(&self.namespaces, own);
         sources.watch(&self.accounts, |_, delta, queue| {
             if let (Some(gone), None) = (&delta.old, &delta.new) {
                 queue.add(Key::new("", gone.metadata.namespace.as_deref().unwrap_or_default()));

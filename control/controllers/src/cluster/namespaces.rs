@@ -13,7 +13,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 /// The finalizer that stands for this controller.
 const FINALIZER: &str = "kubernetes";
@@ -198,11 +198,7 @@ impl Controller for Namespaces {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.namespaces, |_, delta, queue| {
-            if let Some(namespace) = &delta.new {
-                queue.add(Key::of(&**namespace));
-            }
-        });
+        sources.watch(&self.namespaces, own);
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {

@@ -10,7 +10,7 @@ use k8s_openapi::api::admissionregistration::v1::{
 };
 use kube::Api;
 
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 pub(crate) struct PolicyStatus {
     host: Host,
@@ -33,11 +33,7 @@ impl Controller for PolicyStatus {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.policies, |_, delta, queue| {
-            if let Some(policy) = &delta.new {
-                queue.add(Key::of(&**policy));
-            }
-        });
+        sources.watch(&self.policies, own);
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {

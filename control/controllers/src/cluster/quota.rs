@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::{ResourceQuota, ResourceQuotaStatus};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::Api;
 
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue, own};
 
 /// All objects in the store.
 const EVERYTHING: &str = "/registry/";
@@ -119,11 +119,7 @@ impl Controller for Quotas {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.quotas, |_, delta, queue| {
-            if let Some(quota) = &delta.new {
-                queue.add(Key::of(&**quota));
-            }
-        });
+        sources.watch(&self.quotas, own);
         let (me, queue) = (self.clone(), sources.queue.clone());
         sources.spawn(async move {
             loop {

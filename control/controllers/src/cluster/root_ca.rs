@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
 
 use super::accounts::is_live;
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 /// Name of the ConfigMap, which service account volumes project.
 const NAME: &str = "kube-root-ca.crt";
@@ -39,11 +39,7 @@ impl Controller for RootCa {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.namespaces, |_, delta, queue| {
-            if let Some(namespace) = &delta.new {
-                queue.add(Key::of(&**namespace));
-            }
-        });
+        sources.watch(&self.namespaces, own);
         sources.watch(&self.maps, |_, delta, queue| {
             if let Some(map) = delta.new.as_ref().or(delta.old.as_ref())
                 && map.metadata.name.as_deref() == Some(NAME)

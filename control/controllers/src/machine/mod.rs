@@ -148,6 +148,17 @@ impl<C: Controller> Sources<C> {
     }
 }
 
+/// Queues the object itself that was made, changed or removed: what most controllers do with their own kind.
+pub(crate) fn own<C, K: coracle_api::informer::Cached>(
+    _: &C,
+    delta: &coracle_api::informer::Delta<K>,
+    queue: &WorkQueue<Key>,
+) {
+    if let Some(object) = delta.new.as_ref().or(delta.old.as_ref()) {
+        queue.add(Key::of(&**object));
+    }
+}
+
 /// Runs a controller until the future is dropped.
 pub(crate) async fn run<C: Controller>(controller: C) {
     let controller = Arc::new(controller);

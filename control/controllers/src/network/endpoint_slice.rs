@@ -14,7 +14,7 @@ use kube::ResourceExt;
 use super::slices::{self, Group, HEADLESS, MANAGED_BY, SERVICE_NAME};
 use crate::common::{pods, selector};
 use crate::machine::{
-    Controller, Error, Host, Key, Outcome, Sources, WorkQueue, controller_reference, is_controlled_by,
+    Controller, Error, Host, Key, Outcome, Sources, WorkQueue, controller_reference, is_controlled_by, own,
 };
 
 const MANAGER: &str = "endpointslice-controller.k8s.io";
@@ -231,11 +231,7 @@ impl Controller for EndpointSlices {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.services, |_, delta, queue| {
-            if let Some(service) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**service));
-            }
-        });
+        sources.watch(&self.services, own);
         sources.watch(&self.pods, |this, delta, queue| pod_changed(&this.services, delta, queue));
         sources.watch(&self.nodes, |this, delta, queue| {
             let zone = |node: &Option<Arc<Node>>| node.as_ref().and_then(|node| node.labels().get(ZONE).cloned());

@@ -15,7 +15,7 @@ use kube::{Api, ResourceExt};
 use super::endpoint_slice::{address, named_port, pod_changed};
 use super::slices::HEADLESS;
 use crate::common::{pods, selector};
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
 /// Addresses that one object holds at most; more are cut off, which the annotation says.
 const MAX_ADDRESSES: usize = 1000;
@@ -175,11 +175,7 @@ impl Controller for EndpointsController {
                 }
             }
         });
-        sources.watch(&self.services, |_, delta, queue| {
-            if let Some(service) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**service));
-            }
-        });
+        sources.watch(&self.services, own);
         sources.watch(&self.pods, |this, delta, queue| pod_changed(&this.services, delta, queue));
         sources.watch(&self.endpoints, |this, delta, queue| {
             let Some(endpoints) = delta.new.as_ref().or(delta.old.as_ref()) else { return };

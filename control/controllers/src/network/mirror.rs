@@ -13,7 +13,7 @@ use kube::ResourceExt;
 
 use super::endpoints::LEADER;
 use super::slices::{self, Group, MANAGED_BY, SERVICE_NAME};
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, controller_reference};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, controller_reference, own};
 
 const MANAGER: &str = "endpointslicemirroring-controller.k8s.io";
 /// Label of Endpoints that are not mirrored.
@@ -111,16 +111,8 @@ impl Controller for Mirror {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.services, |_, delta, queue| {
-            if let Some(service) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**service));
-            }
-        });
-        sources.watch(&self.endpoints, |_, delta, queue| {
-            if let Some(endpoints) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**endpoints));
-            }
-        });
+        sources.watch(&self.services, own);
+        sources.watch(&self.endpoints, own);
         sources.watch(&self.slices, |_, delta, queue| slices::changed(delta, MANAGER, queue));
     }
 

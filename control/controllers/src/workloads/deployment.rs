@@ -20,7 +20,7 @@ use super::replica_set::truncated;
 use super::rollout::{Bounds, Size, grow, proportion, shrink};
 use crate::common::{hash, pods, selector};
 use crate::machine::{
-    Controller, Error, Host, Key, Outcome, Sources, controller_of, controller_reference, is_controlled_by,
+    Controller, Error, Host, Key, Outcome, Sources, controller_of, controller_reference, is_controlled_by, own,
 };
 
 /// Label that tells the pods of one template from those of another.
@@ -637,11 +637,7 @@ impl Controller for Deployments {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.deployments, |_, delta, queue| {
-            if let Some(deployment) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**deployment));
-            }
-        });
+        sources.watch(&self.deployments, own);
         sources.watch(&self.sets, |this, delta, queue| {
             for set in [&delta.old, &delta.new].into_iter().flatten() {
                 let namespace = set.namespace().unwrap_or_default();

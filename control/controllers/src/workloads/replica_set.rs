@@ -16,7 +16,7 @@ use kube::{Api, ResourceExt};
 
 use crate::common::owned::{self, Owned, Owner};
 use crate::common::{control, pods, selector};
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, controller_reference};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, controller_reference, own};
 
 type Labels = BTreeMap<String, String>;
 
@@ -179,11 +179,7 @@ impl<K: Replicated> Controller for Replicas<K> {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.sets, |_, delta, queue| {
-            if let Some(set) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**set));
-            }
-        });
+        sources.watch(&self.sets, own);
         sources.watch(&self.pods, |this, delta, queue| owned::enqueue(delta, &this.sets, queue, K::selects));
     }
 

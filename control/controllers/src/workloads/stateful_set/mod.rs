@@ -20,7 +20,7 @@ use self::identity::parent;
 use self::plan::{Step, View};
 use crate::common::owned::{self, Owned};
 use crate::common::{control, pods, revisions, selector};
-use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue};
+use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue, own};
 
 /// Label of a set's revisions that holds their hash.
 const HASH_LABEL: &str = "controller.kubernetes.io/hash";
@@ -180,11 +180,7 @@ impl Controller for StatefulSets {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.sets, |_, delta, queue| {
-            if let Some(set) = delta.new.as_ref().or(delta.old.as_ref()) {
-                queue.add(Key::of(&**set));
-            }
-        });
+        sources.watch(&self.sets, own);
         sources.watch(&self.pods, |this, delta, queue| {
             owned::enqueue(delta, &this.sets, queue, |set, labels| {
                 set.spec.as_ref().is_some_and(|spec| selector::matches(&spec.selector, labels))

@@ -33,6 +33,8 @@ pub enum Error {
     Controller { controller: String, file: PathBuf, advice: String },
     #[error("cannot {action} cgroup {path}: {source}")]
     Cgroup { action: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("cannot {action} unit {unit} of systemd: {reason}")]
+    Systemd { action: &'static str, unit: String, reason: String },
     /// A program that maps ids for unprivileged users failed.
     #[error("{helper}: {reason}")]
     Helper { helper: &'static str, reason: String },

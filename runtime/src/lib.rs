@@ -23,6 +23,7 @@ pub mod seccomp;
 mod spawn;
 pub mod spec;
 pub mod state;
+pub mod systemd;
 
 pub use cgroup::Cgroup;
 pub use coracle_sys::process::Exit;

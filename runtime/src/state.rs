@@ -37,6 +37,9 @@ pub struct State {
     pub owner: String,
     /// Name of the cgroup from the top of the hierarchy; empty for a container of an unprivileged user without one.
     pub cgroup: PathBuf,
+    /// The unit of systemd that the cgroup belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
     /// The mount that the root lay on, where the container's mounts are stacked upon it on the host itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mounted_over: Option<u64>,

@@ -188,9 +188,12 @@ impl Cgroup {
         old.iter().try_for_each(|program| bpf::detach_device_program(self.as_fd(), program.as_fd()).map_err(error))
     }
 
-    /// Kills all processes in it and below.
+    /// Kills all processes in it and below. One that is gone has none: systemd removes its own when they are empty.
     pub fn kill(&self) -> Result<()> {
-        self.write("cgroup.kill", "1")
+        match self.write("cgroup.kill", "1") {
+            Err(Error::Cgroup { source, .. }) if is_gone(&source) => Ok(()),
+            other => other,
+        }
     }
 
     /// Freezes or thaws and waits until that is done.
@@ -221,6 +224,17 @@ impl Cgroup {
     /// How often processes in it were killed for want of memory; `None` without the memory controller.
     pub fn oom_kills(&self) -> Option<u64> {
         stats::flat(&self.path.join("memory.events")).get("oom_kill").copied()
+    }
+
+    /// Kills what is left in it and removes it, through systemd where a unit of systemd's has it.
+    pub fn take_down(&self, unit: Option<&str>) -> Result<()> {
+        if !self.processes()?.is_empty() {
+            self.kill()?;
+        }
+        if let Some(unit) = unit {
+            crate::systemd::stop(unit)?;
+        }
+        self.remove()
     }
 
     /// Waits until it has no processes and removes it with all below.
@@ -268,6 +282,11 @@ impl Cgroup {
     }
 }
 
+/// Whether a file could not be used because its cgroup was removed.
+fn is_gone(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
 fn write(path: &Path, value: &str) -> std::io::Result<()> {
     std::fs::OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
 }
@@ -302,7 +321,7 @@ fn collect_processes(folder: &Path, depth: u32, found: &mut Vec<i32>) -> Result<
     let text = match std::fs::read_to_string(&file) {
         Ok(text) => text,
         // Removed meanwhile: nothing is in it.
-        Err(source) if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => return Ok(()),
+        Err(source) if is_gone(&source) => return Ok(()),
         Err(source) => return Err(error(&file, source)),
     };
     found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));

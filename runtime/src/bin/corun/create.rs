@@ -3,6 +3,7 @@
 use crate::{Context, console};
 use anyhow::{Context as _, Result, bail};
 use coracle_runtime::state::{self, Folder, State};
+use coracle_runtime::systemd::{Holder, Scope};
 use coracle_runtime::{Cgroup, Gate, Given, Init, Options, Plan, Stdio, hooks, sealed, spawn_gated, spec};
 use oci_spec::runtime::Spec;
 use std::os::fd::OwnedFd;
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 struct Undo<'folder> {
     folder: &'folder Folder,
     cgroup: Option<Cgroup>,
+    /// The unit of systemd's that has the cgroup.
+    unit: Option<String>,
     /// Where and over which mount a container without a mount namespace mounts on the host.
     mounted: Option<(PathBuf, u64)>,
     armed: bool,
@@ -22,11 +25,10 @@ impl Drop for Undo<'_> {
         if !self.armed {
             return;
         }
-        if let Some(cgroup) = &self.cgroup {
-            let removed = cgroup.kill().and_then(|()| cgroup.remove());
-            if let Err(error) = removed {
-                eprintln!("corun: {error}");
-            }
+        if let Some(cgroup) = &self.cgroup
+            && let Err(error) = cgroup.take_down(self.unit.as_deref())
+        {
+            eprintln!("corun: {error}");
         }
         let unmounted = self.mounted.as_ref().map_or(Ok(()), |(root, below)| state::unmount_above(root, *below));
         for error in [unmounted, self.folder.remove()].into_iter().filter_map(Result::err) {
@@ -78,8 +80,11 @@ fn make<'folder>(
     let plan = Plan::compile(&specification, &bundle, &options)?;
     let rootfs = bundle.join(specification.root().as_ref().map_or(Path::new(""), |root| root.path()));
     folder.create(&bytes)?;
-    let mut undo = Undo { folder, cgroup: None, mounted: None, armed: true };
-    undo.cgroup = cgroup(context, &plan, &folder.id)?;
+    let mut undo = Undo { folder, cgroup: None, unit: None, mounted: None, armed: true };
+    let holder = if context.systemd { Some(scope(&plan, &specification, &mut undo)?) } else { None };
+    if holder.is_none() {
+        undo.cgroup = cgroup(context, &plan, &folder.id)?;
+    }
     if !plan.mounts_apart() {
         undo.mounted = Some((rootfs.clone(), state::mount_id(&rootfs)?));
     }
@@ -90,6 +95,7 @@ fn make<'folder>(
     let standard = coracle_sys::process::borrow_standard;
     let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };
     let mut init = spawn_gated(&plan, undo.cgroup.as_ref(), stdio, Given { listener, own_mount })?;
+    drop(holder);
     // Written while the new process sets itself up.
     let state = State {
         oci_version: specification.version().clone(),
@@ -101,6 +107,7 @@ fn make<'folder>(
         created: state::now(),
         owner: owner(),
         cgroup: undo.cgroup.as_ref().map(|cgroup| cgroup.name().to_path_buf()).unwrap_or_default(),
+        unit: undo.unit.clone(),
         mounted_over: undo.mounted.as_ref().map(|(_, below)| *below),
         annotations: specification.annotations().clone().unwrap_or_default(),
     };
@@ -124,6 +131,18 @@ fn owner() -> String {
         })
     };
     std::fs::read_to_string("/etc/passwd").ok().and_then(entry).unwrap_or_else(|| format!("#{uid}"))
+}
+
+/// Has systemd make the cgroup and sets the limits that it has no words for.
+fn scope(plan: &Plan, specification: &Spec, undo: &mut Undo<'_>) -> Result<Holder> {
+    let id = &undo.folder.id;
+    let scope = Scope::of(plan.cgroups_path(), id)?;
+    let (holder, name) = scope.start(id, plan.resources(), specification.annotations().as_ref())?;
+    undo.unit = Some(scope.unit().to_owned());
+    let cgroup = undo.cgroup.insert(Cgroup::create(&name)?);
+    cgroup.apply(plan.resources())?;
+    plan.delegate(cgroup)?;
+    Ok(holder)
 }
 
 /// Makes the cgroup with its limits. An unprivileged user who may not make one does without, unless limits are asked for.
@@ -181,10 +200,7 @@ fn cgroup_name(plan: &Plan, id: &str) -> Result<PathBuf> {
     match plan.cgroups_path().filter(|path| !path.as_os_str().is_empty()) {
         None => Ok(Path::new("/").join(id)),
         Some(path) if !path.has_root() && path.to_string_lossy().matches(':').count() == 2 => {
-            bail!(
-                "linux.cgroupsPath {} is meant for systemd, which this runtime does not use for cgroups",
-                path.display()
-            )
+            bail!("linux.cgroupsPath {} is meant for systemd: give --systemd-cgroup", path.display())
         }
         Some(path) => Ok(Path::new("/").join(path)),
     }
@@ -273,10 +289,7 @@ pub(crate) fn run(context: &Context) -> Result<i32> {
     made.undo.armed = false;
     if let Some(cgroup) = &made.undo.cgroup {
         // Processes outlive the first one where the container has no PID namespace of its own.
-        if !cgroup.processes()?.is_empty() {
-            cgroup.kill()?;
-        }
-        cgroup.remove()?;
+        cgroup.take_down(made.undo.unit.as_deref())?;
     }
     made.state.unmount()?;
     folder.remove()?;

@@ -12,6 +12,7 @@ mod update;
 use anyhow::{Result, anyhow, bail};
 use args::{Flags, Invocation};
 use coracle_runtime::state::{self, Folder, State};
+use coracle_runtime::systemd;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +29,8 @@ pub(crate) struct Context {
     pub words: Vec<String>,
     /// `--rootless`: whether a cgroup that may not be made is done without; `None` decides by the caller's user.
     pub rootless: Option<bool>,
+    /// `--systemd-cgroup`: systemd makes the cgroup.
+    pub systemd: bool,
     log: Option<PathBuf>,
     format: String,
 }
@@ -53,6 +56,10 @@ impl Context {
 
 fn main() {
     let line: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    if line == [systemd::HOLDER] {
+        // A process of our own (see there); nobody reads what it says.
+        std::process::exit(i32::from(systemd::Holder::run().is_err()));
+    }
     let invocation = match args::parse(line) {
         Ok(invocation) => invocation,
         Err(error) => {
@@ -108,11 +115,6 @@ fn run(invocation: Invocation) -> Result<i32> {
         }
         return Ok(0);
     };
-    if global.has("systemd-cgroup") {
-        bail!(
-            "--systemd-cgroup: this runtime manages cgroups itself and does not speak to systemd; leave the flag out"
-        );
-    }
     let root = global.value("root").map_or_else(default_root, PathBuf::from);
     let rootless = match global.value("rootless") {
         None | Some("auto") => None,
@@ -125,6 +127,7 @@ fn run(invocation: Invocation) -> Result<i32> {
         flags,
         words,
         rootless,
+        systemd: global.has("systemd-cgroup"),
         log: global.value("log").map(PathBuf::from),
         format: global.value("log-format").unwrap_or("text").to_string(),
     };

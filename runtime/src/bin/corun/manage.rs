@@ -133,10 +133,7 @@ pub(crate) fn delete(context: &Context) -> Result<i32> {
         }
     }
     if let Some(cgroup) = &cgroup {
-        if !cgroup.processes()?.is_empty() {
-            cgroup.kill()?;
-        }
-        cgroup.remove()?;
+        cgroup.take_down(state.unit.as_deref())?;
     }
     state.unmount()?;
     let hooks = folder.load_spec().ok().and_then(|spec| spec.hooks().clone());

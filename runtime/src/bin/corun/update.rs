@@ -3,7 +3,7 @@
 use crate::Context;
 use anyhow::{Context as _, Result, bail};
 use coracle_runtime::state::Status;
-use coracle_runtime::{device, spec};
+use coracle_runtime::{device, spec, systemd};
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -108,6 +108,9 @@ pub(crate) fn update(context: &Context) -> Result<i32> {
     }
     let resources: LinuxResources = serde_json::from_value(touched)?;
     let cgroup = state.need_cgroup()?;
+    if let Some(unit) = &state.unit {
+        systemd::set(unit, &resources)?;
+    }
     cgroup.set(&resources)?;
     if let Some(rules) = resources.devices().as_deref().filter(|rules| !rules.is_empty()) {
         cgroup.replace_devices(&device::rules(rules)?)?;

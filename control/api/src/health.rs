@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use crate::http::{Query, Response, bytes_response, json_response, text_response};
+use crate::http::{Query, Response, json_response, text_response};
 use crate::server::ApiServer;
 
 /// Version of the API that is served.
@@ -18,7 +18,7 @@ pub(crate) async fn answer(api: &Arc<ApiServer>, path: &str, query: &Query) -> O
         return Some(version());
     }
     if path == "/metrics" {
-        return Some(metrics(api).await);
+        return Some(crate::metrics::answer(api).await);
     }
     let trimmed = path.trim_end_matches('/');
     let (name, check) = match trimmed.strip_prefix('/')?.split_once('/') {
@@ -93,15 +93,4 @@ fn arch() -> &'static str {
         "aarch64" => "arm64",
         other => other,
     }
-}
-
-async fn metrics(api: &ApiServer) -> Response {
-    let mut text = api.limits.metrics();
-    if let Ok(revision) = api.store.revision().await {
-        text.push_str(
-            "# HELP coracle_store_revision Newest revision of the store.\n# TYPE coracle_store_revision counter\n",
-        );
-        text.push_str(&format!("coracle_store_revision {revision}\n"));
-    }
-    bytes_response(200, "text/plain; version=0.0.4; charset=utf-8", text)
 }

@@ -101,7 +101,7 @@ pub struct ApiServer {
     pub(crate) aggregated: crate::aggregate::Aggregated,
     pub(crate) documents: crate::discovery::Documents,
     pub(crate) frames: handlers::Frames,
-    pub(crate) limits: handlers::Limits,
+    pub(crate) flow: crate::flow::Flow,
     /// Definitions are taken in one after the other.
     pub(crate) crd_turn: tokio::sync::Mutex<()>,
     /// Definitions whose objects are being deleted.
@@ -132,7 +132,7 @@ impl ApiServer {
             aggregated: crate::aggregate::Aggregated::default(),
             documents: crate::discovery::Documents::default(),
             frames: handlers::Frames::default(),
-            limits: handlers::Limits::default(),
+            flow: crate::flow::Flow::default(),
             crd_turn: tokio::sync::Mutex::default(),
             crd_cleanups: parking_lot::Mutex::default(),
             me: me.clone(),
@@ -145,6 +145,7 @@ impl ApiServer {
         api.chain.get_or_init(|| admission::chain(&api));
         api.authz.get_or_init(|| authz::authorizer(&api));
         bootstrap::ensure(&api).await.map_err(step("create the objects of a fresh cluster"))?;
+        crate::flow::follow(&api).await;
         crate::aggregate::start(&api);
         Ok(api)
     }

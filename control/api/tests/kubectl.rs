@@ -41,6 +41,14 @@ metadata: {name: web}
 spec: {selector: {app: web}, ports: [{port: 80}]}
 ";
 
+const LIST: &str = "
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: ConfigMap, metadata: {name: one}, data: {a: b}}
+- {apiVersion: v1, kind: ConfigMap, metadata: {name: two}, data: {a: b}}
+";
+
 const DEFINITION: &str = "
 apiVersion: apiextensions.k8s.io/v1
 kind: CustomResourceDefinition
@@ -80,6 +88,9 @@ async fn kubectl_works() {
         ok(&["set", "image", "deploy/web", "c=nginx:2"], "", "image updated");
         ok(&["describe", "deploy", "web"], "", "nginx:2");
         ok(&["explain", "pod.spec.containers"], "", "List of containers");
+        ok(&["explain", "pod.spec.containers", "--output=plaintext-openapiv2"], "", "List of containers");
+        ok(&["apply", "-f", "-"], LIST, "configmap/two created");
+        ok(&["create", "--validate", "-f", "-"], &LIST.replace("one", "three").replace("two", "four"), "four created");
         ok(&["apply", "--server-side", "--force-conflicts", "-f", "-"], MANIFEST, "serverside-applied");
         let (success, text) = run(&server, &["apply", "-f", "-"], &MANIFEST.replace("replicas", "replicaz"));
         assert!(!success && text.contains("unknown field \"spec.replicaz\""), "{text}");

@@ -622,3 +622,58 @@ async fn definitions_change_under_their_objects() {
         other => panic!("{other:?}"),
     }
 }
+
+#[tokio::test]
+async fn admission_sees_the_version_it_names_and_what_it_adds_is_pruned() {
+    let s = Server::start().await;
+    let text = json!({"type": "string"});
+    let spec = json!({"type": "object", "properties": {"a": text, "b": text, "seen": text}});
+    let version = |name: &str, storage: bool| {
+        json!({"name": name, "served": true, "storage": storage,
+            "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}}})
+    };
+    let definition = json!({"spec": {"group": "example.com", "scope": "Cluster", "names": {"plural": "boats", "kind": "Boat"},
+        "versions": [version("v1", true), version("v2", false)]}});
+    let definition = object("apiextensions.k8s.io/v1", "CustomResourceDefinition", "boats.example.com", definition);
+    s.ok("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition).await;
+    let (url, ca) = webhook(|r| {
+        use base64::Engine as _;
+        let seen = format!("{} {}", r["kind"]["version"], r["requestKind"]["version"]).replace('"', "");
+        let ok = r["object"]["apiVersion"] == "example.com/v1" && r["resource"]["version"] == "v1";
+        let patch = json!([{"op": "add", "path": "/spec/seen", "value": seen}, {"op": "add", "path": "/spec/alien", "value": "x"}]);
+        json!({"allowed": ok, "patchType": "JSONPatch",
+            "patch": base64::engine::general_purpose::STANDARD.encode(patch.to_string())})
+    })
+    .await;
+    let group = "/apis/admissionregistration.k8s.io/v1";
+    let v = "admissionregistration.k8s.io/v1";
+    let rules = json!([{"operations": ["CREATE"], "apiGroups": ["example.com"], "apiVersions": ["v1"], "resources": ["boats"]}]);
+    let hooks = format!("{group}/mutatingwebhookconfigurations");
+    s.ok(
+        "POST",
+        &hooks,
+        object(v, "MutatingWebhookConfiguration", "m", hook(&url, &ca, "boats", json!({"rules": rules}))),
+    )
+    .await;
+    let policy = json!({"spec": {"matchConstraints": {"resourceRules": rules},
+        "validations": [{"expression": "object.apiVersion == 'example.com/v1' && object.spec.a != 'bad'", "message": "bad"}]}});
+    s.ok("POST", &format!("{group}/validatingadmissionpolicies"), object(v, "ValidatingAdmissionPolicy", "p", policy))
+        .await;
+    let binding = json!({"spec": {"policyName": "p", "validationActions": ["Deny"]}});
+    let binding = object(v, "ValidatingAdmissionPolicyBinding", "p", binding);
+    s.ok("POST", &format!("{group}/validatingadmissionpolicybindings"), binding).await;
+    let boat = |name: &str, a: &str| object("example.com/v2", "Boat", name, json!({"spec": {"a": a}}));
+    let made = s.ok("POST", "/apis/example.com/v2/boats", boat("one", "good")).await;
+    assert_eq!(
+        (&made["apiVersion"], &made["spec"]),
+        (&json!("example.com/v2"), &json!({"a": "good", "seen": "v1 v2"}))
+    );
+    let refused = s.refused("POST", "/apis/example.com/v2/boats", boat("two", "bad")).await;
+    assert!(refused.message.ends_with("denied request: bad"), "{}", refused.message);
+    // Who wants exactly its version is not asked about another.
+    let exact = json!({"rules": rules, "matchPolicy": "Exact"});
+    let exact = object(v, "MutatingWebhookConfiguration", "m", hook(&url, &ca, "boats", exact));
+    s.ok("PUT", &format!("{hooks}/m"), exact).await;
+    let made = s.ok("POST", "/apis/example.com/v2/boats", boat("three", "good")).await;
+    assert_eq!(made["spec"], json!({"a": "good"}));
+}

@@ -11,7 +11,7 @@ use crate::admission::plugin::look;
 use crate::authz::{Attributes, Decision};
 use crate::context::{Context, Operation};
 use crate::kinds::edit::{drop, list, put, text};
-use crate::kinds::{meta, reviews};
+use crate::kinds::{Kind, meta, reviews};
 use crate::status::Status;
 use crate::user::UserInfo;
 
@@ -24,23 +24,51 @@ pub fn exempt(ctx: &Context) -> bool {
     ctx.kind.group == GROUP
 }
 
-/// Whether any of the rules takes the request in; `names` says whether rules may name objects.
-pub fn rules_match(rules: &[Value], ctx: &Context) -> bool {
+/// The rows of the objects at hand: the request's own, then those of their other served versions.
+pub fn versions(ctx: &Context) -> Vec<Arc<Kind>> {
+    let mut found = vec![Arc::clone(&ctx.kind)];
+    let is_other =
+        |k: &&Arc<Kind>| k.served && k.prefix == ctx.kind.prefix && k.api_version() != ctx.kind.api_version();
+    if ctx.kind.stored() {
+        found.extend(ctx.api.registry.rows().all.iter().filter(is_other).cloned());
+    }
+    found
+}
+
+/// The row in whose version the rules take the request in: the request's own, or with `matchPolicy: Equivalent` that of
+/// another version of the same objects. The rules' owner is then to see the object in that version.
+pub fn matched<'a>(rules: &[Value], holder: &Value, versions: &'a [Arc<Kind>], ctx: &Context) -> Option<&'a Arc<Kind>> {
+    let considered = if text(holder, "matchPolicy") == "Exact" { 1 } else { versions.len() };
+    versions[..considered].iter().find(|kind| rules_match(rules, kind, ctx))
+}
+
+/// An object in another version of its resource. Bodies of subresources with a kind of their own stay as they are.
+pub async fn in_version(ctx: &Context, kind: &Kind, object: &Value) -> Result<Value, Status> {
+    let own = object.get("kind").is_some_and(|k| *k == ctx.kind.kind.as_str());
+    if !own || text(object, "apiVersion") == kind.api_version() {
+        return Ok(object.clone());
+    }
+    let all = crate::handlers::convert(kind, vec![object.clone()], &kind.api_version()).await?;
+    all.into_iter().next().ok_or_else(|| Status::internal("a conversion lost its object"))
+}
+
+/// Whether any of the rules takes the request in, were it made in this row's version.
+fn rules_match(rules: &[Value], kind: &Kind, ctx: &Context) -> bool {
     rules.iter().any(|r| {
         let has = |field: &str, word: &str| list(r, field).iter().any(|v| v == "*" || v == word);
         let scope = match text(r, "scope") {
-            "Namespaced" => ctx.kind.namespaced(),
-            "Cluster" => !ctx.kind.namespaced(),
+            "Namespaced" => kind.namespaced(),
+            "Cluster" => !kind.namespaced(),
             _ => true,
         };
         let resource = list(r, "resources").iter().filter_map(Value::as_str).any(|x| {
             let (res, sub) = x.split_once('/').unwrap_or((x, ""));
-            (res == "*" || res == ctx.kind.resource) && ((sub == "*" && x != "*") || sub == ctx.subresource)
+            (res == "*" || res == kind.resource) && ((sub == "*" && x != "*") || sub == ctx.subresource)
         });
         let names = list(r, "resourceNames");
         has("operations", ctx.operation.as_str())
-            && has("apiGroups", &ctx.kind.group)
-            && has("apiVersions", &ctx.kind.version)
+            && has("apiGroups", &kind.group)
+            && has("apiVersions", &kind.version)
             && scope
             && resource
             && (names.is_empty() || names.iter().any(|n| n == ctx.name.as_str()))
@@ -79,17 +107,17 @@ pub fn selectors_match(
         || [Some(object), old].into_iter().flatten().any(|o| o.is_object() && meta::selects(by_object, &labels(o)))
 }
 
-/// `kind` and `resource` of the request, and the rest of `AdmissionRequest` without the objects.
-pub fn request(ctx: &Context) -> Value {
-    let kind = match ctx.kind.subresource(&ctx.subresource) {
+/// `AdmissionRequest` without the objects, for somebody whose rules name the objects in the version of `matched`.
+pub fn request(ctx: &Context, matched: &Kind) -> Value {
+    let body = |kind: &Kind| match kind.subresource(&ctx.subresource) {
         Some(s) if !s.kind.is_empty() => json!({"group": s.group, "version": s.version, "kind": s.kind}),
-        _ => json!({"group": ctx.kind.group, "version": ctx.kind.version, "kind": ctx.kind.kind}),
+        _ => json!({"group": kind.group, "version": kind.version, "kind": kind.kind}),
     };
-    let resource = json!({"group": ctx.kind.group, "version": ctx.kind.version, "resource": ctx.kind.resource});
+    let resource = |kind: &Kind| json!({"group": kind.group, "version": kind.version, "resource": kind.resource});
     let mut r = json!({
         "uid": uuid::Uuid::new_v4().to_string(),
-        "kind": kind, "requestKind": kind,
-        "resource": resource, "requestResource": resource,
+        "kind": body(matched), "requestKind": body(&ctx.kind),
+        "resource": resource(matched), "requestResource": resource(&ctx.kind),
         "operation": ctx.operation.as_str(),
         "userInfo": reviews::user_info(&ctx.user),
         "dryRun": ctx.dry_run,

@@ -9,10 +9,10 @@ use serde_json::Value;
 
 use crate::admission::matching::{self, Asked, Facts, program};
 use crate::admission::plugin::{Plugin, look_all};
-use crate::admission::webhook::redefault;
+use crate::admission::webhook::settle;
 use crate::context::Context;
 use crate::kinds::edit::{list, text};
-use crate::kinds::meta;
+use crate::kinds::{Kind, meta};
 use crate::status::{Cause, Status};
 
 const GROUP: &str = "admissionregistration.k8s.io";
@@ -38,6 +38,8 @@ struct Case {
     policy: Arc<Value>,
     binding: Arc<Value>,
     params: Value,
+    /// The row in whose version the policy sees the object.
+    kind: Arc<Kind>,
 }
 
 /// An error of a policy, which its failure policy may let pass.
@@ -49,18 +51,25 @@ fn misconfigured(ctx: &Context, kind: &str, policy: &Value, binding: &Value, why
     Err(Status::forbidden(&ctx.kind, &ctx.name, format!("{kind} '{p}' with binding '{b}' denied request: {why}")))
 }
 
-fn constrained(
+/// The row in whose version `matchConstraints` or `matchResources` take the request in.
+fn constrained<'a>(
     holder: Option<&Value>,
     ctx: &Context,
+    versions: &'a [Arc<Kind>],
     namespace: Option<&Value>,
     object: &Value,
     old: Option<&Value>,
-) -> bool {
-    let Some(m) = holder else { return true };
-    let rules = list(m, "resourceRules");
-    (rules.is_empty() || matching::rules_match(rules, ctx))
-        && !matching::rules_match(list(m, "excludeResourceRules"), ctx)
-        && matching::selectors_match(m, ctx, namespace, object, old)
+) -> Option<&'a Arc<Kind>> {
+    let Some(m) = holder else { return versions.first() };
+    if matching::matched(list(m, "excludeResourceRules"), m, versions, ctx).is_some()
+        || !matching::selectors_match(m, ctx, namespace, object, old)
+    {
+        return None;
+    }
+    match list(m, "resourceRules") {
+        [] => versions.first(),
+        rules => matching::matched(rules, m, versions, ctx),
+    }
 }
 
 /// All cases of a request, policies and bindings in the order of their names.
@@ -79,14 +88,14 @@ async fn cases(
     let singular = policies.strip_suffix("policies").unwrap_or(policies);
     let bindings: Vec<Arc<Value>> =
         look_all(ctx, GROUP, &format!("{singular}policybindings"), "").await?.into_iter().map(Arc::new).collect();
+    let versions = matching::versions(ctx);
+    let limits = |holder: Option<&Value>| constrained(holder, ctx, &versions, namespace, object, old);
     let mut out = Vec::new();
     for policy in all.into_iter().map(Arc::new) {
-        if !constrained(policy.pointer("/spec/matchConstraints"), ctx, namespace, object, old) {
-            continue;
-        }
+        let Some(seen) = limits(policy.pointer("/spec/matchConstraints")) else { continue };
         for binding in &bindings {
             let bound = crate::object::text(binding, "/spec/policyName") == crate::object::name(&policy);
-            if !bound || !constrained(binding.pointer("/spec/matchResources"), ctx, namespace, object, old) {
+            if !bound || limits(binding.pointer("/spec/matchResources")).is_none() {
                 continue;
             }
             match params(ctx, &policy, binding).await? {
@@ -94,6 +103,7 @@ async fn cases(
                     policy: Arc::clone(&policy),
                     binding: Arc::clone(binding),
                     params,
+                    kind: Arc::clone(seen),
                 })),
                 Err(why) => misconfigured(ctx, kind, &policy, binding, &why)?,
             }
@@ -162,14 +172,16 @@ async fn validate(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<
     const KIND: &str = "ValidatingAdmissionPolicy";
     let namespace = matching::namespace_of(ctx).await?;
     let cases = cases(ctx, KIND, "validatingadmissionpolicies", object, old, namespace.as_ref()).await?;
-    let budget = Budget::of_object();
     for case in cases {
         let (policy, binding) = (&case.policy, &case.binding);
+        let object = matching::in_version(ctx, &case.kind, object).await?;
+        let old = matching::in_version(ctx, &case.kind, old.unwrap_or(&Value::Null)).await?;
+        let budget = Budget::of_object();
         let facts = Facts {
             ctx,
-            request: matching::request(ctx),
-            object,
-            old: old.unwrap_or(&Value::Null),
+            request: matching::request(ctx, &case.kind),
+            object: &object,
+            old: &old,
             namespace: namespace.clone().unwrap_or_default(),
             params: case.params,
         };
@@ -310,23 +322,36 @@ async fn mutate(ctx: &Context, object: &mut Value, old: Option<&Value>) -> Resul
     if cases.is_empty() {
         return Ok(());
     }
-    let budget = Budget::of_object();
     let mut again = Vec::new();
     for case in &cases {
-        let before = object.clone();
-        one(ctx, KIND, case, object, old, namespace.as_ref(), &budget)?;
-        if *object != before {
-            redefault(ctx, object);
-        }
+        run(ctx, KIND, case, object, old, namespace.as_ref()).await?;
         again.push(object.clone());
     }
     // Those who asked for it see what came after them.
     for (case, seen) in cases.iter().zip(&again) {
         let wants = case.policy.pointer("/spec/reinvocationPolicy").and_then(Value::as_str) == Some("IfNeeded");
         if wants && seen != object {
-            one(ctx, KIND, case, object, old, namespace.as_ref(), &budget)?;
-            redefault(ctx, object);
+            run(ctx, KIND, case, object, old, namespace.as_ref()).await?;
         }
+    }
+    Ok(())
+}
+
+/// Lets a case change the object, in the version that its policy names.
+async fn run(
+    ctx: &Context,
+    kind: &str,
+    case: &Case,
+    object: &mut Value,
+    old: Option<&Value>,
+    namespace: Option<&Value>,
+) -> Result<(), Status> {
+    let before = matching::in_version(ctx, &case.kind, object).await?;
+    let old = matching::in_version(ctx, &case.kind, old.unwrap_or(&Value::Null)).await?;
+    let mut changed = before.clone();
+    one(ctx, kind, case, &mut changed, &old, namespace, &Budget::of_object())?;
+    if changed != before {
+        *object = settle(ctx, &case.kind, changed).await?;
     }
     Ok(())
 }
@@ -336,7 +361,7 @@ fn one(
     kind: &str,
     case: &Case,
     object: &mut Value,
-    old: Option<&Value>,
+    old: &Value,
     namespace: Option<&Value>,
     budget: &Budget,
 ) -> Result<(), Status> {
@@ -354,9 +379,9 @@ fn one(
         let seen = object.clone();
         let facts = Facts {
             ctx,
-            request: matching::request(ctx),
+            request: matching::request(ctx, &case.kind),
             object: &seen,
-            old: old.unwrap_or(&Value::Null),
+            old,
             namespace: namespace.cloned().unwrap_or_default(),
             params: case.params.clone(),
         };
@@ -372,7 +397,7 @@ fn one(
                 coracle_schema::patch::json::apply(object, &bytes).map_err(|e| e.to_string())
             } else {
                 // Lists merge by their keys, as server-side apply merges them.
-                let merged = coracle_schema::apply::overlay(object, &patch, ctx.kind.schema());
+                let merged = coracle_schema::apply::overlay(object, &patch, case.kind.schema());
                 merged.map(|merged| *object = merged).map_err(|e| e.to_string())
             }
         });

@@ -2,6 +2,8 @@
 //!
 //! Source: `k8s.io/api/admission/v1`, `k8s.io/apiserver/pkg/admission/plugin/webhook`.
 
+use std::sync::Arc;
+
 use base64::Engine as _;
 use futures::future::join_all;
 use serde_json::{Value, json};
@@ -10,6 +12,7 @@ use crate::admission::matching::{self, Facts};
 use crate::admission::plugin::{Plugin, look_all};
 use crate::admission::{PLUGINS, call};
 use crate::context::Context;
+use crate::kinds::Kind;
 use crate::kinds::edit::{int, list, put, text};
 use crate::status::Status;
 
@@ -38,32 +41,55 @@ async fn hooks(ctx: &Context, resource: &str) -> Result<Vec<Value>, Status> {
     Ok(all.iter().flat_map(|c| list(c, "webhooks").to_vec()).take(CALLS_MAX).collect())
 }
 
-/// Whether a webhook is to be called; an error is the refusal of one that cannot tell and must not be passed over.
-fn wanted(
-    hook: &Value,
-    ctx: &Context,
-    namespace: Option<&Value>,
-    object: &Value,
-    old: Option<&Value>,
-) -> Result<bool, Status> {
-    if !matching::rules_match(list(hook, "rules"), ctx) || !matching::selectors_match(hook, ctx, namespace, object, old)
-    {
-        return Ok(false);
+/// What a webhook is told: the objects in the version that its rules name.
+struct Told {
+    kind: Arc<Kind>,
+    object: Value,
+    old: Option<Value>,
+}
+
+/// What a request is made of, for all webhooks.
+struct Request<'a> {
+    ctx: &'a Context,
+    versions: Vec<Arc<Kind>>,
+    namespace: Option<Value>,
+    old: Option<&'a Value>,
+}
+
+impl<'a> Request<'a> {
+    async fn new(ctx: &'a Context, old: Option<&'a Value>) -> Result<Self, Status> {
+        Ok(Self { ctx, versions: matching::versions(ctx), namespace: matching::namespace_of(ctx).await?, old })
     }
+}
+
+/// What a webhook is to be called with, `None` when it is not to be called; an error is the refusal of one that cannot tell and
+/// must not be passed over.
+async fn wanted(hook: &Value, request: &Request<'_>, object: &Value) -> Result<Option<Told>, Status> {
+    let (ctx, old) = (request.ctx, request.old);
+    let Some(kind) = matching::matched(list(hook, "rules"), hook, &request.versions, ctx) else { return Ok(None) };
+    if !matching::selectors_match(hook, ctx, request.namespace.as_ref(), object, old) {
+        return Ok(None);
+    }
+    let object = matching::in_version(ctx, kind, object).await?;
+    let old = match old {
+        Some(old) => Some(matching::in_version(ctx, kind, old).await?),
+        None => None,
+    };
+    let told = Told { kind: Arc::clone(kind), object, old };
     let conditions = list(hook, "matchConditions");
     if !conditions.is_empty() {
         let facts = Facts {
             ctx,
-            request: matching::request(ctx),
-            object,
-            old: old.unwrap_or(&Value::Null),
-            namespace: namespace.cloned().unwrap_or_default(),
+            request: matching::request(ctx, kind),
+            object: &told.object,
+            old: told.old.as_ref().unwrap_or(&Value::Null),
+            namespace: request.namespace.clone().unwrap_or_default(),
             params: Value::Null,
         };
         match matching::conditions_match(conditions, &facts) {
             Ok(true) => {}
-            Ok(false) => return Ok(false),
-            Err(_) if text(hook, "failurePolicy") == "Ignore" => return Ok(false),
+            Ok(false) => return Ok(None),
+            Err(_) if text(hook, "failurePolicy") == "Ignore" => return Ok(None),
             Err(why) => {
                 return Err(Status::forbidden(
                     &ctx.kind,
@@ -79,15 +105,15 @@ fn wanted(
             text(hook, "name")
         )));
     }
-    Ok(true)
+    Ok(Some(told))
 }
 
 /// Calls one webhook; `None` when it failed and may be passed over.
-async fn ask(ctx: &Context, hook: &Value, object: &Value, old: Option<&Value>) -> Result<Option<Value>, Status> {
+async fn ask(ctx: &Context, hook: &Value, told: &Told) -> Result<Option<Value>, Status> {
     let name = text(hook, "name");
-    let mut request = matching::request(ctx);
-    put(&mut request, "object", object.clone());
-    put(&mut request, "oldObject", old.cloned().unwrap_or_default());
+    let mut request = matching::request(ctx, &told.kind);
+    put(&mut request, "object", told.object.clone());
+    put(&mut request, "oldObject", told.old.clone().unwrap_or_default());
     let uid = text(&request, "uid").to_owned();
     let version = list(hook, "admissionReviewVersions")
         .iter()
@@ -174,15 +200,13 @@ async fn validate(ctx: &Context, object: &Value, old: Option<&Value>) -> Result<
     if hooks.is_empty() {
         return Ok(());
     }
-    let namespace = matching::namespace_of(ctx).await?;
+    let request = Request::new(ctx, old).await?;
     let mut called = Vec::new();
     for hook in &hooks {
-        if wanted(hook, ctx, namespace.as_ref(), object, old)? {
-            called.push(hook);
-        }
+        called.extend(wanted(hook, &request, object).await?.map(|told| (hook, told)));
     }
     // All at once: they do not see each other.
-    let answers = join_all(called.iter().map(|hook| async move { (*hook, ask(ctx, hook, object, old).await) })).await;
+    let answers = join_all(called.iter().map(|(hook, told)| async move { (*hook, ask(ctx, hook, told).await) })).await;
     for (hook, answer) in answers {
         if let Some(response) = answer?
             && !allowed(&response)
@@ -198,13 +222,13 @@ async fn mutate(ctx: &Context, object: &mut Value, old: Option<&Value>) -> Resul
     if hooks.is_empty() {
         return Ok(());
     }
-    let namespace = matching::namespace_of(ctx).await?;
+    let request = Request::new(ctx, old).await?;
     let before = object.clone();
     // What the object was after each webhook, to tell whether something changed since.
     let mut last: Vec<Option<Value>> = vec![None; hooks.len()];
     for (i, hook) in hooks.iter().enumerate() {
-        if wanted(hook, ctx, namespace.as_ref(), object, old)? {
-            one(ctx, hook, object, old).await?;
+        if let Some(told) = wanted(hook, &request, object).await? {
+            one(ctx, hook, told, object).await?;
             last[i] = Some(object.clone());
         }
     }
@@ -222,16 +246,16 @@ async fn mutate(ctx: &Context, object: &mut Value, old: Option<&Value>) -> Resul
         let changed = seen.as_ref().is_some_and(|s| *s != *object);
         if text(hook, "reinvocationPolicy") == "IfNeeded"
             && changed
-            && wanted(hook, ctx, namespace.as_ref(), object, old)?
+            && let Some(told) = wanted(hook, &request, object).await?
         {
-            one(ctx, hook, object, old).await?;
+            one(ctx, hook, told, object).await?;
         }
     }
     Ok(())
 }
 
-async fn one(ctx: &Context, hook: &Value, object: &mut Value, old: Option<&Value>) -> Result<(), Status> {
-    let Some(response) = ask(ctx, hook, object, old).await? else { return Ok(()) };
+async fn one(ctx: &Context, hook: &Value, mut told: Told, object: &mut Value) -> Result<(), Status> {
+    let Some(response) = ask(ctx, hook, &told).await? else { return Ok(()) };
     let name = text(hook, "name");
     if !allowed(&response) {
         return Err(denied(name, &response));
@@ -246,17 +270,22 @@ async fn one(ctx: &Context, hook: &Value, object: &mut Value, old: Option<&Value
             "admission webhook {name:?} attempted to modify the object, which is not supported for this operation"
         )));
     }
-    coracle_schema::patch::json::apply(object, &bytes).map_err(Status::internal)?;
-    redefault(ctx, object);
+    coracle_schema::patch::json::apply(&mut told.object, &bytes).map_err(Status::internal)?;
+    *object = settle(ctx, &told.kind, told.object).await?;
     Ok(())
 }
 
-/// What was added gets its defaults like what a client sends.
-pub fn redefault(ctx: &Context, object: &mut Value) {
-    if ctx.subresource.is_empty() || ctx.kind.subresource(&ctx.subresource).is_some_and(|s| s.kind == ctx.kind.kind) {
-        crate::wire::default(&ctx.kind, object);
-        ctx.kind.strategy.default(object);
+/// An object of `kind` that admission has changed, as the request's version has it: fields that the type does not know go, and what
+/// was added gets its defaults, like what a client sends.
+pub async fn settle(ctx: &Context, kind: &Kind, mut object: Value) -> Result<Value, Status> {
+    if !ctx.subresource.is_empty() && ctx.kind.subresource(&ctx.subresource).is_none_or(|s| s.kind != ctx.kind.kind) {
+        return Ok(object);
     }
+    crate::wire::conform(&mut object, kind).map_err(|status| Status::internal(status.message))?;
+    let mut object = matching::in_version(ctx, &ctx.kind, &object).await?;
+    crate::wire::default(&ctx.kind, &mut object);
+    ctx.kind.strategy.default(&mut object);
+    Ok(object)
 }
 
 #[cfg(test)]

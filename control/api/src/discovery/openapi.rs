@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use coracle_schema::openapi::{Resource, Source, Subresource};
-use http::header::HeaderMap;
+use coracle_schema::openapi::{Resource, Source, Subresource, gnostic};
+use http::header::{ACCEPT, HeaderMap};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
@@ -14,14 +14,29 @@ use crate::registry::Rows;
 use crate::server::ApiServer;
 use crate::status::Status;
 
-/// `/openapi/v2`.
+/// `/openapi/v2`, as JSON or in the protobuf form that client-go asks for.
 pub(super) fn v2(api: &Arc<ApiServer>, rows: &Rows, generation: u64, headers: &HeaderMap) -> Result<Response, Status> {
-    let document = api.documents.get(generation, "openapi v2", || {
+    let protobuf = v2_as_protobuf(headers)?;
+    let name = if protobuf { "openapi v2 protobuf" } else { "openapi v2" };
+    let document = api.documents.get(generation, name, || {
         let mut document = coracle_schema::openapi::v2(&resources(rows, |_| true), crate::KUBERNETES_VERSION);
         crate::aggregate::merge_v2(api, &mut document);
-        serde_json::to_vec(&document).map_err(Status::internal)
+        if protobuf { Ok(gnostic::encode(&document)) } else { serde_json::to_vec(&document).map_err(Status::internal) }
     })?;
-    Ok(document.answer(headers, "application/json"))
+    Ok(document.answer(headers, if protobuf { gnostic::MEDIA_TYPES[1] } else { "application/json" }))
+}
+
+/// The first clause of `Accept` that can be satisfied decides.
+fn v2_as_protobuf(headers: &HeaderMap) -> Result<bool, Status> {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or("*/*");
+    let asked = accept.split(',').map(|clause| clause.split(';').next().unwrap_or_default().trim());
+    asked
+        .filter_map(|media| match media {
+            "" | "application/json" | "application/*" | "*/*" => Some(false),
+            other => gnostic::MEDIA_TYPES.contains(&other).then_some(true),
+        })
+        .next()
+        .ok_or_else(|| Status::not_acceptable(&["application/json", gnostic::MEDIA_TYPES[0], gnostic::MEDIA_TYPES[1]]))
 }
 
 /// `/openapi/v3`: where the documents of the groups are.

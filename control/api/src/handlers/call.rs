@@ -43,8 +43,8 @@ pub(crate) struct Call {
     /// What managed fields are written under when none is given: the first word of the User-Agent.
     agent: String,
     pub(crate) warnings: Vec<String>,
-    /// The place among the requests in flight; given back when the handler ends.
-    pub(crate) place: Option<super::limits::Place>,
+    /// The seat among the requests in flight; given back when the handler ends.
+    pub(crate) seat: Option<crate::flow::Seat>,
 }
 
 impl Call {
@@ -84,7 +84,7 @@ impl Call {
             route,
             query,
             media,
-            place: None,
+            seat: None,
         };
         let values: Vec<String> = call.query.all("dryRun").filter(|v| !v.is_empty()).map(str::to_owned).collect();
         call.set_dry_run(&values)?;

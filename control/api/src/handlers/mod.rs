@@ -5,7 +5,6 @@ mod call;
 mod compress;
 mod delete;
 mod frames;
-mod limits;
 mod managed;
 mod patch;
 mod read;
@@ -15,33 +14,51 @@ mod watch;
 mod write;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use http::HeaderValue;
 use http::header::{HeaderName, WWW_AUTHENTICATE};
 
 pub(crate) use answer::partial;
-pub(crate) use call::Call;
+pub(crate) use call::{Call, convert};
 pub(crate) use delete::Options;
 pub(crate) use frames::Frames;
-pub(crate) use limits::Limits;
 pub(crate) use subresource::{body_kind, selector_text};
 
 use crate::authz::{Attributes, Decision};
 use crate::http::{Media, Query, ReqBody, Response, Route, Shape, Verb, status_response};
+use crate::kinds::Kind;
 use crate::server::{ApiServer, Caller};
 use crate::status::Status;
 use crate::user::UserInfo;
-use crate::{audit, discovery, health, proxy};
+use crate::{audit, discovery, flow, health, metrics, proxy};
 
 /// Longest list of `Warning` headers of one answer, in bytes; what comes after is left out.
 const WARNINGS_BYTES: usize = 4096;
 
+/// A request on its way: what is known of it so far, for the audit log, the metrics and the answer's headers.
+struct Exchange {
+    audit_id: String,
+    route: Route,
+    query: Query,
+    audit: Option<audit::Entry>,
+    /// How priority and fairness classified it.
+    schema: Option<Arc<flow::Schema>>,
+    kind: Option<Arc<Kind>>,
+}
+
 /// Answers one request, whatever it is.
 pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::Request<ReqBody>) -> Response {
-    let audit_id = uuid::Uuid::new_v4().to_string();
+    let began = Instant::now();
     let accepts_gzip = compress::accepted(request.headers());
-    let mut entry = None;
-    let mut response = match handle(api.clone(), caller, request, &audit_id, &mut entry).await {
+    let (parts, body) = request.into_parts();
+    let query = Query::parse(parts.uri.query());
+    let route = Route::parse(&parts.method, parts.uri.path(), &query);
+    let audit_id = uuid::Uuid::new_v4().to_string();
+    let dry_run = query.has("dryRun");
+    let in_flight = metrics::InFlight::new(&route);
+    let mut exchange = Exchange { audit_id, route, query, audit: None, schema: None, kind: None };
+    let mut response = match handle(api.clone(), caller, parts, body, &mut exchange).await {
         Ok(response) => response,
         Err(status) => {
             let mut response = status_response(&status);
@@ -53,11 +70,17 @@ pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::
             response
         }
     };
-    if let (Some(audit), Some(entry)) = (api.audit.get(), entry) {
+    let code = response.status().as_u16();
+    metrics::answered(&exchange.route, exchange.kind.as_deref(), dry_run, code, began.elapsed());
+    drop(in_flight);
+    if let (Some(audit), Some(entry)) = (api.audit.get(), exchange.audit) {
         response = audit.end(entry, response).await;
     }
-    if let Ok(id) = HeaderValue::from_str(&audit_id) {
+    if let Ok(id) = HeaderValue::from_str(&exchange.audit_id) {
         response.headers_mut().insert(HeaderName::from_static("audit-id"), id);
+    }
+    if let Some(schema) = exchange.schema {
+        flow::mark(&schema, response.headers_mut());
     }
     if accepts_gzip { compress::compress(response) } else { response }
 }
@@ -65,13 +88,11 @@ pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::
 async fn handle(
     api: Arc<ApiServer>,
     caller: Caller,
-    request: http::Request<ReqBody>,
-    audit_id: &str,
-    entry: &mut Option<audit::Entry>,
+    parts: http::request::Parts,
+    body: ReqBody,
+    exchange: &mut Exchange,
 ) -> Result<Response, Status> {
-    let (parts, body) = request.into_parts();
-    let query = Query::parse(parts.uri.query());
-    let route = Route::parse(&parts.method, parts.uri.path(), &query);
+    let (route, query) = (&exchange.route, &exchange.query);
     let local = matches!(caller, Caller::Local(_));
     let (sender, user, peer) = match caller {
         Caller::Local(user) => (user.clone(), user, None),
@@ -81,22 +102,28 @@ async fn handle(
         }
     };
     let acting = (!Arc::ptr_eq(&sender, &user)).then_some(&*user);
-    *entry = api.audit.get().and_then(|audit| audit.begin(audit_id, &sender, acting, peer, &route, &parts));
-    let allowed = authorize(&api, &user, &route, &query);
-    if let Some(entry) = entry {
+    exchange.audit =
+        api.audit.get().and_then(|audit| audit.begin(&exchange.audit_id, &sender, acting, peer, route, &parts));
+    let stays_open = route.resource.as_ref().is_some_and(|r| proxy::stays_open(&r.subresource));
+    let schema = if local || stays_open { None } else { api.flow.classify(&user, route) };
+    let seat = match schema {
+        Some(schema) => Some(api.flow.enter(exchange.schema.insert(schema), &user, route).await?),
+        None => None,
+    };
+    let allowed = authorize(&api, &user, route, query);
+    if let Some(entry) = &mut exchange.audit {
         entry.decided(&allowed);
     }
     allowed?;
-    if let Some(backend) = crate::aggregate::document_target(&api, &route) {
+    if let Some(backend) = crate::aggregate::document_target(&api, route) {
         return crate::aggregate::pass_on(&api, &user, &backend, parts, body).await;
     }
     let Some(resource) = route.resource.clone() else {
         if route.path == crate::node::TUNNEL_PATH {
             return crate::node::open_tunnel(&api, &user, parts);
         }
-        return plain(&api, &user, &route, &parts, &query, body).await;
+        return plain(&api, &user, route, &parts, query, body).await;
     };
-    let place = if local { None } else { Some(api.limits.enter(&user, &route).await?) };
     if let Some(service) = crate::aggregate::target(&api, &resource.group, &resource.version) {
         return crate::aggregate::pass_on(&api, &user, &service, parts, body).await;
     }
@@ -104,6 +131,7 @@ async fn handle(
         .kind(&resource.group, &resource.version, &resource.resource)
         .filter(|kind| kind.served)
         .ok_or_else(Status::no_such_resource)?;
+    exchange.kind = Some(Arc::clone(&kind));
     if kind.namespaced() == resource.namespace.is_empty() && kind.resource != "namespaces" {
         let across = matches!(resource.verb, Verb::List | Verb::Watch)
             && resource.namespace.is_empty()
@@ -113,6 +141,7 @@ async fn handle(
             return Err(Status::no_such_resource());
         }
     }
+    let query = std::mem::take(&mut exchange.query);
     if !resource.subresource.is_empty() && proxy::is_streaming(&kind, &resource.subresource) {
         return proxy::connect(&api, user, kind, resource, parts, query, body).await;
     }
@@ -122,8 +151,8 @@ async fn handle(
         return Err(Status::not_acceptable(&crate::http::SERVED));
     }
     let mut call = Call::new(api, user, kind, resource, query, media, &parts.headers)?;
-    call.place = place;
-    let body = match entry {
+    call.seat = seat;
+    let body = match &mut exchange.audit {
         Some(entry) => entry.request(body, &call.content_type).await?,
         None => body,
     };

@@ -103,7 +103,7 @@ pub(super) async fn watch(call: &mut Call) -> Result<Response, Status> {
         Err(status) => Watcher { failed: Some(status), first: Vec::new().into_iter(), initial_end: None, ..state },
     };
     // A watch does not count among the requests in flight once it has begun.
-    call.place = None;
+    call.seat = None;
     let chunks = stream::unfold(state, |mut state| async move {
         let chunk = state.next().await?;
         Some((Ok::<Bytes, BoxError>(chunk), state))

@@ -21,11 +21,16 @@ use crate::user::UserInfo;
 pub(crate) use forward::{Way, forward};
 pub(crate) use target::endpoint;
 
+/// Whether requests for a subresource last as long as somebody wants, so that they take nobody's seat.
+pub(crate) fn stays_open(subresource: &str) -> bool {
+    matches!(subresource, "log" | "exec" | "attach" | "portforward" | "proxy")
+}
+
 /// Whether a subresource is passed on.
 pub(crate) fn is_streaming(kind: &Kind, subresource: &str) -> bool {
     kind.group.is_empty()
         && match kind.resource.as_str() {
-            "pods" => matches!(subresource, "log" | "exec" | "attach" | "portforward" | "proxy"),
+            "pods" => stays_open(subresource),
             "nodes" | "services" => subresource == "proxy",
             _ => false,
         }

@@ -6,6 +6,7 @@
 mod custom;
 mod definitions;
 mod docs;
+pub mod gnostic;
 mod paths;
 
 use std::collections::BTreeSet;

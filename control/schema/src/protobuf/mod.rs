@@ -5,7 +5,7 @@
 //! maps when not empty. No generated code: the field numbers stand in the type table.
 
 mod read;
-mod wire;
+pub(crate) mod wire;
 mod write;
 
 use serde_json::Value;

@@ -3,7 +3,7 @@
 use super::ProtobufError;
 
 /// Appends a varint.
-pub(super) fn varint(out: &mut Vec<u8>, mut value: u64) {
+pub(crate) fn varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
@@ -12,26 +12,26 @@ pub(super) fn varint(out: &mut Vec<u8>, mut value: u64) {
 }
 
 /// Appends a varint field; negative numbers take ten bytes, as proto2 has it.
-pub(super) fn int(out: &mut Vec<u8>, number: u32, value: i64) {
+pub(crate) fn int(out: &mut Vec<u8>, number: u32, value: i64) {
     varint(out, u64::from(number) << 3);
     varint(out, u64::from_ne_bytes(value.to_ne_bytes()));
 }
 
 /// Appends a 64-bit float field.
-pub(super) fn double(out: &mut Vec<u8>, number: u32, value: f64) {
+pub(crate) fn double(out: &mut Vec<u8>, number: u32, value: f64) {
     varint(out, u64::from(number) << 3 | 1);
     out.extend_from_slice(&value.to_le_bytes());
 }
 
 /// Appends a length-delimited field.
-pub(super) fn bytes(out: &mut Vec<u8>, number: u32, content: &[u8]) {
+pub(crate) fn bytes(out: &mut Vec<u8>, number: u32, content: &[u8]) {
     varint(out, u64::from(number) << 3 | 2);
     varint(out, content.len() as u64);
     out.extend_from_slice(content);
 }
 
 /// Appends a length-delimited field with what `write` appends; the length is put before it afterwards.
-pub(super) fn nested(out: &mut Vec<u8>, number: u32, write: impl FnOnce(&mut Vec<u8>)) {
+pub(crate) fn nested(out: &mut Vec<u8>, number: u32, write: impl FnOnce(&mut Vec<u8>)) {
     varint(out, u64::from(number) << 3 | 2);
     let start = out.len();
     write(out);
@@ -43,7 +43,7 @@ pub(super) fn nested(out: &mut Vec<u8>, number: u32, write: impl FnOnce(&mut Vec
 
 /// The content of one field on the wire.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Content<'a> {
+pub(crate) enum Content<'a> {
     Varint(u64),
     Fixed64(u64),
     Fixed32(u32),
@@ -51,18 +51,18 @@ pub(super) enum Content<'a> {
 }
 
 impl<'a> Content<'a> {
-    pub(super) const fn bytes(self) -> Result<&'a [u8], ProtobufError> {
+    pub(crate) const fn bytes(self) -> Result<&'a [u8], ProtobufError> {
         match self {
             Self::Bytes(bytes) => Ok(bytes),
             _ => Err(ProtobufError::Malformed("wrong wireType for a length-delimited field")),
         }
     }
 
-    pub(super) fn text(self) -> Result<&'a str, ProtobufError> {
+    pub(crate) fn text(self) -> Result<&'a str, ProtobufError> {
         std::str::from_utf8(self.bytes()?).map_err(|_| ProtobufError::Malformed("string field contains invalid UTF-8"))
     }
 
-    pub(super) const fn int(self) -> Result<i64, ProtobufError> {
+    pub(crate) const fn int(self) -> Result<i64, ProtobufError> {
         match self {
             Self::Varint(value) => Ok(i64::from_ne_bytes(value.to_ne_bytes())),
             _ => Err(ProtobufError::Malformed("wrong wireType for a varint field")),
@@ -71,7 +71,7 @@ impl<'a> Content<'a> {
 }
 
 /// Calls `field` with the number and content of each field of a message.
-pub(super) fn each<'a>(
+pub(crate) fn each<'a>(
     mut body: &'a [u8],
     mut field: impl FnMut(u32, Content<'a>) -> Result<(), ProtobufError>,
 ) -> Result<(), ProtobufError> {
@@ -104,7 +104,7 @@ fn take<'a>(body: &mut &'a [u8], length: usize) -> Result<&'a [u8], ProtobufErro
     Ok(head)
 }
 
-pub(super) fn take_varint(body: &mut &[u8]) -> Result<u64, ProtobufError> {
+pub(crate) fn take_varint(body: &mut &[u8]) -> Result<u64, ProtobufError> {
     let mut value = 0_u64;
     for shift in (0..64).step_by(7) {
         let byte = take(body, 1)?[0];

@@ -1,0 +1,84 @@
+//! Priority and fairness, and the metrics, of a real server.
+
+mod common;
+
+use common::Server;
+use coracle_testkit::assert_eventually_async;
+use serde_json::{Value, json};
+
+const GROUP: &str = "/apis/flowcontrol.apiserver.k8s.io/v1";
+
+async fn send(client: &kube::Client, user: &str, method: &str, path: &str, body: Value) -> http::Response<String> {
+    let mut request = http::Request::builder().method(method).uri(path).header("content-type", "application/json");
+    if !user.is_empty() {
+        request = request.header("impersonate-user", user).header("impersonate-group", "system:masters");
+    }
+    let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+    let response =
+        client.send(request.body(kube::client::Body::from(body)).expect("a request")).await.expect("an answer");
+    let (parts, body) = response.into_parts();
+    let text = body.collect_bytes().await.expect("a body");
+    http::Response::from_parts(parts, String::from_utf8_lossy(&text).into_owned())
+}
+
+fn uids(response: &http::Response<String>) -> [&str; 2] {
+    ["x-kubernetes-pf-flowschema-uid", "x-kubernetes-pf-prioritylevel-uid"]
+        .map(|name| response.headers().get(name).and_then(|uid| uid.to_str().ok()).unwrap_or_default())
+}
+
+async fn make(client: &kube::Client, resource: &str, object: Value) -> String {
+    let made = send(client, "", "POST", &format!("{GROUP}/{resource}"), object).await;
+    let made: Value = serde_json::from_str(made.body()).expect("JSON");
+    made["metadata"]["uid"].as_str().unwrap_or_else(|| panic!("{made}")).to_owned()
+}
+
+#[tokio::test]
+async fn requests_are_classified_and_turned_away() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let pods = "/api/v1/namespaces/default/pods";
+    let exempt = send(&client, "", "GET", pods, Value::Null).await;
+    assert!(uids(&exempt).iter().all(|uid| uid.len() == 36), "{exempt:?}");
+    let level = |shares: u32| {
+        json!({"apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "PriorityLevelConfiguration",
+            "metadata": {"name": "small"}, "spec": {"type": "Limited", "limited": {"nominalConcurrencyShares": shares,
+                "borrowingLimitPercent": 0, "limitResponse": {"type": "Reject"}}}})
+    };
+    let level_uid = make(&client, "prioritylevelconfigurations", level(5)).await;
+    let rule = json!({"subjects": [{"kind": "User", "user": {"name": "noxu"}}],
+        "resourceRules": [{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"], "namespaces": ["*"], "clusterScope": true}]});
+    // Of equal precedence with `exempt`, which the user falls under, too: the name decides.
+    let schema = json!({"apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "FlowSchema", "metadata": {"name": "at-first"},
+        "spec": {"matchingPrecedence": 1, "priorityLevelConfiguration": {"name": "small"},
+            "distinguisherMethod": {"type": "ByUser"}, "rules": [rule]}});
+    let schema_uid = make(&client, "flowschemas", schema).await;
+    let wanted = [schema_uid.as_str(), level_uid.as_str()];
+    assert_eventually_async!(
+        20,
+        uids(&send(&client, "noxu", "GET", pods, Value::Null).await) == wanted,
+        "requests of noxu fall under its schema"
+    );
+    assert_eq!(uids(&send(&client, "", "GET", pods, Value::Null).await), uids(&exempt), "others are not concerned");
+    // No share, nothing borrowed: no seat.
+    send(&client, "", "PUT", &format!("{GROUP}/prioritylevelconfigurations/small"), level(0)).await;
+    assert_eventually_async!(
+        20,
+        send(&client, "noxu", "GET", pods, Value::Null).await.status() == 429,
+        "a level without seats turns requests away"
+    );
+    let refused = send(&client, "noxu", "GET", pods, Value::Null).await;
+    assert_eq!((refused.headers()["retry-after"].as_bytes(), uids(&refused)), (&b"1"[..], wanted));
+    let status: Value = serde_json::from_str(refused.body()).expect("JSON");
+    assert_eq!((&status["kind"], &status["reason"]), (&json!("Status"), &json!("TooManyRequests")));
+    assert_eq!(send(&client, "", "GET", pods, Value::Null).await.status(), 200);
+    let metrics = send(&client, "", "GET", "/metrics", Value::Null).await.into_body();
+    for line in [
+        "apiserver_request_total{code=\"200\",component=\"apiserver\",dry_run=\"\",group=\"\",resource=\"pods\",scope=\"namespace\",subresource=\"\",verb=\"LIST\",version=\"v1\"} ",
+        "apiserver_request_duration_seconds_bucket{component=\"apiserver\",",
+        "apiserver_current_inflight_requests{request_kind=\"readOnly\"} ",
+        "apiserver_flowcontrol_rejected_requests_total{component=\"apiserver\",flow_schema=\"at-first\",priority_level=\"small\",reason=\"concurrency-limit\"} ",
+        "apiserver_flowcontrol_nominal_limit_seats{priority_level=\"small\"} 0",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+}

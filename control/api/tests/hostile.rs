@@ -140,9 +140,9 @@ async fn a_watcher_that_never_reads_loses_its_watch_alone() {
         maps.create(&PostParams::default(), &map(&format!("m{n}"), BYTES)).await.expect("written");
     }
     tokio::time::timeout(Duration::from_secs(60), reader).await.expect("the other sees all").expect("it read");
-    // What it left unread is there still, or its watch was ended.
+    // What had been sent is there still, whatever became of the rest.
     let mut chunk = vec![0; 1 << 16];
-    idle.read(&mut chunk).await.expect("readable to its end");
+    assert!(idle.read(&mut chunk).await.expect("readable") > 0);
 }
 
 #[tokio::test]

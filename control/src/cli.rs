@@ -159,6 +159,18 @@ pub(crate) struct NodeOptions {
     /// Port the node's own API listens on; 0 takes any free one
     #[arg(long, default_value_t = 10250, value_name = "PORT")]
     pub(crate) kubelet_port: u16,
+    /// What carries the rules of Services and policies out; nftables where the kernel has it, else iptables
+    #[arg(long, value_name = "MODE")]
+    pub(crate) proxy_mode: Option<crate::cluster::ProxyMode>,
+    /// Let the host's CNI plugins make the pods' networks
+    #[arg(long)]
+    pub(crate) cni: bool,
+    /// Folder of CNI configurations, of which the first counts
+    #[arg(long, default_value = "/etc/cni/net.d", value_name = "FOLDER")]
+    pub(crate) cni_conf_dir: PathBuf,
+    /// Folders of CNI plugins
+    #[arg(long, value_delimiter = ',', default_value = "/opt/cni/bin,/usr/lib/cni", value_name = "FOLDERS")]
+    pub(crate) cni_bin_dir: Vec<PathBuf>,
     /// Folder of manifests of pods that this node runs whatever the API says (static pods)
     #[arg(long, value_name = "FOLDER")]
     pub(crate) pod_manifest_path: Option<PathBuf>,

@@ -38,6 +38,24 @@ pub(crate) enum NetworkBackend {
     Vxlan,
 }
 
+/// What carries the rules of Services and policies out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ProxyMode {
+    /// The kernel's nf_tables, spoken to directly
+    Nftables,
+    /// The programs iptables-save and iptables-restore, and those of IPv6
+    Iptables,
+}
+
+impl From<ProxyMode> for coracle_netns::ProxyMode {
+    fn from(mode: ProxyMode) -> Self {
+        match mode {
+            ProxyMode::Nftables => Self::Nftables,
+            ProxyMode::Iptables => Self::Iptables,
+        }
+    }
+}
+
 impl Cluster {
     /// A node's part of the network.
     pub(crate) fn network(

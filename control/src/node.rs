@@ -8,7 +8,7 @@ use coracle_kubelet::certificates::NodeCertificate;
 use coracle_kubelet::node::{Facts, NodeAgent};
 use coracle_kubelet::server::ServerConfig;
 use coracle_kubelet::{Config, Kubelet, Layout};
-use coracle_netns::Network;
+use coracle_netns::{CniConfig, Network};
 use kube::Client;
 
 use crate::cli::{Folders, NodeOptions};
@@ -83,7 +83,11 @@ pub(crate) async fn start(
     let agent = NodeAgent::new(Arc::new(config.clone()), client.clone(), facts.clone());
     agent.register().await?;
     let ranges = agent.pod_cidrs().await?;
-    let network = cluster.network(&options.folders.run_dir, &name, &ips, &ranges)?;
+    let mut network = cluster.network(&options.folders.run_dir, &name, &ips, &ranges)?;
+    network.proxy_mode = options.proxy_mode.map(Into::into);
+    network.cni = options
+        .cni
+        .then(|| CniConfig { conf_dir: options.cni_conf_dir.clone(), bin_dirs: options.cni_bin_dir.clone() });
     let made = tokio::task::spawn_blocking(move || Network::new(network)).await?;
     let network = made.context("make the pod network of this host (coracle check tells what lacks)")?;
     let names = network.clone();

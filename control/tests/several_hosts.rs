@@ -122,3 +122,56 @@ fn hosts_join_pods_talk_across_and_links_heal() {
         assert!(left.is_empty(), "left behind: {left:?}");
     }
 }
+
+/// VXLAN between two hosts, both address families of pods, Services and node ports; one host carries its rules out by iptables.
+#[test]
+fn an_overlay_carries_both_families() {
+    let switch = Host::new("switch");
+    let mut hosts: Vec<Host> = NODES[..2].iter().map(|name| Host::new(name)).collect();
+    switch.make_switch();
+    for (number, host) in (1..).zip(&mut hosts) {
+        host.plug_into(&switch, number);
+        host.shell(&format!("ip address add fd00:99::{number}/64 dev eth0 nodad"));
+        host.import(&hello());
+        host.options = vec![format!("--node-ip=10.99.0.{number},fd00:99::{number}")];
+    }
+    hosts[0].options.extend(
+        [
+            "--network-backend=vxlan",
+            "--cluster-cidr=10.42.0.0/16,fd00:42::/56",
+            "--service-cidr=10.43.0.0/16,fd00:43::/112",
+        ]
+        .map(str::to_owned),
+    );
+    hosts[1].options.push("--proxy-mode=iptables".into());
+    hosts[0].start();
+    let token = hosts[0].coracle(&["token", "create", "--ttl", "10m"]);
+    hosts[1].start_agent("n2", "https://10.99.0.1:6443", Some(&token));
+    assert_eventually!(PATIENCE_S, hosts[0].is_ready("n2"), "{}", hosts[1].log());
+    let dual = manifest().replace("  type: NodePort", "  ipFamilyPolicy: RequireDualStack\n  type: NodePort");
+    assert!(hosts[0].apply(&dual).status.success(), "apply failed");
+    // The third node is not there, nor is its pod.
+    assert!(hosts[0].kubectl(&["delete", "pod", "on-n3", "--force", "--grace-period=0"]).status.success());
+    let addresses = hosts[0].get(&["get", "service", "spread", "-o", "jsonpath={.spec.clusterIPs[*]}"]);
+    let (four, six) = addresses.split_once(' ').expect("two addresses");
+    for front in [format!("http://{four}/"), format!("http://[{six}]/")] {
+        for host in &hosts {
+            assert_eventually!(PATIENCE_S, answers(host, &front).len() == 2, "{front}\n{}", hosts[1].log());
+        }
+        for pod in ["on-n1", "on-n2"] {
+            let url = front.replace("]/", "]:80/");
+            assert_eventually!(PATIENCE_S, get_inside(&hosts[0], pod, &url), "{url} from {pod}");
+        }
+    }
+    for number in 1..=2 {
+        for port in [format!("http://10.99.0.{number}:30080/"), format!("http://[fd00:99::{number}]:30080/")] {
+            switch.shell("ip address replace fd00:99::fe/64 dev br0 nodad");
+            assert_eventually!(PATIENCE_S, answers(&switch, &port).len() == 2, "at {port}");
+        }
+    }
+    assert!(hosts[0].kubectl(&["delete", "pods", "--all", "--grace-period=1"]).status.success());
+    for host in hosts.iter_mut().rev() {
+        let left: Vec<String> = host.take_down().into_iter().filter(|line| !line.contains("eth0")).collect();
+        assert!(left.is_empty(), "left behind: {left:?}");
+    }
+}

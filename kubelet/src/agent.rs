@@ -78,6 +78,7 @@ impl PodNetworks for Networks {
     async fn setup(&self, pod: &PodKey, net: coracle_netns::PodNet) -> crate::cri::Result<PodNetwork> {
         let key =
             coracle_netns::PodKey { uid: pod.uid.clone(), namespace: pod.namespace.clone(), name: pod.name.clone() };
+        self.0.known().await;
         let made = self.0.setup_pod(key, net).await;
         let made = made.map_err(|error| RuntimeError::Network { pod: pod.clone(), message: error.to_string() })?;
         Ok(PodNetwork { namespace: made.netns, ips: made.ips })

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
+use crate::CniConfig;
+
 /// Everything the network of one node needs to know. All state lies under `run_dir`; all kernel objects carry the names given here, in the network
 /// namespace of the caller, so several daemons run on one machine when each has a network namespace and a run folder of its own.
 #[derive(Clone, Debug)]
@@ -45,6 +47,19 @@ pub struct Config {
     pub table: String,
     /// How packets reach the pods of other nodes.
     pub overlay: Overlay,
+    /// What carries the rules out; `None`: nftables where the kernel has it, else iptables.
+    pub proxy_mode: Option<ProxyMode>,
+    /// The host's CNI plugins make the pods' networks, with addresses of theirs; `None`: we do.
+    pub cni: Option<CniConfig>,
+}
+
+/// What carries the rules of Services and policies out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyMode {
+    /// The kernel's nf_tables, spoken to directly.
+    Nftables,
+    /// The programs `iptables-save` and `iptables-restore`, and those of IPv6.
+    Iptables,
 }
 
 /// How packets reach the pods of other nodes.
@@ -81,12 +96,14 @@ impl Config {
             link_prefix: "cor".into(),
             table: "coracle".into(),
             overlay: Overlay::Routes,
+            proxy_mode: None,
+            cni: None,
         }
     }
 
-    /// The node's own address inside its pod range of a family: the first of the range. Pods see the host under it.
+    /// The node's own address inside its pod range of a family: the first of the range. Pods see the host under it. CNI plugins have their own.
     pub fn gateway(&self, family: Family) -> Option<IpAddr> {
-        self.pod_cidr(family).map(|cidr| match cidr.network() {
+        self.pod_cidr(family).filter(|_| self.cni.is_none()).map(|cidr| match cidr.network() {
             IpAddr::V4(network) => Ipv4Addr::from(u32::from(network).saturating_add(1)).into(),
             IpAddr::V6(network) => Ipv6Addr::from(u128::from(network).saturating_add(1)).into(),
         })

@@ -30,6 +30,10 @@ pub enum Error {
     HostPortTaken { port: HostPort, owner: String },
     #[error("a pod's link has no carrier after {waited:?}")]
     NoCarrier { waited: std::time::Duration },
+    #[error("CNI plugin {plugin} ({verb}): {message}")]
+    Cni { verb: String, plugin: String, message: String },
+    #[error("run {program}: {source}")]
+    Program { program: String, source: io::Error },
     #[error("cannot answer DNS at {address}: {source}")]
     Dns { address: std::net::SocketAddr, source: io::Error },
 }

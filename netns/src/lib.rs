@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod cni;
 mod config;
 mod error;
 pub mod model;
@@ -14,9 +15,11 @@ mod network;
 mod conntrack;
 mod dns;
 mod hosts;
+mod iptables;
 mod nft;
 mod pods;
 mod policy;
+mod program;
 mod rules;
 mod services;
 
@@ -24,7 +27,8 @@ mod services;
 pub mod fuzzing;
 
 pub use check::{Finding, check};
-pub use config::{Config, Family, Overlay};
+pub use cni::CniConfig;
+pub use config::{Config, Family, Overlay, ProxyMode};
 pub use dns::Metrics as DnsMetrics;
 pub use error::Error;
 pub use model::Protocol;

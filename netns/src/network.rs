@@ -10,12 +10,14 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::watch;
 
+use crate::cni::{Cni, Subject};
 use crate::dns::Server;
 use crate::error::{Error, PathExt};
 use crate::hosts::Hosts;
-use crate::model::{Change, Pod};
-use crate::netlink::{LinkEvents, Socket, messages, route};
+use crate::model::Change;
+use crate::netlink::{Batch, LinkEvents, Socket, messages, route};
 use crate::pods::{self, Addresses, Host, PodKey, PodNet, PodNetwork, Record, Records, check_uid};
 use crate::policy::PolicyChange;
 use crate::rules::Rules;
@@ -23,6 +25,8 @@ use crate::services::health::HealthPorts;
 use crate::services::proxy::ProxyChange;
 use crate::{Config, HostPort};
 
+/// The loopback link of every network namespace.
+const LOOPBACK_INDEX: u32 = 1;
 /// Pods whose networks are removed together.
 const REMOVED_AT_ONCE: usize = 256;
 
@@ -34,12 +38,15 @@ pub struct Network {
 
 struct Inner {
     config: Config,
+    cni: Option<Cni>,
     host: Host,
     records: Records,
     pins: PathBuf,
     pods: Mutex<Pods>,
     /// A pod is gone.
     gone: Condvar,
+    /// The first update has been taken in.
+    known: watch::Sender<bool>,
     rules: Mutex<Rules>,
     hosts: Mutex<Hosts>,
     dns: Server,
@@ -87,13 +94,16 @@ impl Network {
             mtu: hosts.pod_mtu(),
             socket: Mutex::new(socket),
         };
+        let cni = config.cni.as_ref().map(Cni::load).transpose()?;
         let rules = Rules::new(&config, Socket::netfilter()?)?;
         let inner = Inner {
             records: Records::new(folder),
+            cni,
             pins,
             host,
             pods: Mutex::new(Pods { all: HashMap::new(), addresses: Vec::new(), host_ports: HashMap::new() }),
             gone: Condvar::new(),
+            known: watch::Sender::new(false),
             rules: Mutex::new(rules),
             hosts: Mutex::new(hosts),
             dns: Server::bind(&config)?,
@@ -113,15 +123,10 @@ impl Network {
     }
 
     /// Makes a pod's network, or returns the one that it has: safe to repeat after a crash. The rules of its host ports and the policies known
-    /// so far hold before its link is up.
+    /// so far hold before its link is up; wait for [`Network::known`] where there are policies.
     pub async fn setup_pod(&self, key: PodKey, net: PodNet) -> Result<PodNetwork, Error> {
-        self.setup_pod_labelled(key, net, None).await
-    }
-
-    /// The same, telling policy who the pod is (its labels) before its link is up.
-    pub async fn setup_pod_labelled(&self, key: PodKey, net: PodNet, pod: Option<Pod>) -> Result<PodNetwork, Error> {
         let inner = Arc::clone(&self.inner);
-        tokio::task::spawn_blocking(move || inner.setup_pod(key, net, pod))
+        tokio::task::spawn_blocking(move || inner.setup_pod(key, net))
             .await
             .unwrap_or_else(|error| Err(Error::Thread { source: io::Error::other(error) }))
     }
@@ -164,6 +169,12 @@ impl Network {
         tokio::task::spawn_blocking(move || inner.update(changes))
             .await
             .unwrap_or_else(|error| Err(Error::Thread { source: io::Error::other(error) }))
+    }
+
+    /// Waits for the first update: from then on a pod that is made is held by every policy.
+    pub async fn known(&self) {
+        let mut known = self.inner.known.subscribe();
+        known.wait_for(|known| *known).await.expect("the sender is ours");
     }
 
     /// Answers DNS questions until the future is dropped. The server's sockets are bound since [`Network::new`]; only the first call has them.
@@ -256,13 +267,11 @@ impl Inner {
         let mut kept = Vec::new();
         for record in self.records.load()? {
             let uid = &record.key.uid;
-            let whole = record.made
-                && self.pin(uid).exists()
-                && known.contains(&pods::host_link(&self.config.link_prefix, uid));
+            let whole = record.made && self.pin(uid).exists() && self.is_linked(&record, &known);
             if whole {
                 kept.push(record);
             } else {
-                pods::remove(&self.config, &self.host, std::iter::once((uid.as_str(), self.pin(uid).as_path())))?;
+                self.remove_links(std::slice::from_ref(&record))?;
                 self.records.remove(uid)?;
             }
         }
@@ -281,7 +290,7 @@ impl Inner {
         }
         let mut rules = self.rules.lock();
         for record in kept {
-            rules.set_pod(&record.ips, &record.net.host_ports, true);
+            rules.set_pod(&record.ips, self.host_ports(&record), true);
             for port in &record.net.host_ports {
                 pods.host_ports.insert(host_port_key(port), record.key.uid.clone());
             }
@@ -291,7 +300,7 @@ impl Inner {
         Ok(())
     }
 
-    fn setup_pod(&self, key: PodKey, net: PodNet, pod: Option<Pod>) -> Result<PodNetwork, Error> {
+    fn setup_pod(&self, key: PodKey, net: PodNet) -> Result<PodNetwork, Error> {
         if !check_uid(&key.uid) {
             return Err(Error::Uid { uid: key.uid });
         }
@@ -305,35 +314,77 @@ impl Inner {
                     Some(_) => self.gone.wait(&mut pods),
                 }
             }
-            let record = pods.admit(key, net)?;
+            let record = pods.admit(key, net, self.cni.is_some())?;
             pods.all.insert(uid.clone(), Held { record: record.clone(), making: true, removing: false });
             record
         };
-        let result = self.make_pod(&mut record, pod);
+        let result = self.make_pod(&mut record);
         if result.is_err() {
             self.remove_all(std::slice::from_ref(&record));
         } else if let Some(held) = self.pods.lock().all.get_mut(&uid) {
+            held.record = record.clone();
             held.making = false;
         }
         self.gone.notify_all();
         result.map(|()| self.network_of(&record))
     }
 
-    fn make_pod(&self, record: &mut Record, pod: Option<Pod>) -> Result<(), Error> {
+    /// Whether a pod of an earlier daemon still has its link.
+    fn is_linked(&self, record: &Record, known: &HashSet<String>) -> bool {
+        match (&self.cni, &record.cni) {
+            (Some(_), Some(made)) => {
+                let pin = self.pin(&record.key.uid);
+                let checked = made.check(&subject(record, &pin));
+                checked
+                    .inspect_err(|error| tracing::warn!(uid = record.key.uid, %error, "a pod's network is made anew"))
+                    .is_ok()
+            }
+            (None, None) => known.contains(&pods::host_link(&self.config.link_prefix, &record.key.uid)),
+            // The settings changed: the pod gets another network.
+            _ => false,
+        }
+    }
+
+    /// The host ports that are ours to open.
+    fn host_ports<'a>(&self, record: &'a Record) -> &'a [HostPort] {
+        if self.cni.as_ref().is_some_and(Cni::has_host_ports) { &[] } else { &record.net.host_ports }
+    }
+
+    fn make_by_cni(&self, cni: &Cni, record: &mut Record) -> Result<(), Error> {
+        let pin = self.pin(&record.key.uid);
+        std::thread::scope(|scope| {
+            let worker = std::thread::Builder::new().name("pod-netns".into()).spawn_scoped(scope, || {
+                pods::enter_new(&pin)?;
+                let mut batch = Batch::default();
+                route::set_up(&mut batch, LOOPBACK_INDEX);
+                Ok::<(), Error>(Socket::route()?.execute(&batch)?)
+            });
+            let worker = worker.map_err(|source| Error::Thread { source })?;
+            worker.join().expect("the thread does not panic")
+        })?;
+        let made = cni.add(&subject(record, &pin))?;
+        record.ips = made.addresses();
+        record.cni = Some(made);
+        // From here on a crash leaves something to delete.
         self.records.save(record)?;
-        let known = pod.map(|pod| {
-            let key = crate::model::ObjectKey::new(&record.key.namespace, &record.key.name);
-            let node = Some(self.config.node_name.as_str().into());
-            PolicyChange::Pod(
-                key,
-                Some(Pod { uid: record.key.uid.as_str().into(), ips: record.ips.clone(), node, ..pod }),
-            )
-        });
+        let mut rules = self.rules.lock();
+        rules.set_pod(&record.ips, self.host_ports(record), true);
+        rules.update_policy(vec![PolicyChange::Made(record.clone())]);
+        rules.commit()
+    }
+
+    fn make_pod(&self, record: &mut Record) -> Result<(), Error> {
+        self.records.save(record)?;
+        if let Some(cni) = &self.cni {
+            self.make_by_cni(cni, record)?;
+            record.made = true;
+            return self.records.save(record);
+        }
         pods::make(&self.config, &self.host, record, &self.pin(&record.key.uid), || {
             let mut rules = self.rules.lock();
             rules.set_pod(&record.ips, &record.net.host_ports, true);
-            rules.update_policy(known.into_iter().collect());
-            Ok(rules.commit()?)
+            rules.update_policy(vec![PolicyChange::Made(record.clone())]);
+            rules.commit()
         })?;
         record.made = true;
         self.records.save(record)
@@ -355,20 +406,28 @@ impl Inner {
         }
     }
 
-    /// Removes all of some pods. What fails is reported and left on record, for the next daemon to finish; the addresses stay taken.
-    fn remove_all(&self, records: &[Record]) {
+    fn remove_links(&self, records: &[Record]) -> Result<(), Error> {
+        for record in records {
+            if let Some(made) = &record.cni {
+                made.delete(&subject(record, &self.pin(&record.key.uid)))?;
+            }
+        }
         let pins: Vec<(&str, PathBuf)> =
             records.iter().map(|record| (record.key.uid.as_str(), self.pin(&record.key.uid))).collect();
-        let result = pods::remove(&self.config, &self.host, pins.iter().map(|(uid, pin)| (*uid, pin.as_path())))
-            .and_then(|()| {
-                let mut rules = self.rules.lock();
-                for record in records {
-                    rules.set_pod(&record.ips, &record.net.host_ports, false);
-                }
-                rules.update_policy(records.iter().map(|record| PolicyChange::Gone(record.key.uid.clone())).collect());
-                rules.commit()?;
-                records.iter().try_for_each(|record| self.records.remove(&record.key.uid))
-            });
+        pods::remove(&self.config, &self.host, pins.iter().map(|(uid, pin)| (*uid, pin.as_path())))
+    }
+
+    /// Removes all of some pods. What fails is reported and left on record, for the next daemon to finish; the addresses stay taken.
+    fn remove_all(&self, records: &[Record]) {
+        let result = self.remove_links(records).and_then(|()| {
+            let mut rules = self.rules.lock();
+            for record in records {
+                rules.set_pod(&record.ips, self.host_ports(record), false);
+            }
+            rules.update_policy(records.iter().map(|record| PolicyChange::Gone(record.key.uid.clone())).collect());
+            rules.commit()?;
+            records.iter().try_for_each(|record| self.records.remove(&record.key.uid))
+        });
         let mut pods = self.pods.lock();
         for record in records {
             pods.all.remove(&record.key.uid);
@@ -413,6 +472,7 @@ impl Inner {
             rules.update_policy(policies);
             rules.commit()?;
         }
+        self.known.send_replace(true);
         if !nodes.is_empty() {
             self.hosts.lock().update(&self.config, nodes, &mut self.host.socket.lock())?;
         }
@@ -422,14 +482,15 @@ impl Inner {
 
 impl Pods {
     /// Takes addresses and host ports for a pod.
-    fn admit(&mut self, key: PodKey, net: PodNet) -> Result<Record, Error> {
+    fn admit(&mut self, key: PodKey, net: PodNet, by_cni: bool) -> Result<Record, Error> {
         for port in &net.host_ports {
             if let Some(owner) = self.host_port_owner(port) {
                 return Err(Error::HostPortTaken { port: *port, owner: owner.clone() });
             }
         }
         let mut ips = Vec::new();
-        for addresses in &mut self.addresses {
+        // CNI plugins give addresses of their own.
+        for addresses in self.addresses.iter_mut().filter(|_| !by_cni) {
             match addresses.take() {
                 Ok(address) => ips.push(address),
                 Err(error) => {
@@ -441,7 +502,7 @@ impl Pods {
         for port in &net.host_ports {
             self.host_ports.insert(host_port_key(port), key.uid.clone());
         }
-        Ok(Record { key, net, ips, made: false })
+        Ok(Record { key, net, ips, made: false, cni: None })
     }
 
     /// The pod that has a host port: at the same address, or one of the two at every address.
@@ -466,6 +527,10 @@ impl Pods {
             self.host_ports.remove(&host_port_key(port));
         }
     }
+}
+
+fn subject<'a>(record: &'a Record, pin: &'a Path) -> Subject<'a> {
+    Subject { key: &record.key, net: &record.net, namespace: pin }
 }
 
 fn host_port_key(port: &HostPort) -> HostPortKey {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::conntrack::{self, Stale};
+use crate::error::Error;
 use crate::model::{ObjectKey, Protocol};
 use crate::netlink::{NetlinkError, Socket};
 use crate::nft::{Table, Value, delete_table, purge, table_exists};
@@ -12,7 +13,7 @@ use crate::services::compile::{FrontKey, Place};
 use crate::services::keys::{HAIRPIN, HOST_PORTS, Key, UNTRACKED};
 use crate::services::layout;
 use crate::services::proxy::{Entry, Proxy, ProxyChange};
-use crate::{Config, Family, HostPort};
+use crate::{Config, Family, HostPort, ProxyMode, iptables};
 
 /// The port that DNS clients ask at.
 const DNS_PORT: u16 = 53;
@@ -20,7 +21,8 @@ const DNS_PORT: u16 = 53;
 /// The tables, what they are made from, and the socket to the kernel.
 pub(crate) struct Rules {
     socket: Socket,
-    name: String,
+    config: Config,
+    mode: ProxyMode,
     dns: Vec<IpAddr>,
     tables: BTreeMap<Family, Table>,
     proxy: Proxy,
@@ -36,17 +38,25 @@ pub(crate) struct Rules {
 
 impl Rules {
     /// Takes over the tables that are there, or makes them.
-    pub(crate) fn new(config: &Config, mut socket: Socket) -> Result<Self, NetlinkError> {
+    pub(crate) fn new(config: &Config, mut socket: Socket) -> Result<Self, Error> {
         let families: BTreeSet<Family> = config.families().collect();
         let tables = families.iter().map(|family| (*family, layout::table(config, *family))).collect();
+        let mode = config.proxy_mode.unwrap_or_else(|| {
+            let has = families.iter().all(|family| table_exists(&mut socket, *family, &config.table).is_ok());
+            if has { ProxyMode::Nftables } else { ProxyMode::Iptables }
+        });
         let mut found = true;
         for family in &families {
-            found &= table_exists(&mut socket, *family, &config.table)?;
+            found &= match mode {
+                ProxyMode::Nftables => table_exists(&mut socket, *family, &config.table)?,
+                ProxyMode::Iptables => iptables::is_there(*family)?,
+            };
         }
         let own = if config.dns_port == DNS_PORT { config.dns_ips.clone() } else { Vec::new() };
         let mut this = Self {
             socket,
-            name: config.table.clone(),
+            config: config.clone(),
+            mode,
             dns: own.clone(),
             tables,
             proxy: Proxy::new(&config.node_name, own),
@@ -131,13 +141,17 @@ impl Rules {
     }
 
     /// Brings the kernel in step. A refused change (somebody else emptied our table) is made good by replacing the table whole.
-    pub(crate) fn commit(&mut self) -> Result<(), NetlinkError> {
-        self.commit_tables()?;
+    pub(crate) fn commit(&mut self) -> Result<(), Error> {
+        match self.mode {
+            ProxyMode::Nftables => self.commit_tables()?,
+            ProxyMode::Iptables => self.commit_chains()?,
+        }
         // Now no rule remembers these endpoints anew.
         let forgotten = self.proxy.take_forgotten();
-        let maps: BTreeSet<(Family, &'static str)> = forgotten.iter().map(|gone| (gone.family, gone.map)).collect();
+        let in_maps = forgotten.iter().filter(|_| self.mode == ProxyMode::Nftables);
+        let maps: BTreeSet<(Family, &'static str)> = in_maps.map(|gone| (gone.family, gone.map)).collect();
         for (family, map) in maps {
-            purge(&mut self.socket, family, &self.name, map, |key, value| {
+            purge(&mut self.socket, family, &self.config.table, map, |key, value| {
                 forgotten.iter().any(|gone| {
                     gone.family == family && gone.map == map && key.ends_with(&gone.front) && value == &*gone.endpoint
                 })
@@ -149,6 +163,18 @@ impl Rules {
             for family in self.tables.keys() {
                 conntrack::forget(&mut self.socket, *family, &stale)?;
             }
+        }
+        Ok(())
+    }
+
+    /// All chains anew, unless they are those of an earlier daemon and the cluster's state is not known yet.
+    fn commit_chains(&mut self) -> Result<(), Error> {
+        if self.adopted {
+            return Ok(());
+        }
+        for table in self.tables.values_mut() {
+            iptables::apply(table.family, &iptables::compile(&self.config, &self.proxy, table))?;
+            table.committed();
         }
         Ok(())
     }
@@ -175,11 +201,18 @@ impl Rules {
         Ok(())
     }
 
-    /// Removes the tables.
-    pub(crate) fn destroy(&mut self) -> Result<(), NetlinkError> {
+    /// Removes the tables, those of the other mode and family too, which an earlier daemon may have had.
+    pub(crate) fn destroy(&mut self) -> Result<(), Error> {
         self.replace = true;
-        for family in self.tables.keys() {
-            delete_table(&mut self.socket, *family, &self.name)?;
+        for family in [Family::V4, Family::V6] {
+            match iptables::remove(family) {
+                // A host that never used iptables may lack its programs or the kernel's part.
+                Err(error) if self.mode == ProxyMode::Nftables => tracing::debug!(%error, "no iptables to clean"),
+                result => result?,
+            }
+            if matches!(table_exists(&mut self.socket, family, &self.config.table), Ok(true)) {
+                delete_table(&mut self.socket, family, &self.config.table)?;
+            }
         }
         Ok(())
     }

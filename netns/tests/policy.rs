@@ -2,7 +2,7 @@
 
 mod support;
 
-use coracle_netns::model::{Change, Labels, NetworkPolicy, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Selector};
+use coracle_netns::model::{Change, Labels, NetworkPolicy, Peer, PolicyPort, PolicyRule, PortMatch, Selector};
 use coracle_netns::{PodNet, PodNetwork, Protocol};
 use support::*;
 
@@ -15,9 +15,7 @@ fn selector(app: &str) -> Selector {
 }
 
 fn pod(node: &Node, name: &str) -> PodNetwork {
-    let pod = Pod { labels: labels(name), ..Pod::default() };
-    let network =
-        node.runtime.block_on(node.network().setup_pod_labelled(pod_key(name), PodNet::default(), Some(pod))).unwrap();
+    let network = node.pod_with(name, PodNet { labels: labels(name), ..PodNet::default() });
     serve(&network.netns, 8080, name);
     serve(&network.netns, 9090, name);
     network
@@ -37,8 +35,8 @@ fn policy(name: &str, policy: Option<NetworkPolicy>) -> Change {
 
 #[test]
 fn what_policies_let_through_and_nothing_else() {
-    on_own_host(|| {
-        let node = Node::start(|_| ());
+    in_both_modes(|mode| {
+        let node = Node::start(|config| config.proxy_mode = Some(mode));
         node.update(Vec::new());
         let (a, b, c) = (pod(&node, "a"), pod(&node, "b"), pod(&node, "c"));
         assert!(reaches(&a, &b, 8080));
@@ -75,8 +73,9 @@ fn what_policies_let_through_and_nothing_else() {
         assert!(!reaches(&d, &a, 8080) && !reaches(&a, &d, 8080));
         node.update(vec![policy("all", None), policy("out", None)]);
         assert!(reaches(&d, &a, 8080) && reaches(&c, &a, 8080));
-        let rules = sh("nft list table ip coracle");
-        assert!(!rules.contains("peers-"), "{rules}");
+        let rules = sh("nft list ruleset; iptables-save");
+        assert!(!rules.contains("peers-") && !rules.contains("CORACLE-P-"), "{rules}");
         node.network().destroy().unwrap();
+        assert_no_rules();
     });
 }

@@ -6,13 +6,13 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 
-use coracle_netns::Protocol;
 use coracle_netns::model::{Change, Endpoint, EndpointPort, EndpointSlice, Service, ServicePort, TrafficPolicy};
+use coracle_netns::{Protocol, ProxyMode};
 use support::*;
 
 /// A node with pods a, b, c that serve their names at 8080.
-fn three() -> (Node, Vec<coracle_netns::PodNetwork>) {
-    let node = Node::start(|_| ());
+fn three(mode: ProxyMode) -> (Node, Vec<coracle_netns::PodNetwork>) {
+    let node = Node::start(|config| config.proxy_mode = Some(mode));
     let pods: Vec<_> = ["a", "b", "c"].iter().map(|name| node.pod(name)).collect();
     for (pod, name) in pods.iter().zip(["a", "b", "c"]) {
         serve(&pod.netns, 8080, name);
@@ -34,8 +34,8 @@ fn tally(to: SocketAddr, count: usize) -> HashMap<String, usize> {
 
 #[test]
 fn a_cluster_address_balances_follows_and_refuses() {
-    on_own_host(|| {
-        let (node, pods) = three();
+    in_both_modes(|mode| {
+        let (node, pods) = three(mode);
         let to = socket("10.43.0.80:80");
         node.update(vec![Change::Service(key("web"), Some(service("10.43.0.80")))]);
         assert_eq!(ask(to, PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "no endpoints");
@@ -58,16 +58,17 @@ fn a_cluster_address_balances_follows_and_refuses() {
         );
         node.update(vec![Change::Service(key("web"), None)]);
         assert_eq!(ask(to, PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused, "gone");
-        let listing = sh("nft list table ip coracle");
-        assert!(!listing.contains("balance-"), "{listing}");
+        let listing = sh("nft list ruleset; iptables-save");
+        assert!(!listing.contains("balance-") && !listing.contains("CORACLE-B-"), "{listing}");
         node.network().destroy().unwrap();
+        assert_no_rules();
     });
 }
 
 #[test]
 fn affinity_keeps_a_client_until_its_endpoint_goes() {
-    on_own_host(|| {
-        let (node, pods) = three();
+    in_both_modes(|mode| {
+        let (node, pods) = three(mode);
         let to = socket("10.43.0.80:80");
         let sticky = Service { affinity_seconds: Some(600), ..service("10.43.0.80") };
         node.update(vec![Change::Service(key("web"), Some(sticky)), slice("web", endpoints(&pods))]);
@@ -97,8 +98,8 @@ fn outsider() -> std::path::PathBuf {
 
 #[test]
 fn the_world_comes_in_by_node_ports_and_external_addresses() {
-    on_own_host(|| {
-        let (node, pods) = three();
+    in_both_modes(|mode| {
+        let (node, pods) = three(mode);
         let client = outsider();
         let web = Service {
             ports: vec![ServicePort { port: 80, node_port: Some(30080), ..ServicePort::default() }],
@@ -145,8 +146,8 @@ fn the_world_comes_in_by_node_ports_and_external_addresses() {
 
 #[test]
 fn internal_policy_local_stays_on_the_node() {
-    on_own_host(|| {
-        let (node, pods) = three();
+    in_both_modes(|mode| {
+        let (node, pods) = three(mode);
         let to = socket("10.43.0.80:80");
         let web = Service { internal_policy: TrafficPolicy::Local, ..service("10.43.0.80") };
         let remote = Endpoint::ready(address("10.42.9.9"), Some("node-2"));
@@ -162,8 +163,8 @@ fn internal_policy_local_stays_on_the_node() {
 
 #[test]
 fn services_go_on_while_the_daemon_starts_again_and_heal_when_emptied() {
-    on_own_host(|| {
-        let (mut node, pods) = three();
+    in_both_modes(|mode| {
+        let (mut node, pods) = three(mode);
         let to = socket("10.43.0.80:80");
         let all = || vec![Change::Service(key("web"), Some(service("10.43.0.80"))), slice("web", endpoints(&pods))];
         node.update(all());
@@ -174,20 +175,27 @@ fn services_go_on_while_the_daemon_starts_again_and_heal_when_emptied() {
         assert_eq!(tally(to, 30).len(), 3, "and after it made a pod");
         node.update(all());
         assert_eq!(tally(to, 30).len(), 3);
-        sh("nft flush ruleset");
+        let others = match mode {
+            ProxyMode::Nftables => "nft flush ruleset",
+            ProxyMode::Iptables => {
+                "iptables -t nat -A PREROUTING -s 192.0.2.9 -j ACCEPT; iptables -t nat -F CORACLE-CLUSTER; iptables -t nat -D OUTPUT -j CORACLE-OUTPUT"
+            }
+        };
+        sh(others);
         node.update(vec![
             Change::Service(key("other"), Some(service("10.43.0.81"))),
             slice("other", endpoints(&pods[..1])),
         ]);
         assert_eq!(tally(to, 30).len(), 3, "somebody emptied the tables");
         node.network().destroy().unwrap();
+        assert!(mode == ProxyMode::Nftables || sh("iptables-save").contains("192.0.2.9"), "rules of others stay");
     });
 }
 
 #[test]
 fn a_udp_sender_that_never_pauses_follows_the_endpoints() {
-    on_own_host(|| {
-        let (node, pods) = three();
+    in_both_modes(|mode| {
+        let (node, pods) = three(mode);
         let udp = |node_port| Service {
             ports: vec![ServicePort { port: 80, protocol: Protocol::Udp, node_port, ..ServicePort::default() }],
             ..service("10.43.0.80")
@@ -220,8 +228,8 @@ fn a_udp_sender_that_never_pauses_follows_the_endpoints() {
 
 #[test]
 fn load_balancers_are_told_whether_the_node_has_endpoints() {
-    on_own_host(|| {
-        let (node, pods) = three();
+    in_both_modes(|mode| {
+        let (node, pods) = three(mode);
         let web = Service {
             external_policy: TrafficPolicy::Local,
             health_check_node_port: Some(31000),

@@ -35,6 +35,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         cluster_domain: "cluster.local".into(),
         dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
         advertise: address,
+        shared_store: false,
         nodes: Arc::new(NoNodes),
         authn: Default::default(),
         disabled_admission: arguments.collect(),

@@ -40,6 +40,8 @@ pub struct Config {
     pub dns_ip: IpAddr,
     /// Address and port that pods and other hosts reach this server at (endpoints of the service `kubernetes`).
     pub advertise: SocketAddr,
+    /// Other servers have the same store: their addresses stand beside this one's ([`ApiServer::servers`]).
+    pub shared_store: bool,
     /// How kubelets are reached.
     pub nodes: Arc<dyn NodeConnector>,
     /// Who is trusted to say who somebody is.
@@ -148,6 +150,14 @@ impl ApiServer {
         crate::flow::follow(&api).await;
         crate::aggregate::start(&api);
         Ok(api)
+    }
+
+    /// Adds this server to those of the store; the others are followed by [`bootstrap::Servers::keep`].
+    pub async fn servers(&self) -> Result<bootstrap::Servers, StartError> {
+        let mut servers = bootstrap::Servers::new(self);
+        let added = servers.round().await;
+        added.map_err(|status| StartError::Objects { step: "add this server to the others", status })?;
+        Ok(servers)
     }
 
     /// Writes requests down from now on, as the settings say; called once, before the server listens.

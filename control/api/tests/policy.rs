@@ -47,6 +47,7 @@ impl Server {
             cluster_domain: "cluster.local".into(),
             dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
             advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
+            shared_store: false,
             nodes: Arc::new(NoNodes),
             authn: Default::default(),
             disabled_admission: Vec::new(),

@@ -78,7 +78,8 @@ async fn authority(url: &Uri, token: Option<&JoinToken>) -> anyhow::Result<Strin
     token::authority_of(&info.context("the server does not tell its authority")?, pin)
 }
 
-/// Asks until a server answers; an answer that is no is final.
+/// Asks until a server answers. A server that has just started says for a moment that the right or the object is
+/// not there (403, 404) or that it is busy (429); any other no is final.
 pub(super) async fn patiently<T, F: Future<Output = Result<T, kube::Error>>>(
     step: &'static str,
     ask: impl Fn() -> F,
@@ -90,7 +91,9 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, kube::Error>>>(
             Err(kube::Error::Api(status)) if status.code == 401 => {
                 bail!("{step}: the token is not known or has ended: make another (coracle token create on a server)")
             }
-            Err(kube::Error::Api(status)) if (400..500).contains(&status.code) && status.code != 429 => {
+            Err(kube::Error::Api(status))
+                if (400..500).contains(&status.code) && !matches!(status.code, 403 | 404 | 429) =>
+            {
                 return Err(kube::Error::Api(status)).context(step);
             }
             Err(error) => {

@@ -55,6 +55,7 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
         cluster_domain: options.cluster_domain.clone(),
         dns_ip: cluster.cluster_dns[0],
         advertise: SocketAddr::new(node_ips[0], bound.port()),
+        shared_store: options.datastore_endpoint.is_some(),
         nodes: nodes.clone(),
         authn: Settings::read(options.token_auth_file.as_deref(), options.authentication_config.as_deref())?,
         disabled_admission: options.disable_admission_plugins.clone(),
@@ -73,7 +74,14 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
     let controllers = !options.disable_controller_manager;
     let scheduler = if options.disable_scheduler { None } else { Some(scheduler_config(options)?) };
     let leading = api.clone();
-    let shared = options.datastore_endpoint.is_some();
+    let shared = api.config.shared_store;
+    if shared {
+        let servers = api.servers().await?;
+        parts.spawn("addresses of the servers", async move {
+            servers.keep().await;
+            Ok(())
+        });
+    }
     let identity = format!("{node_name}_{}", std::process::id());
     parts.spawn("controllers and scheduler", async move {
         let work = || loops(&leading, controllers, scheduler.clone());

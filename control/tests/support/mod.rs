@@ -14,6 +14,8 @@ pub(crate) struct Host {
     /// A process that holds the namespaces, so that a server that starts again finds what the one before left.
     holder: Child,
     server: Option<Child>,
+    /// More options of the daemon.
+    pub options: Vec<String>,
     pub cgroup: String,
 }
 
@@ -31,7 +33,7 @@ impl Host {
         std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).expect("the holder speaks");
         assert_eq!(line.trim(), "ready", "the test's host is not made");
         let cgroup = format!("coracle-test-{name}-{}", holder.id());
-        Self { folder, holder, server: None, cgroup }
+        Self { folder, holder, server: None, options: Vec::new(), cgroup }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -86,7 +88,8 @@ impl Host {
             .arg("--pod-manifest-path")
             .arg(self.path("manifests"))
             // How full the disk of the machine is decides nothing in a test.
-            .args(["--eviction-hard", "memory.available<1Mi"]);
+            .args(["--eviction-hard", "memory.available<1Mi"])
+            .args(&self.options);
         self.server = Some(command.stderr(log).spawn().expect("the server starts"));
         let ready = || self.is_ready("n1").then_some(());
         assert!(eventually(Duration::from_secs(PATIENCE_S.into()), ready).is_some(), "no Ready node:\n{}", self.log());
@@ -107,7 +110,7 @@ impl Host {
         switch.shell(&format!("ip link set {peer} master br0 up"));
     }
 
-    fn shell(&self, script: &str) {
+    pub(crate) fn shell(&self, script: &str) {
         let output = self.command("sh").args(["-c", script]).output().expect("sh starts");
         assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -122,7 +125,7 @@ impl Host {
     fn agent(&self, name: &str, server: &str, token: Option<&str>) -> Command {
         let mut command = self.command(env!("CARGO_BIN_EXE_coracle"));
         command.arg("agent").args(self.folders()).args(["--node-name", name, "--server", server]);
-        command.args(token.iter().flat_map(|token| ["--token", token]));
+        command.args(token.iter().flat_map(|token| ["--token", token])).args(&self.options);
         command
     }
 

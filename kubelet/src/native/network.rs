@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use coracle_netns::{HostPort, PodNet, Protocol};
 
-use crate::cri::{PortMapping, Result, RuntimeError};
+use crate::cri::{Result, RuntimeError, SandboxConfig};
 use crate::names::PodKey;
 
 /// Bandwidths that are taken, in bits a second, as kubelet has them.
@@ -32,12 +32,13 @@ pub trait PodNetworks: Send + Sync + 'static {
     async fn teardown(&self, pod: &PodKey) -> Result<()>;
 }
 
-/// The network's request for these port mappings and bandwidth annotations.
+/// What a sandbox asks of the network: port mappings, bandwidth annotations, labels for policies.
 ///
 /// # Errors
 /// When a protocol or a quantity is not one.
-pub fn request(mappings: &[PortMapping], annotations: &BTreeMap<String, String>) -> Result<PodNet> {
-    let host_ports = mappings
+pub fn request(config: &SandboxConfig) -> Result<PodNet> {
+    let host_ports = config
+        .port_mappings
         .iter()
         .filter(|m| m.host_port != 0)
         .map(|m| {
@@ -49,8 +50,9 @@ pub fn request(mappings: &[PortMapping], annotations: &BTreeMap<String, String>)
         .collect::<Result<_>>()?;
     Ok(PodNet {
         host_ports,
-        ingress_bandwidth_bits: bandwidth(annotations, "kubernetes.io/ingress-bandwidth")?,
-        egress_bandwidth_bits: bandwidth(annotations, "kubernetes.io/egress-bandwidth")?,
+        ingress_bandwidth_bits: bandwidth(&config.annotations, "kubernetes.io/ingress-bandwidth")?,
+        egress_bandwidth_bits: bandwidth(&config.annotations, "kubernetes.io/egress-bandwidth")?,
+        labels: config.labels.clone(),
     })
 }
 
@@ -72,7 +74,9 @@ mod tests {
     fn bandwidths_are_quantities() {
         let of = |text: &str| {
             let annotations = BTreeMap::from([("kubernetes.io/egress-bandwidth".to_owned(), text.to_owned())]);
-            request(&[], &annotations).ok().map(|net| (net.ingress_bandwidth_bits, net.egress_bandwidth_bits))
+            request(&SandboxConfig { annotations, ..SandboxConfig::default() })
+                .ok()
+                .map(|net| (net.ingress_bandwidth_bits, net.egress_bandwidth_bits))
         };
         assert_eq!(of("10M"), Some((None, Some(10_000_000))));
         assert_eq!(of("1Gi"), Some((None, Some(1 << 30))));

@@ -82,7 +82,7 @@ impl Native {
             if status.config.network == NamespaceMode::Node {
                 return Ok(None);
             }
-            let wanted = network::request(&status.config.port_mappings, &status.config.annotations)?;
+            let wanted = network::request(&status.config)?;
             self.inner.network.setup(&pod, wanted).await.map(Some)
         };
         let ((), net) = tokio::try_join!(files, net)?;

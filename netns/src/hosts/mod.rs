@@ -186,15 +186,15 @@ impl Hosts {
 
     /// Removes links and routes of ours.
     pub(crate) fn destroy(&mut self, config: &Config, socket: &mut Socket) -> Result<(), Error> {
-        for family in config.families() {
+        // Both families and the overlay, whatever the settings are now.
+        for family in [Family::V4, Family::V6] {
             for known in route::routes(socket, family)?.into_iter().filter(|known| known.protocol == ROUTE_PROTOCOL) {
                 let mut batch = Batch::default();
                 route::delete_route(&mut batch, known.route.destination);
                 absent_is_fine(socket.execute(&batch))?;
             }
         }
-        let names = [Some(config.bridge.clone()), self.vxlan.map(|_| vxlan_name(config))];
-        for name in names.into_iter().flatten() {
+        for name in [config.bridge.clone(), vxlan_name(config)] {
             let mut batch = Batch::default();
             route::delete_link(&mut batch, &name);
             absent_is_fine(socket.execute(&batch))?;

@@ -15,7 +15,7 @@ const SETTINGS: [(&str, &str); 2] =
     [("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"), ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")];
 
 /// Gives the calling thread a new network namespace and pins it at `path`. The thread must end afterwards: it is no longer where the process is.
-pub(super) fn enter_new(path: &Path) -> Result<(), Error> {
+pub(crate) fn enter_new(path: &Path) -> Result<(), Error> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Unshare { errno })?;
     for (file, value) in SETTINGS {
         fs::write(file, value).at("write", Path::new(file))?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::Protocol;
+use crate::model::{Labels, Protocol};
 
 /// Which pod.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -24,6 +24,9 @@ pub struct PodNet {
     pub ingress_bandwidth_bits: Option<u64>,
     /// `kubernetes.io/egress-bandwidth`, bits a second from the pod.
     pub egress_bandwidth_bits: Option<u64>,
+    /// `metadata.labels`: policies know the pod by them from its first packet on.
+    #[serde(default)]
+    pub labels: Labels,
 }
 
 /// A port of the host that leads to a pod.

@@ -20,6 +20,9 @@ pub(crate) struct Record {
     pub(crate) ips: Vec<IpAddr>,
     /// The network was made completely.
     pub(crate) made: bool,
+    /// By CNI plugins.
+    #[serde(default)]
+    pub(crate) cni: Option<crate::cni::Made>,
 }
 
 /// The folder of records. It lies on a tmpfs, as the kernel's objects do not survive a boot either; no fsync is needed.

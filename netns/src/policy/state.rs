@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::peers::{Cell, Grant, Range, address, block, cells, everyone, number};
 use crate::model::{Labels, NetworkPolicy, ObjectKey, Peer, Pod, PolicyRule, PortMatch, Protocol, Selector};
 use crate::nft::{Chain, Element, Expr, Field, MetaKey, PayloadBase, R, Rule, SetData, SetSpec, Table, Value, Verdict};
+use crate::pods::Record;
 use crate::services::keys::{Key, POLICY_EGRESS, POLICY_INGRESS};
 use crate::services::layout::Header;
 use crate::{Config, Family};
@@ -24,6 +25,8 @@ pub(crate) enum PolicyChange {
     Policy(ObjectKey, Option<NetworkPolicy>),
     Pod(ObjectKey, Option<Pod>),
     Namespace(Arc<str>, Option<Labels>),
+    /// A pod of this node gets its link; its object may be known already or come later.
+    Made(Record),
     /// A pod of this node has lost its addresses, whatever its object still says.
     Gone(String),
 }
@@ -94,6 +97,7 @@ impl PolicyState {
                     self.namespaces.insert(name, labels.clone()) != Some(labels)
                 }
                 PolicyChange::Namespace(name, None) => self.namespaces.remove(&name).is_some(),
+                PolicyChange::Made(record) => self.made(record),
                 PolicyChange::Gone(uid) => {
                     let gone = self.pods.values_mut().filter(|pod| *pod.uid == *uid).map(|pod| pod.finished = true);
                     gone.count() > 0
@@ -106,6 +110,19 @@ impl PolicyState {
         for table in tables.values_mut() {
             let wanted = self.wanted(table.family);
             install(table, &wanted);
+        }
+    }
+
+    fn made(&mut self, record: Record) -> bool {
+        let key = ObjectKey::new(&record.key.namespace, &record.key.name);
+        match self.pods.get_mut(&key).filter(|known| *known.uid == *record.key.uid) {
+            Some(known) => std::mem::replace(&mut known.ips, record.ips.clone()) != record.ips,
+            None => {
+                let (uid, node) = (record.key.uid.as_str().into(), Some(self.node.clone()));
+                let pod = Pod { uid, ips: record.ips, labels: record.net.labels, node, ..Pod::default() };
+                self.pods.insert(key, pod);
+                true
+            }
         }
     }
 

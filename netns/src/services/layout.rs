@@ -14,7 +14,7 @@ use crate::nft::{
 use crate::{Config, Family};
 
 /// The bit of a packet's mark that asks for masquerading on the way out, the one that kube-proxy uses for it.
-const MASQUERADE_MARK: u32 = 0x4000;
+pub(crate) const MASQUERADE_MARK: u32 = 0x4000;
 /// `RTN_LOCAL`.
 const LOCAL: u32 = 2;
 /// `NF_CT_STATE_BIT(IP_CT_ESTABLISHED) | NF_CT_STATE_BIT(IP_CT_RELATED)`.

@@ -104,6 +104,11 @@ impl Proxy {
         moved.iter().map(|front| (*front, endpoints(front))).collect()
     }
 
+    /// What becomes of connections to each front of a family, in order.
+    pub(crate) fn fronts(&self, family: Family) -> BTreeMap<&FrontKey, &Action> {
+        self.installed.iter().filter(|(key, _)| Family::of(key.address) == family).collect()
+    }
+
     /// Whether something answers at a front by rule.
     pub(crate) fn has_front(&self, key: &FrontKey) -> bool {
         self.installed.contains_key(key)

@@ -11,7 +11,7 @@ use super::proxy::{Proxy, ProxyChange};
 use crate::model::{Endpoint, EndpointPort, EndpointSlice, ObjectKey, Protocol, Service, ServicePort, TrafficPolicy};
 use crate::nft::Table;
 use crate::nft::tests::{Outcome, Packet, walk};
-use crate::{Config, Family};
+use crate::{Config, Family, iptables};
 
 const NAMES: usize = 3;
 const MASQUERADE: u32 = 0x4000;
@@ -194,6 +194,8 @@ fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, bool)], batch
     let (table, other) = (&tables_stepwise[&family], &tables_at_once[&family]);
     prop_assert_eq!(&table.chains, &other.chains);
     prop_assert_eq!(&table.sets, &other.sets);
+    let chains = iptables::compile(&config(family), &stepwise, table);
+    prop_assert_eq!(&chains, &iptables::compile(&config(family), &at_once, other));
     let local = HashSet::from([ip(family, 0, 1)]);
     for (source, to, random, udp) in probes {
         let source = if *source < 128 { ip(family, 42, *source % 8 + 10) } else { ip(family, 0, *source % 24) };
@@ -207,26 +209,29 @@ fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, bool)], batch
         let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp }.number();
         let mut packet =
             Packet { source, destination: to, protocol, port, mark: 0, local: &local, random: u32::from(*random) };
-        let outcome = walk(table, "prerouting", &mut packet);
+        let mut same = packet.clone();
         let (endpoints, wanted, masquerade) = end.expected(family, source, to, port, &local);
-        match outcome {
-            Outcome::Led(endpoint) => {
-                prop_assert_eq!(wanted, Outcome::Accepted, "{} to {}:{}", source, to, port);
-                prop_assert!(
-                    endpoints.contains(&endpoint),
-                    "{} to {}:{} led to {}, not one of {:?}",
-                    source,
-                    to,
-                    port,
-                    endpoint,
-                    endpoints
-                );
-                prop_assert_eq!(packet.mark & MASQUERADE != 0, masquerade, "{} to {}:{}", source, to, port);
-            }
-            outcome => {
-                prop_assert!(outcome != Outcome::Accepted || endpoints.is_empty());
-                prop_assert_eq!(outcome.clone(), wanted, "{} to {}:{}", source, to, port);
-                prop_assert!(packet.mark & MASQUERADE == 0 || outcome != Outcome::Accepted);
+        let walks = [(walk(table, "prerouting", &mut packet), packet), (iptables::walk(&chains, &mut same), same)];
+        for (outcome, packet) in walks {
+            match outcome {
+                Outcome::Led(endpoint) => {
+                    prop_assert_eq!(&wanted, &Outcome::Accepted, "{} to {}:{}", source, to, port);
+                    prop_assert!(
+                        endpoints.contains(&endpoint),
+                        "{} to {}:{} led to {}, not one of {:?}",
+                        source,
+                        to,
+                        port,
+                        endpoint,
+                        endpoints
+                    );
+                    prop_assert_eq!(packet.mark & MASQUERADE != 0, masquerade, "{} to {}:{}", source, to, port);
+                }
+                outcome => {
+                    prop_assert!(outcome != Outcome::Accepted || endpoints.is_empty());
+                    prop_assert_eq!(&outcome, &wanted, "{} to {}:{}", source, to, port);
+                    prop_assert!(packet.mark & MASQUERADE == 0 || outcome != Outcome::Accepted);
+                }
             }
         }
     }

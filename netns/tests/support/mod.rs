@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use coracle_netns::model::{Change, Endpoint, EndpointPort, EndpointSlice, ObjectKey, Service, ServicePort};
-use coracle_netns::{Config, Network, PodKey, PodNet, PodNetwork, Protocol};
+use coracle_netns::{Config, Network, PodKey, PodNet, PodNetwork, Protocol, ProxyMode};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -34,6 +34,20 @@ pub(crate) fn on_own_host<T: Send>(test: impl FnOnce() -> T + Send) -> T {
         });
         run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// The same, once for each of the ways in which rules are carried out.
+pub(crate) fn in_both_modes(test: impl Fn(ProxyMode) + Send + Sync) {
+    coracle_testkit::need("iptables-restore", "iptables");
+    for mode in [ProxyMode::Nftables, ProxyMode::Iptables] {
+        on_own_host(|| test(mode));
+    }
+}
+
+/// Nothing of ours is in the rules.
+pub(crate) fn assert_no_rules() {
+    let left = sh("nft list ruleset; iptables-save; ip6tables-save");
+    assert!(!left.to_lowercase().contains("coracle"), "{left}");
 }
 
 /// Runs a shell command and returns what it printed.

@@ -5,9 +5,12 @@
 //! it is there, so that what an administrator changed stays changed.
 
 mod own;
+mod servers;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+
+pub use servers::Servers;
 
 use coracle_store::{Draft, Precondition, Store};
 use futures::StreamExt as _;
@@ -70,7 +73,10 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
     }
     drop(writes);
     publish_authorities(api).await?;
-    refresh_endpoints(api).await
+    if api.config.shared_store {
+        return Ok(());
+    }
+    servers::publish(api.store.as_ref(), &[api.config.advertise].into()).await
 }
 
 /// Makes the default class of volumes if there is none of its name: for whoever runs the provisioner behind it.
@@ -163,42 +169,6 @@ async fn publish_authorities(api: &Arc<ApiServer>) -> Result<(), Status> {
     }
     map["metadata"] = have["metadata"].clone();
     write(store, &key, &map, Precondition::Revision(entry.revision)).await
-}
-
-/// Points the service `kubernetes` at where this server listens, which may have changed since the last start.
-async fn refresh_endpoints(api: &Arc<ApiServer>) -> Result<(), Status> {
-    let at = api.config.advertise;
-    let family = if at.is_ipv4() { "IPv4" } else { "IPv6" };
-    let port = json!({"name": "https", "port": at.port(), "protocol": "TCP"});
-    let ip = at.ip().to_string();
-    let endpoints = json!({"apiVersion": "v1", "kind": "Endpoints",
-        "metadata": {"name": "kubernetes", "namespace": "default", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
-        "subsets": [{"addresses": [{"ip": ip}], "ports": [port]}]});
-    let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {"name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"}},
-        "addressType": family, "endpoints": [{"addresses": [ip], "conditions": {"ready": true}}], "ports": [port]});
-    for (group, resource, object, field) in
-        [("", "endpoints", endpoints, "subsets"), ("discovery.k8s.io", "endpointslices", slice, "endpoints")]
-    {
-        let (key, object) = complete(group, resource, object)?;
-        let store = api.store.as_ref();
-        match store.get(&key).await? {
-            None => write(store, &key, &object, Precondition::Absent).await?,
-            Some(entry) => {
-                let mut have: Value = serde_json::from_slice(&entry.value).map_err(Status::internal)?;
-                let same = [field, "ports", "addressType"].iter().all(|f| have.get(f) == object.get(f));
-                if !same {
-                    for f in [field, "ports", "addressType"] {
-                        if let Some(v) = object.get(f) {
-                            put(&mut have, f, v.clone());
-                        }
-                    }
-                    write(store, &key, &have, Precondition::Revision(entry.revision)).await?;
-                }
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Writes an object unless one of that name is there.

@@ -181,7 +181,7 @@ async fn dispatch(call: &mut Call, body: ReqBody) -> Result<Response, Status> {
         Verb::List => read::list(call).await,
         Verb::Watch => watch::watch(call).await,
         Verb::Create if call.route.name.is_empty() => write::create(call, body).await,
-        Verb::Create => Err(Status::no_such_method()),
+        Verb::Create | Verb::Options => Err(Status::no_such_method()),
         Verb::Update => update::replace(call, body).await,
         Verb::Patch => patch::patch(call, body).await,
         Verb::Delete => delete::delete(call, body).await,

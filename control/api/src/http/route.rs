@@ -23,6 +23,8 @@ pub(crate) enum Verb {
     Delete,
     /// DELETE of many.
     DeleteCollection,
+    /// OPTIONS, which only what stands behind a proxy answers; rules have no verb for it.
+    Options,
 }
 
 impl Verb {
@@ -37,6 +39,7 @@ impl Verb {
             Self::Patch => "patch",
             Self::Delete => "delete",
             Self::DeleteCollection => "deletecollection",
+            Self::Options => "",
         }
     }
 }
@@ -170,6 +173,7 @@ fn resource(method: &Method, raw_path: &str, query: &Query) -> Option<ResourceRo
             }
         }
         Method::GET | Method::HEAD => Verb::Get,
+        Method::OPTIONS => Verb::Options,
         _ => return None,
     };
     Some(ResourceRoute { verb, group, version, namespace, resource, name, subresource, rest })
@@ -194,6 +198,8 @@ mod tests {
         assert_eq!((r.verb, r.group.as_str()), (Verb::Watch, "apps"));
         let r = parse(Method::GET, "/api/v1/watch/namespaces/x/pods", "").expect("a resource");
         assert_eq!((r.verb, r.resource.as_str(), r.namespace.as_str()), (Verb::Watch, "pods", "x"));
+        let r = parse(Method::OPTIONS, "/api/v1/namespaces/n/services/s/proxy", "").expect("a resource");
+        assert_eq!((r.verb.as_str(), r.subresource.as_str()), ("", "proxy"));
         let r = parse(Method::DELETE, "/api/v1/nodes", "").expect("a resource");
         assert_eq!(r.verb, Verb::DeleteCollection);
         for path in ["/api", "/api/v1", "/apis/apps/v1", "/healthz", "/", "/apis/apps"] {

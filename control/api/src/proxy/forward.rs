@@ -1,11 +1,15 @@
 //! One request over one stream, upgrades included.
 
+use futures::TryStreamExt as _;
 use http::header::{
-    AUTHORIZATION, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, TRANSFER_ENCODING, UPGRADE,
+    ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap,
+    HeaderName, HeaderValue, LOCATION, TRANSFER_ENCODING, UPGRADE,
 };
-use http_body_util::BodyExt as _;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
 use hyper_util::rt::TokioIo;
 
+use super::links::Links;
 use crate::http::{ReqBody, Response, empty};
 use crate::node::NodeStream;
 use crate::status::Status;
@@ -19,7 +23,7 @@ pub(crate) struct Way {
     pub(crate) host: String,
     /// Headers to set.
     pub(crate) headers: HeaderMap,
-    /// Path of this server below which the other end's paths appear (`…/proxy`), for `Location`.
+    /// Path of this server below which the other end's paths appear (`…/proxy`), for `Location` and the links of pages.
     pub(crate) base: Option<String>,
 }
 
@@ -43,6 +47,7 @@ pub(crate) async fn forward(
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         Status::new(503, "ServiceUnavailable", format!("error trying to reach service: {what}: {error}"))
     };
+    let asked = parts.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
     let upgrade = parts.headers.get(UPGRADE).cloned();
     let mut inbound = http::Request::from_parts(parts, ());
     let on_client = upgrade.is_some().then(|| hyper::upgrade::on(&mut inbound));
@@ -84,8 +89,17 @@ pub(crate) async fn forward(
     for name in &HOP_BY_HOP {
         response.headers_mut().remove(name);
     }
-    if let Some(base) = &way.base {
-        relocate(response.headers_mut(), base);
+    let Some(base) = way.base else { return Ok(response.map(|body| body.map_err(Into::into).boxed_unsync())) };
+    let links = Links { base, backend: way.host, asked };
+    let headers = response.headers_mut();
+    if let Some(location) = headers.get(LOCATION).and_then(|value| links.moved(value.to_str().ok()?)) {
+        headers.insert(LOCATION, HeaderValue::from_str(&location).map_err(|error| failed("Location", &error))?);
+    } else if is_plain_page(headers) && !headers.contains_key(LOCATION) {
+        headers.remove(CONTENT_LENGTH);
+        return Ok(response.map(|body| {
+            let page = links.page(body.into_data_stream().map_err(Into::into));
+            BodyExt::boxed_unsync(StreamBody::new(page.map_ok(Frame::data)))
+        }));
     }
     Ok(response.map(|body| body.map_err(Into::into).boxed_unsync()))
 }
@@ -94,6 +108,10 @@ fn outbound_headers(inbound: &HeaderMap, way: &Way, upgrade: Option<&HeaderValue
     let mut headers = inbound.clone();
     for name in &HOP_BY_HOP {
         headers.remove(name);
+    }
+    if way.base.is_some() {
+        // Pages must come plain for their links to be read.
+        headers.remove(ACCEPT_ENCODING);
     }
     // Credentials are for this server only.
     headers.remove(AUTHORIZATION);
@@ -122,18 +140,8 @@ fn is_identity(name: &str) -> bool {
     name.starts_with("impersonate-") || name.starts_with("x-remote-")
 }
 
-/// A redirection within the other end is one below our path.
-fn relocate(headers: &mut HeaderMap, base: &str) {
-    let Some(location) = headers.get(LOCATION).and_then(|value| value.to_str().ok()) else { return };
-    let path = match location.split_once("://").map(|(_, rest)| rest) {
-        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]).to_owned(),
-        None if location.starts_with('/') => location.to_owned(),
-        None => return,
-    };
-    if path.starts_with(base) {
-        return;
-    }
-    if let Ok(value) = HeaderValue::from_str(&format!("{base}{path}")) {
-        headers.insert(LOCATION, value);
-    }
+/// An HTML page whose links can be read.
+fn is_plain_page(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()?.split(';').next());
+    kind.map(str::trim) == Some("text/html") && !headers.contains_key(CONTENT_ENCODING)
 }

@@ -4,6 +4,7 @@
 //! with `input output error tty command`, and so on. Upgraded connections are passed through byte for byte.
 
 mod forward;
+mod links;
 mod target;
 
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::context::{Context, Operation};
-use crate::http::{Query, ReqBody, ResourceRoute, Response};
+use crate::http::{Query, ReqBody, ResourceRoute, Response, Verb};
 use crate::kinds::Kind;
 use crate::object;
 use crate::server::ApiServer;
@@ -47,7 +48,8 @@ pub(crate) async fn connect(
     body: ReqBody,
 ) -> Result<Response, Status> {
     let sub = kind.subresource(&route.subresource).ok_or_else(Status::no_such_resource)?;
-    if !sub.verbs.iter().any(|verb| verb == route.verb.as_str()) {
+    let passed_on = route.verb == Verb::Options && route.subresource == "proxy";
+    if !passed_on && !sub.verbs.iter().any(|verb| verb == route.verb.as_str()) {
         return Err(Status::no_such_method());
     }
     if route.subresource != "log" {
@@ -230,7 +232,6 @@ async fn admit(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::Verb;
 
     fn route(subresource: &str) -> ResourceRoute {
         ResourceRoute {

@@ -91,6 +91,7 @@ impl Server {
             cluster_domain: "cluster.local".into(),
             dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
             advertise: address,
+            shared_store: false,
             nodes: Arc::new(EchoNode),
             authn: Default::default(),
             // There are no controllers here that would make the service accounts.

@@ -1,7 +1,7 @@
 //! JSON patch, RFC 6902, as the API server takes it.
 
 use json_patch::{PatchErrorKind, PatchOperation};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::PatchError;
 
@@ -12,8 +12,16 @@ pub const MAX_COPIED_BYTES: usize = 3 << 20;
 
 /// Applies the JSON patch in `patch` to `object`, which is left half-changed when an error is returned.
 pub fn apply(object: &mut Value, patch: &[u8]) -> Result<(), PatchError> {
-    let operations: Vec<PatchOperation> = serde_json::from_slice(patch)
-        .map_err(|error| PatchError::Malformed(format!("error decoding patch: {error}")))?;
+    let malformed = |error| PatchError::Malformed(format!("error decoding patch: {error}"));
+    let mut operations: Vec<Map<String, Value>> = serde_json::from_slice(patch).map_err(malformed)?;
+    // Clients written in Go leave an empty value out, which the API server takes as null.
+    for operation in &mut operations {
+        if operation.get("op").is_some_and(|op| op == "add" || op == "replace" || op == "test") {
+            operation.entry("value").or_insert(Value::Null);
+        }
+    }
+    let operations = operations.into_iter().map(|operation| serde_json::from_value(operation.into()));
+    let operations: Vec<PatchOperation> = operations.collect::<Result<_, _>>().map_err(malformed)?;
     if operations.len() > MAX_OPERATIONS {
         let count = operations.len();
         let text = format!("The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {count}");
@@ -91,6 +99,14 @@ mod tests {
         assert!(apply(&mut object, patch).is_err(), "there are finalizers now");
         let nowhere = br#"[{"op":"test","path":"/spec/a","value":null}]"#;
         assert!(apply(&mut object, nowhere).is_err(), "not even its parent is there");
+    }
+
+    #[test]
+    fn a_value_that_is_left_out_is_null() {
+        let mut object = json!({"a": {}});
+        apply(&mut object, br#"[{"op":"add","path":"/a/b"}]"#).expect("applies");
+        assert_eq!(object, json!({"a": {"b": null}}));
+        assert!(matches!(apply(&mut object, br#"[{"op":"move","path":"/a"}]"#), Err(PatchError::Malformed(_))));
     }
 
     #[test]

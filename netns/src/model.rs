@@ -112,6 +112,8 @@ pub struct Service {
     pub health_check_node_port: Option<u16>,
     /// `spec.publishNotReadyAddresses`: DNS answers with endpoints that are not ready.
     pub publish_not_ready: bool,
+    /// Its labels leave its addresses to another proxy, or to none: only DNS knows it here.
+    pub served_elsewhere: bool,
 }
 
 /// A port of a Service.

@@ -21,8 +21,8 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const ZONE: &str = "topology.kubernetes.io/zone";
 /// `service.spec.sessionAffinityConfig.clientIP.timeoutSeconds` when absent.
 const AFFINITY_SECONDS: i32 = 10_800;
-/// Label that leaves a Service to another proxy.
-const OTHER_PROXY: &str = "service.kubernetes.io/service-proxy-name";
+/// Labels that leave a Service's addresses to another proxy, or to none.
+const SERVED_ELSEWHERE: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
 
 fn addresses<'a>(texts: impl IntoIterator<Item = &'a String>) -> Vec<IpAddr> {
     texts.into_iter().filter_map(|text| text.parse().ok()).collect()
@@ -36,10 +36,9 @@ fn port(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|number| *number != 0)
 }
 
-/// A Service; one that another proxy serves does not exist for this one.
+/// A Service.
 pub(super) fn service(key: &ObjectKey, object: Option<&core::Service>) -> Change {
-    let ours = object.filter(|service| !service.labels().contains_key(OTHER_PROXY));
-    Change::Service(key.clone(), ours.and_then(|service| Some(service_spec(service.spec.as_ref()?, service))))
+    Change::Service(key.clone(), object.and_then(|service| Some(service_spec(service.spec.as_ref()?, service))))
 }
 
 fn service_spec(spec: &core::ServiceSpec, object: &core::Service) -> Service {
@@ -65,6 +64,7 @@ fn service_spec(spec: &core::ServiceSpec, object: &core::Service) -> Service {
         external_policy: local(&spec.external_traffic_policy),
         health_check_node_port: spec.health_check_node_port.and_then(port),
         publish_not_ready: spec.publish_not_ready_addresses == Some(true),
+        served_elsewhere: SERVED_ELSEWHERE.iter().any(|label| object.labels().contains_key(*label)),
     }
 }
 
@@ -258,7 +258,15 @@ mod tests {
         let Change::Service(_, Some(headless)) = super::service(&ObjectKey::new("n", "web"), Some(&headless)) else {
             panic!("no service")
         };
-        assert!(headless.headless && headless.cluster_ips.is_empty());
+        assert!(headless.headless && headless.cluster_ips.is_empty() && !headless.served_elsewhere);
+        let elsewhere: core::Service = serde_json::from_value(
+            json!({"metadata": {"labels": {"service.kubernetes.io/headless": ""}}, "spec": {"clusterIP": "10.43.0.6"}}),
+        )
+        .expect("a Service");
+        let Change::Service(_, Some(elsewhere)) = super::service(&ObjectKey::new("n", "web"), Some(&elsewhere)) else {
+            panic!("DNS has to know it")
+        };
+        assert!(elsewhere.served_elsewhere);
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub(crate) fn fronts<'a>(
     slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
 ) -> Vec<Front> {
     let mut fronts = Vec::new();
-    if service.external_name.is_some() || service.headless {
+    if service.external_name.is_some() || service.headless || service.served_elsewhere {
         return fronts;
     }
     let families: BTreeSet<Family> = service.cluster_ips.iter().map(|address| Family::of(*address)).collect();

@@ -79,7 +79,7 @@ impl Proxy {
     /// The health check node port of a Service, and how many endpoints this node has.
     pub(crate) fn health(&self, key: &ObjectKey) -> Option<(u16, usize)> {
         let entry = self.entries.get(key)?;
-        let service = entry.service.as_ref()?;
+        let service = entry.service.as_ref().filter(|service| !service.served_elsewhere)?;
         Some((service.health_check_node_port?, local_endpoints(&self.here, service, entry.slices.values())))
     }
 

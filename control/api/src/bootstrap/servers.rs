@@ -200,4 +200,39 @@ mod tests {
         // One that comes back lives.
         assert_eq!(sort(&mut seen, &held(3, 2), start + DURATION).0.len(), 2);
     }
+
+    #[tokio::test]
+    async fn servers_of_one_store_stand_side_by_side() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = coracle_store::Embedded::open(folder.path(), coracle_store::EmbeddedOptions::default());
+        let store: Arc<dyn Store> = Arc::new(store.expect("a store"));
+        let server =
+            |n: u8| Servers { store: store.clone(), own: SocketAddr::from(([10, 0, 0, n], 6443)), seen: Seen::new() };
+        let addresses = async || {
+            let mut all = Vec::new();
+            for (group, resource, list) in
+                [("", "endpoints", "/subsets/0/addresses"), ("discovery.k8s.io", "endpointslices", "/endpoints")]
+            {
+                let key = kind_of(group, resource).expect("a kind").key("default", "kubernetes");
+                let entry = store.get(&key).await.expect("the store answers").expect("an object");
+                let object: Value = serde_json::from_slice(&entry.value).expect("JSON");
+                all.push(object.pointer(list).and_then(Value::as_array).map_or(0, Vec::len));
+            }
+            all
+        };
+        let (mut a, mut b) = (server(1), server(2));
+        a.round().await.expect("a round");
+        assert_eq!(addresses().await, [1, 1]);
+        b.round().await.expect("a round");
+        a.round().await.expect("a round");
+        assert_eq!(addresses().await, [2, 2]);
+        // The second falls silent, and comes back.
+        let long_ago = Instant::now().checked_sub(DURATION).expect("the clock has run longer");
+        let of_b = a.seen.iter_mut().filter(|(key, _)| key.contains("10-0-0-2"));
+        of_b.for_each(|(_, (_, since))| *since = long_ago);
+        a.round().await.expect("a round");
+        assert_eq!(addresses().await, [1, 1]);
+        b.round().await.expect("a round");
+        assert_eq!(addresses().await, [2, 2]);
+    }
 }

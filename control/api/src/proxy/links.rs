@@ -78,6 +78,9 @@ impl Links {
     }
 }
 
+/// Where in some bytes links stand that are replaced, and by what.
+type Moved = Vec<(Range<usize>, String)>;
+
 /// A page as far as it has come.
 struct Page {
     links: Links,
@@ -92,7 +95,7 @@ struct Tag {
     name: String,
     end: usize,
     /// Links to replace.
-    moved: Vec<(Range<usize>, String)>,
+    moved: Moved,
 }
 
 impl Page {
@@ -131,9 +134,9 @@ impl Page {
     }
 
     /// The length of the markup that `bytes` begin with, and the links in it to replace; `None` if its end is missing.
-    fn markup(&mut self, bytes: &[u8]) -> Option<(usize, Vec<(Range<usize>, String)>)> {
+    fn markup(&mut self, bytes: &[u8]) -> Option<(usize, Moved)> {
         const COMMENT: (&[u8], &[u8]) = (b"<!--", b"-->");
-        let one = Some((1, Vec::new()));
+        let one = Some((1, Moved::new()));
         if let Some(element) = self.raw {
             let end = bytes.get(..element.len() + 2)?;
             if end[1] == b'/' && end[2..].eq_ignore_ascii_case(element.as_bytes()) {

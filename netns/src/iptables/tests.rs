@@ -84,7 +84,7 @@ fn fits(wanted: &Match, packet: &mut Packet<'_>) -> bool {
         Match::NewConnection => true,
         Match::OneIn(count) => {
             packet.random = packet.random.wrapping_mul(1_103_515_245).wrapping_add(12_345);
-            (packet.random >> 16) as usize % count == 0
+            ((packet.random >> 16) as usize).is_multiple_of(*count)
         }
         Match::Remember { .. } => true,
         Match::From(_) | Match::By(_) | Match::Spoofed | Match::KnownConnection | Match::Recent { .. } => false,

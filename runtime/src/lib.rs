@@ -13,6 +13,7 @@ pub mod device;
 mod error;
 pub mod exec;
 pub mod features;
+pub mod fuzz;
 pub mod hooks;
 mod idmap;
 mod net_device;

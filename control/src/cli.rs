@@ -1,7 +1,7 @@
 //! What the command line accepts. Flags carry the names that k3s users know.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -236,12 +236,21 @@ impl Registries {
     }
 }
 
+const DATA_DIR: &str = "/var/lib/coracle";
+
 /// Where state lies.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Folders {
     /// Folder of everything that must survive a reboot
-    #[arg(long, default_value = "/var/lib/coracle", value_name = "FOLDER")]
+    #[arg(long, default_value = DATA_DIR, value_name = "FOLDER")]
     pub(crate) data_dir: PathBuf,
+    /// Folder of pods' files and plugins' sockets, as drivers made for a kubelet expect it [default: /var/lib/kubelet,
+    /// or `kubelet` below another --data-dir than the default]
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) kubelet_dir: Option<PathBuf>,
+    /// Folders of CDI files (repeatable); of a device that two of them define the later one counts
+    #[arg(long, default_values = ["/etc/cdi", "/var/run/cdi"], value_name = "FOLDER")]
+    pub(crate) cdi_spec_dir: Vec<PathBuf>,
     /// Folder of everything that must not
     #[arg(long, default_value = "/run/coracle", value_name = "FOLDER")]
     pub(crate) run_dir: PathBuf,
@@ -251,6 +260,16 @@ pub(crate) struct Folders {
     /// Control group of all pods, below the mount of cgroup v2
     #[arg(long, default_value = "kubepods", value_name = "NAME")]
     pub(crate) cgroup_root: PathBuf,
+}
+
+impl Folders {
+    /// Drivers know `/var/lib/kubelet`; who moves the data, as for several nodes on one host, moves this too.
+    pub(crate) fn kubelet_dir(&self) -> PathBuf {
+        self.kubelet_dir.clone().unwrap_or_else(|| match self.data_dir == Path::new(DATA_DIR) {
+            true => "/var/lib/kubelet".into(),
+            false => self.data_dir.join("kubelet"),
+        })
+    }
 }
 
 /// Options of `coracle check`.

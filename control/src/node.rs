@@ -33,6 +33,8 @@ pub(crate) fn layout(folders: &Folders) -> Layout {
     let container_logs = folders.pod_log_dir.with_file_name("containers");
     Layout {
         data: folders.data_dir.clone(),
+        kubelet: folders.kubelet_dir(),
+        cdi: folders.cdi_spec_dir.clone(),
         run: folders.run_dir.clone(),
         pod_logs: folders.pod_log_dir.clone(),
         container_logs,

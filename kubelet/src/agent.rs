@@ -11,11 +11,14 @@ use kube::runtime::events::EventType;
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::cgroups::Hierarchy;
 use crate::cri::{ContainerRuntime, RuntimeError};
+use crate::csi::Csi;
+use crate::devices::Devices;
+use crate::dra::Dra;
 use crate::events::Events;
 use crate::images::ImageStore;
 use crate::names::PodKey;
@@ -123,9 +126,21 @@ impl Kubelet {
         let networks = Arc::new(Networks(network.clone()));
         let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
         let runtime: Arc<dyn ContainerRuntime> = Arc::new(native);
+        crate::volumes::ensure_shared(&layout.kubelet)
+            .map_err(|error| host("prepare the folder of pods")(std::io::Error::other(error)))?;
+        let news = Arc::new(Notify::new());
+        let devices = Devices::open(layout.clone(), news.clone()).map_err(host("read who has which devices"))?;
+        let dra =
+            Dra::open(&layout, client.clone(), &config.node_name).map_err(host("read which claims are prepared"))?;
+        let csi = Csi::new(layout.clone(), client.clone(), &config.node_name, &facts.boot_id, news.clone());
         let allocatable = crate::pods::allocatable(&config, &facts);
         let volumes = Volumes::new(
-            VolumesConfig { layout, images: images.clone(), allocatable: Arc::new(move || allocatable.clone()) },
+            VolumesConfig {
+                layout,
+                images: images.clone(),
+                csi: csi.clone(),
+                allocatable: Arc::new(move || allocatable.clone()),
+            },
             ObjectCache::new(client.clone()),
         );
         let (services, writer) = reflector::store::<Service>();
@@ -136,6 +151,10 @@ impl Kubelet {
             runtime,
             images,
             volumes,
+            csi,
+            devices,
+            dra,
+            news,
             table: Arc::new(PodTable::default()),
             cgroups,
             facts: facts.clone(),
@@ -185,6 +204,42 @@ impl Kubelet {
             };
             context.events.publish(about, EventType::Warning, LACKING, "Starting", message);
         }
+        let csi = context.csi.clone();
+        parts.spawn(async move {
+            csi.announce().await;
+            std::future::pending().await
+        });
+        let registry = context.config.layout.plugins_registry();
+        let kinds = vec![
+            Arc::new(context.csi.clone()) as _,
+            Arc::new(context.devices.clone()) as _,
+            Arc::new(context.dra.clone()) as _,
+        ];
+        let dra = context.dra.clone();
+        parts.spawn(async move {
+            dra.clean_up().await;
+            std::future::pending().await
+        });
+        parts.spawn(async move {
+            match crate::plugins::run(&registry, kinds).await {
+                Ok(()) => tracing::error!(folder = %registry.display(), "the folder of plugins is gone: no plugin is found until the next start"),
+                Err(error) => tracing::error!(folder = %registry.display(), %error, "plugins are not found any more"),
+            }
+        });
+        let devices = context.devices.clone();
+        parts.spawn(async move {
+            if let Err(error) = devices.serve().await {
+                tracing::error!(%error, "device plugins cannot register");
+            }
+        });
+        let layout = context.config.layout.clone();
+        let (devices, dra) = (context.devices.clone(), context.dra.clone());
+        let resources = crate::devices::pod_resources::serve(layout, devices, dra, context.table.clone());
+        parts.spawn(async move {
+            if let Err(error) = resources.await {
+                tracing::error!(%error, "nobody is told which pod has which devices");
+            }
+        });
         parts.spawn(PodManager::new(context.clone()).run());
         parts.spawn(crate::pods::eviction::run(context.clone()));
         let cri = self.cri;
@@ -231,6 +286,10 @@ impl NodeState for State {
         Some(self.0.images.clone())
     }
 
+    fn volumes(&self) -> Option<Volumes> {
+        Some(self.0.volumes.clone())
+    }
+
     fn configz(&self) -> serde_json::Value {
         let config = &self.0.config;
         serde_json::json!({"kubeletconfig": {
@@ -270,6 +329,17 @@ impl Health for State {
     }
 
     fn volumes_in_use(&self) -> Vec<String> {
-        Vec::new()
+        self.0.csi.volumes_in_use().unwrap_or_else(|error| {
+            tracing::error!(%error, "the node cannot tell which volumes it has in use");
+            Vec::new()
+        })
+    }
+
+    fn devices(&self) -> Vec<(String, usize, usize)> {
+        self.0.devices.amounts()
+    }
+
+    fn news(&self) -> Arc<Notify> {
+        self.0.news.clone()
     }
 }

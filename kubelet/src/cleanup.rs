@@ -11,6 +11,7 @@ use crate::Config;
 use crate::agent::{AgentError, Networks, host};
 use crate::cgroups::Hierarchy;
 use crate::cri::ContainerRuntime;
+use crate::csi::Csi;
 use crate::images::{ImageStore, StoreOptions};
 use crate::native::Native;
 use crate::supervisor::client::{Client as Supervisor, Launch};
@@ -40,12 +41,15 @@ pub async fn cleanup(config: &Config, network: Arc<Network>) -> Result<(), Agent
     let nowhere = kube::Config::new(http::Uri::from_static("https://localhost"));
     let client = kube::Client::try_from(nowhere).map_err(|error| host("prepare a client")(io::Error::other(error)))?;
     let allocatable = Arc::new(|| Allocatable { cpu_millis: 0, memory_bytes: 0, ephemeral_storage_bytes: 0 });
-    let volumes = Volumes::new(VolumesConfig { layout: layout.clone(), images, allocatable }, ObjectCache::new(client));
+    let csi = Csi::without_drivers(layout.clone());
+    let config_of_volumes = VolumesConfig { layout: layout.clone(), images, csi, allocatable };
+    let volumes = Volumes::new(config_of_volumes, ObjectCache::new(client));
     let failed = |error: crate::volumes::VolumeError| host("remove the volumes of a pod")(io::Error::other(error));
     for uid in volumes.known_pods().map_err(failed)? {
         volumes.teardown(&uid).await.map_err(failed)?;
         fs::remove_dir_all(layout.pod(&uid)).map_err(host("remove the folder of a pod"))?;
     }
+    crate::volumes::unmount_all(&layout.kubelet).map_err(failed)?;
     tokio::task::spawn_blocking(move || network.destroy())
         .await
         .map_err(|error| host("remove the pod network")(io::Error::other(error)))?

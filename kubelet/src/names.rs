@@ -73,8 +73,13 @@ pub const RUNTIME_NAME: &str = "coracle";
 /// Where the node's files lie. All paths are absolute.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    /// What survives a reboot: images, volumes, termination logs (`/var/lib/coracle`).
+    /// What survives a reboot: images, local volumes (`/var/lib/coracle`).
     pub data: PathBuf,
+    /// Pods' own files, volumes, and the sockets of plugins, where drivers made for a kubelet look for them
+    /// (`/var/lib/kubelet`).
+    pub kubelet: PathBuf,
+    /// Folders of CDI files; of a device in two of them the later one counts.
+    pub cdi: Vec<PathBuf>,
     /// What does not: sockets, bundles, namespaces, containers' state (`/run/coracle`), on a tmpfs.
     pub run: PathBuf,
     /// `/var/log/pods`.
@@ -87,6 +92,8 @@ impl Default for Layout {
     fn default() -> Self {
         Self {
             data: "/var/lib/coracle".into(),
+            kubelet: "/var/lib/kubelet".into(),
+            cdi: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             run: "/run/coracle".into(),
             pod_logs: "/var/log/pods".into(),
             container_logs: "/var/log/containers".into(),
@@ -99,6 +106,8 @@ impl Layout {
     pub fn below(root: &Path) -> Self {
         Self {
             data: root.join("data"),
+            kubelet: root.join("data/kubelet"),
+            cdi: vec![root.join("cdi")],
             run: root.join("run"),
             pod_logs: root.join("log/pods"),
             container_logs: root.join("log/containers"),
@@ -137,7 +146,32 @@ impl Layout {
 
     /// The folder of a pod's own files on disk (volumes, `etc-hosts`, termination logs), as a kubelet lays it out.
     pub fn pod(&self, uid: &str) -> PathBuf {
-        self.data.join("pods").join(uid)
+        self.pods().join(uid)
+    }
+
+    /// The folder of all pods' own files.
+    pub fn pods(&self) -> PathBuf {
+        self.kubelet.join("pods")
+    }
+
+    /// Where plugins of the node put their sockets to be found.
+    pub fn plugins_registry(&self) -> PathBuf {
+        self.kubelet.join("plugins_registry")
+    }
+
+    /// Plugins' own files, and what CSI drivers stage.
+    pub fn plugins(&self) -> PathBuf {
+        self.kubelet.join("plugins")
+    }
+
+    /// Sockets of device plugins, with the node's own `kubelet.sock` among them.
+    pub fn device_plugins(&self) -> PathBuf {
+        self.kubelet.join("device-plugins")
+    }
+
+    /// The folder of the socket that tells which pod has which devices.
+    pub fn pod_resources(&self) -> PathBuf {
+        self.kubelet.join("pod-resources")
     }
 
     /// `/var/log/pods/<namespace>_<name>_<uid>`.

@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("coracle-store", &[]),
     ("coracle-schema", &[]),
     ("coracle-api", &["coracle-store", "coracle-schema"]),
-    ("coracle-scheduler", &["coracle-api", "coracle-store"]),
+    ("coracle-scheduler", &["coracle-api", "coracle-store", "coracle-schema"]),
     ("coracle-controllers", &["coracle-api", "coracle-store"]),
     (
         "coracle",

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::config::{Config, Profile};
 use crate::cycle::{Cycles, Failure, World};
-use crate::plugins::{Binding, Context, Event, PLUGINS, VolumeChoice, choose_volumes};
+use crate::plugins::{Binding, ClaimChoice, Context, Event, PLUGINS, VolumeChoice, choose_devices, choose_volumes};
 use crate::queue::Queue;
 use crate::state::{Cache, Cluster, PodState, Shapes, takes_room};
 use crate::update::Update;
@@ -33,6 +33,7 @@ pub enum Action {
 pub struct Bind {
     pub(crate) pod: Arc<PodState>,
     pub(crate) volumes: VolumeChoice,
+    pub(crate) devices: Vec<ClaimChoice>,
     pub(crate) bind_timeout: Duration,
     /// Name of the node.
     pub node: String,
@@ -261,14 +262,20 @@ impl Engine {
     fn assume(&mut self, pod: Arc<PodState>, slot: u32, bind_timeout: Duration, now: Instant) -> Action {
         let found = self.cache.node(slot).map(|node| {
             let volumes = choose_volumes(&pod.shape, node, &self.cluster).unwrap_or_default();
-            (node.name().to_owned(), volumes)
+            let devices = choose_devices(&pod.shape, node, &self.cluster).unwrap_or_default();
+            (node.name().to_owned(), volumes, devices)
         });
-        let (node, volumes) = found.unwrap_or_default();
+        let (node, volumes, devices) = found.unwrap_or_default();
+        for choice in &devices {
+            if let (Some(allocation), Some(uid)) = (&choice.allocation, &choice.claim.metadata.uid) {
+                self.cluster.assumed_claims.insert(uid.clone(), allocation.clone());
+            }
+        }
         self.assume_volumes(&volumes, true);
         self.cache.place(pod.clone(), &node);
         self.assumed.insert(pod.uid.clone());
         self.event(Event::PodCame(&pod), now);
-        Action::Bind(Bind { pod, node, volumes, bind_timeout })
+        Action::Bind(Bind { pod, node, volumes, devices, bind_timeout })
     }
 
     fn assume_volumes(&mut self, volumes: &VolumeChoice, assume: bool) {
@@ -290,6 +297,9 @@ impl Engine {
         self.assume_volumes(&bind.volumes, false);
         if succeeded || !self.assumed.remove(&bind.pod.uid) {
             return;
+        }
+        for choice in bind.devices.iter().filter(|choice| choice.allocation.is_some()) {
+            self.cluster.assumed_claims.remove(choice.claim.metadata.uid.as_deref().unwrap_or_default());
         }
         self.cache.remove_pod(&bind.pod);
         self.left(&bind.pod, &bind.node, now);

@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::{
     Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, ReplicationController, Service,
 };
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::{DeviceClass, ResourceClaim, ResourceSlice};
 use k8s_openapi::api::storage::v1::{CSIDriver, CSINode, CSIStorageCapacity, StorageClass, VolumeAttachment};
 
 use crate::plugins::Event;
@@ -30,6 +31,9 @@ pub enum Update {
     CsiDriver(Delta<CSIDriver>),
     Capacity(Delta<CSIStorageCapacity>),
     Attachment(Delta<VolumeAttachment>),
+    ResourceClaim(Delta<ResourceClaim>),
+    ResourceSlice(Delta<ResourceSlice>),
+    DeviceClass(Delta<DeviceClass>),
 }
 
 /// Whether something of an object differs between its versions.
@@ -84,6 +88,21 @@ impl Update {
             Self::CsiDriver(delta) => set!(csi_drivers, delta, true, storage),
             Self::Capacity(delta) => set!(capacities, delta, true, storage),
             Self::Attachment(delta) => set!(attachments, delta, true, storage),
+            Self::ResourceClaim(delta) => {
+                // What was assumed of a claim is seen now, or will never be.
+                let stored = |claim: &ResourceClaim| claim.status.as_ref().is_some_and(|s| s.allocation.is_some());
+                let seen = delta.new.as_deref().is_none_or(stored);
+                for uid in
+                    [&delta.old, &delta.new].into_iter().flatten().filter_map(|claim| claim.metadata.uid.as_ref())
+                {
+                    if seen || delta.new.as_ref().is_some_and(|new| new.metadata.uid.as_ref() != Some(uid)) {
+                        cluster.assumed_claims.remove(uid);
+                    }
+                }
+                set!(resource_claims, delta, true, Some(Event::Devices))
+            }
+            Self::ResourceSlice(delta) => set!(resource_slices, delta, true, Some(Event::Devices)),
+            Self::DeviceClass(delta) => set!(device_classes, delta, true, Some(Event::Devices)),
         }
     }
 }

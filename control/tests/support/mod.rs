@@ -52,6 +52,12 @@ impl Host {
         }
     }
 
+    /// Writes a file of the Container Device Interface.
+    pub(crate) fn cdi(&self, name: &str, text: &str) {
+        std::fs::create_dir_all(self.path("cdi")).expect("a folder");
+        std::fs::write(self.path("cdi").join(name), text).expect("a CDI file");
+    }
+
     /// A command in the host's namespaces.
     pub(crate) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
@@ -69,6 +75,8 @@ impl Host {
             &text("run"),
             "--pod-log-dir",
             &text("log/pods"),
+            "--cdi-spec-dir",
+            &text("cdi"),
             "--cgroup-root",
             &self.cgroup,
         ]

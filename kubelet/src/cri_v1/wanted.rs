@@ -172,9 +172,6 @@ pub(super) fn container(
     if metadata.name.is_empty() {
         return Err(invalid("the container's metadata needs a name"));
     }
-    if !config.cdi_devices.is_empty() {
-        return Err(Status::unimplemented("devices by CDI name are not supported over this interface"));
-    }
     let image = config.image.unwrap_or_default();
     let linux = config.linux.unwrap_or_default();
     let context = linux.security_context.unwrap_or_default();
@@ -198,6 +195,7 @@ pub(super) fn container(
         image: [image.user_specified_image, image.image].into_iter().find(|name| !name.is_empty()).unwrap_or_default(),
         command: config.command,
         args: config.args,
+        cdi_devices: config.cdi_devices.into_iter().map(|device| device.name).collect(),
         working_dir: config.working_dir,
         envs: config
             .envs

@@ -141,7 +141,7 @@ impl Native {
         let (defaults, image_user, image_stop) = image_defaults(&image);
         let user = user::resolve(&rootfs, &config.security, &image_user)?;
         let cgroup = Path::new("/").join(&sandbox.config.cgroup_parent).join(id.as_str());
-        let spec = spec::build(&Input {
+        let mut spec = spec::build(&Input {
             sandbox: &sandbox.config,
             container: &config,
             image: &defaults,
@@ -154,6 +154,8 @@ impl Native {
             host_devices: if config.security.privileged { host_devices()? } else { Vec::new() },
             least_oom_score: spec::least_oom_score(),
         })?;
+        super::cdi::apply(&mut spec, &self.inner.layout.cdi, &config.cdi_devices)
+            .map_err(|error| RuntimeError::Invalid(error.to_string()))?;
         let stop_signal = [&config.stop_signal, &image_stop]
             .into_iter()
             .find(|s| !s.is_empty())

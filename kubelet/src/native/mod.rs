@@ -3,6 +3,7 @@
 //! State lies in the run folder, one folder per sandbox and container, written before the kernel is asked, so that a daemon
 //! started anew finds everything. Blocking steps (mounts, files) run on tokio's blocking threads.
 
+pub mod cdi;
 mod container;
 mod exec;
 mod init;

@@ -355,7 +355,7 @@ fn devices(input: &Input<'_>) -> Value {
     json!(list)
 }
 
-fn device_numbers(path: &Path) -> Option<(&'static str, i64, i64)> {
+pub(super) fn device_numbers(path: &Path) -> Option<(&'static str, i64, i64)> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let metadata = std::fs::metadata(path).ok()?;
     let kind = match metadata.file_type() {

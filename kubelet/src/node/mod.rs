@@ -49,6 +49,10 @@ pub trait Health: Send + Sync + 'static {
     fn images(&self) -> Vec<(Vec<String>, i64)>;
     /// `status.volumesInUse`.
     fn volumes_in_use(&self) -> Vec<String>;
+    /// Name, capacity and allocatable of each kind of device of plugins.
+    fn devices(&self) -> Vec<(String, usize, usize)>;
+    /// Rung when the status is to be written before its time.
+    fn news(&self) -> Arc<tokio::sync::Notify>;
 }
 
 /// The node's own object.
@@ -124,6 +128,7 @@ impl NodeAgent {
 
     /// Writes the status when it has changed, and at the interval that shows that the agent lives.
     async fn report(&self, health: Arc<dyn Health>) {
+        let news = health.news();
         let mut written = None;
         let mut written_at = tokio::time::Instant::now();
         loop {
@@ -139,7 +144,10 @@ impl NodeAgent {
                     Err(error) => tracing::warn!(%error, "the node's status is not written"),
                 }
             }
-            tokio::time::sleep(self.config.lease_renew_interval).await;
+            tokio::select! {
+                () = tokio::time::sleep(self.config.lease_renew_interval) => {}
+                () = news.notified() => {}
+            }
         }
     }
 

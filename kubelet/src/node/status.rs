@@ -68,13 +68,21 @@ pub(super) fn of(config: &Config, facts: &Facts, health: &dyn Health) -> NodeSta
     }
     let images = health.images().into_iter().take(MAX_IMAGES);
     let in_use = health.volumes_in_use();
+    let mut facts = facts_only(config, facts);
+    for (name, capacity, allocatable) in health.devices() {
+        let amounts = [(&mut facts.capacity, capacity), (&mut facts.allocatable, allocatable)];
+        for (amounts, amount) in amounts {
+            amounts.get_or_insert_default().insert(name.clone(), Quantity(amount.to_string()));
+        }
+    }
     NodeStatus {
         conditions: Some(conditions),
         images: Some(
             images.map(|(names, size)| ContainerImage { names: Some(names), size_bytes: Some(size) }).collect(),
         ),
-        volumes_in_use: (!in_use.is_empty()).then_some(in_use),
-        ..facts_only(config, facts)
+        // Also when there are none: what a patch leaves out stays.
+        volumes_in_use: Some(in_use),
+        ..facts
     }
 }
 

@@ -13,7 +13,7 @@ use kube::runtime::events::EventType;
 use kube::runtime::reflector::Store;
 use kube::{Api, Client, Resource};
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use super::eviction::Pressure;
 use super::resolved;
@@ -21,6 +21,9 @@ use super::table::PodTable;
 use crate::Config;
 use crate::cgroups::Hierarchy;
 use crate::cri::{ContainerRuntime, ContainerStatus, SandboxConfig};
+use crate::csi::Csi;
+use crate::devices::Devices;
+use crate::dra::Dra;
 use crate::events::Events;
 use crate::images::ImageStore;
 use crate::names::PodKey;
@@ -39,6 +42,11 @@ pub struct Context {
     pub runtime: Arc<dyn ContainerRuntime>,
     pub images: Arc<ImageStore>,
     pub volumes: Volumes,
+    pub csi: Csi,
+    pub devices: Devices,
+    pub dra: Dra,
+    /// Rung when the node's status has something new to say.
+    pub news: Arc<Notify>,
     pub table: Arc<PodTable>,
     pub cgroups: Hierarchy,
     pub facts: Facts,

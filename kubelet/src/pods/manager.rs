@@ -14,6 +14,7 @@ use super::context::Context;
 use super::worker::{Wanted, Worker};
 use super::{mirror, resolved, status};
 use crate::cri::ContainerEvent;
+use crate::names::PodKey;
 
 struct Handle {
     wanted: watch::Sender<Wanted>,
@@ -218,26 +219,19 @@ impl PodManager {
         for uid in vanished {
             self.gone(&uid);
         }
+        self.context.devices.retain(|uid| self.workers.contains_key(uid));
         let sandboxes = self.context.runtime.list_pod_sandboxes().await.unwrap_or_default();
-        for pod in sandboxes.into_iter().filter_map(|sandbox| sandbox.config.pod) {
+        let of_sandboxes = sandboxes.into_iter().filter_map(|sandbox| sandbox.config.pod);
+        // Of some pods nothing is left but volumes and devices, whose drivers may not be there yet.
+        let uids = self.context.volumes.known_pods().unwrap_or_default().into_iter().chain(self.context.dra.pods());
+        let of_drivers = uids.map(|uid| PodKey { uid, namespace: String::new(), name: String::new() });
+        for pod in of_sandboxes.chain(of_drivers) {
             if !self.workers.contains_key(&pod.uid) {
-                let orphan = Pod {
-                    metadata: k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta {
-                        name: Some(pod.name),
-                        namespace: Some(pod.namespace),
-                        uid: Some(pod.uid),
-                        ..Default::default()
-                    },
-                    ..Pod::default()
-                };
+                let mut orphan = Pod::default();
+                orphan.metadata.name = Some(pod.name);
+                orphan.metadata.namespace = Some(pod.namespace);
+                orphan.metadata.uid = Some(pod.uid);
                 self.spawn(Wanted::Gone(Arc::new(orphan)));
-            }
-        }
-        for uid in self.context.volumes.known_pods().unwrap_or_default() {
-            if !self.workers.contains_key(&uid)
-                && let Err(error) = self.context.volumes.teardown(&uid).await
-            {
-                tracing::warn!(uid, %error, "volumes of a pod that is gone are not removed");
             }
         }
     }

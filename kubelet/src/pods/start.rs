@@ -15,7 +15,7 @@ use super::{hooks, resolved};
 use crate::cri::{ContainerConfig, ContainerState, Mount, SandboxStatus, StdioMode};
 use crate::images::{Image, NoProgress};
 use crate::names::{ContainerId, PodKey};
-use crate::volumes::{PodVolumes, expand, service_environment};
+use crate::volumes::{PodVolumes, Volumes, expand, service_environment};
 
 /// Where programs leave their last words, unless told otherwise.
 const TERMINATION_PATH: &str = "/dev/termination-log";
@@ -208,6 +208,11 @@ impl Start<'_> {
         let mut environment: Vec<(String, String)> =
             services.into_iter().filter(|(name, _)| !own.iter().any(|(known, _)| known == name)).collect();
         environment.extend(own);
+        let mut given = context.devices.prepare(&key.uid, &container.name).await?;
+        given.cdi_devices.extend(context.dra.of(&key.uid, container).into_iter().flat_map(|device| device.cdi));
+        // What the pod says itself counts more than what plugins say.
+        given.environment.retain(|(name, _)| !environment.iter().any(|(known, _)| known == name));
+        environment.extend(given.environment);
         let expanded =
             |words: &Option<Vec<String>>| words.iter().flatten().map(|word| expand(word, &environment)).collect();
         let wanted = container.volume_mounts.as_deref().unwrap_or_default();
@@ -216,6 +221,9 @@ impl Start<'_> {
             .mounts(pod, volumes, &container.name, wanted, &environment)
             .await
             .map_err(|error| error.to_string())?;
+        mounts.extend(given.mounts);
+        let blocks = Volumes::devices(volumes, container.volume_devices.as_deref().unwrap_or_default());
+        given.devices.extend(blocks.map_err(|error| error.to_string())?);
         let taken = |path: &str| wanted.iter().any(|mount| mount.mount_path == path);
         if !taken("/etc/hosts") {
             mounts.push(Mount {
@@ -241,6 +249,9 @@ impl Start<'_> {
             args: expanded(&container.args),
             working_dir: container.working_dir.clone().unwrap_or_default(),
             mounts,
+            devices: given.devices,
+            cdi_devices: given.cdi_devices,
+            annotations: given.annotations,
             envs: environment,
             log_path: context.config.layout.container_log(key, &container.name, attempt),
             stdio: StdioMode {

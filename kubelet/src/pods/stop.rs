@@ -112,6 +112,11 @@ impl Worker {
             tracing::warn!(pod = %self.key, %error, "the sandbox of a finished pod is not stopped");
             return Next::At(Instant::now() + RETRY);
         }
+        if let Err(error) = self.context.dra.unprepare(&self.key.uid).await {
+            tracing::warn!(pod = %self.key, %error, "devices of a finished pod are not taken back");
+            return Next::At(Instant::now() + RETRY);
+        }
+        self.context.devices.release(&self.key.uid);
         self.context.table.ended(pod, &self.key);
         Next::Wait
     }
@@ -194,6 +199,8 @@ impl Worker {
             runtime.stop_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
             runtime.remove_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
         }
+        self.context.dra.unprepare(&self.key.uid).await.map_err(|error| error.to_string())?;
+        self.context.devices.release(&self.key.uid);
         self.context.volumes.teardown(&self.key.uid).await.map_err(|error| error.to_string())?;
         self.context.remove_files(&self.key).map_err(|error| error.to_string())
     }

@@ -260,7 +260,12 @@ impl Worker {
         if !self.admitted {
             if !observed.sandbox_ready && observed.containers.values().all(|seen| seen.current.is_none()) {
                 let others = self.others();
-                if let Err((reason, message)) = admit(&self.context.config, &self.context.allocatable(), &others, pod) {
+                let mut verdict = admit(&self.context.config, &self.context.allocatable(), &others, pod);
+                if verdict.is_ok() {
+                    let given = self.context.devices.admit(pod).await;
+                    verdict = given.map_err(|message| ("UnexpectedAdmissionError".to_owned(), message));
+                }
+                if let Err((reason, message)) = verdict {
                     self.context.event(pod, EventType::Warning, &reason, "Admit", message.clone());
                     self.failure = Some((reason, message));
                     return self.report(pod).await;
@@ -406,6 +411,12 @@ impl Worker {
 
     /// Sandbox, volumes, init containers in order, then all others.
     async fn step(&mut self, pod: &Arc<Pod>, mut observed: PodObserved) -> Next {
+        if self.volumes.is_none()
+            && let Err(error) = self.context.dra.prepare(pod).await
+        {
+            self.trouble(pod, "FailedPrepareDynamicResources", error.to_string());
+            return Next::At(Instant::now() + RETRY);
+        }
         let sandbox = match self.ensure_sandbox(pod).await {
             Ok(sandbox) => sandbox,
             Err(message) => {

@@ -10,6 +10,7 @@ use http::header;
 use super::containers::Refused;
 use super::router::Node;
 use super::stats::Usage;
+use crate::volumes::VolumeUsage;
 
 /// One family of samples.
 struct Family<'a> {
@@ -85,7 +86,35 @@ pub(super) async fn own(State(node): State<Arc<Node>>) -> Result<Response, Refus
         },
     ];
     families.extend(process());
+    families.extend(volume_families(&super::stats::claims(&node).await));
     Ok(answer(render(&families) + &node.state.metrics()))
+}
+
+/// How full the volumes of claims are.
+fn volume_families(claims: &[(String, String, VolumeUsage)]) -> Vec<Family<'static>> {
+    type Amount = fn(&VolumeUsage) -> u64;
+    let rows: [(&str, &str, Amount); 6] = [
+        ("kubelet_volume_stats_capacity_bytes", "Capacity in bytes of the volume", |usage| usage.capacity_bytes),
+        ("kubelet_volume_stats_available_bytes", "Number of available bytes in the volume", |usage| {
+            usage.available_bytes
+        }),
+        ("kubelet_volume_stats_used_bytes", "Number of used bytes in the volume", |usage| usage.used_bytes),
+        ("kubelet_volume_stats_inodes", "Maximum number of inodes in the volume", |usage| usage.inodes),
+        ("kubelet_volume_stats_inodes_free", "Number of free inodes in the volume", |usage| usage.inodes_free),
+        ("kubelet_volume_stats_inodes_used", "Number of used inodes in the volume", |usage| usage.inodes_used),
+    ];
+    let family = |(name, help, amount): (&'static str, &'static str, Amount)| Family {
+        name,
+        kind: "gauge",
+        help,
+        samples: claims
+            .iter()
+            .map(|(namespace, claim, usage)| {
+                (labels(&[("namespace", namespace), ("persistentvolumeclaim", claim)]), amount(usage) as f64, 0)
+            })
+            .collect(),
+    };
+    rows.map(family).into()
 }
 
 /// The usual figures of this process, where /proc tells them.

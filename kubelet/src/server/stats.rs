@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use k8s_openapi::api::core::v1::{Pod, Volume};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -14,6 +15,7 @@ use super::containers::Refused;
 use super::router::Node;
 use crate::cri::{ContainerState, ContainerStatus, Stats};
 use crate::names::PodKey;
+use crate::volumes::VolumeUsage;
 
 /// Requests within this time share one round of reading: scrapers come in pairs.
 const SHARED_FOR: Duration = Duration::from_secs(1);
@@ -286,17 +288,24 @@ pub(super) async fn summary(State(node): State<Arc<Node>>) -> Result<Json<Value>
             let ephemeral =
                 known.values().filter(|volume| volume.counts_as_ephemeral).map(|volume| volume.used_bytes).sum::<u64>();
             entry["ephemeral-storage"] = json!({ "time": time(host.timestamp), "usedBytes": layers + ephemeral });
+            let claims = claims_of(&node.state.pods(), &pod.key);
             entry["volume"] = known
                 .into_iter()
                 .map(|(name, volume)| {
-                    json!({
+                    let mut entry = json!({
                         "time": time(host.timestamp),
                         "name": name,
                         "usedBytes": volume.used_bytes,
                         "inodesUsed": volume.inodes_used,
+                        "inodes": volume.inodes,
+                        "inodesFree": volume.inodes_free,
                         "capacityBytes": volume.capacity_bytes,
                         "availableBytes": volume.available_bytes,
-                    })
+                    });
+                    if let Some(claim) = claims.get(&name) {
+                        entry["pvcRef"] = json!({ "name": claim, "namespace": pod.key.namespace });
+                    }
+                    entry
                 })
                 .collect();
         }
@@ -310,6 +319,40 @@ pub(super) async fn summary(State(node): State<Arc<Node>>) -> Result<Json<Value>
         summary["node"]["runtime"] = json!({ "imageFs": image_fs.clone(), "containerFs": image_fs });
     }
     Ok(Json(summary))
+}
+
+/// What the volumes of claims take: namespace, name and usage of each.
+pub(super) async fn claims(node: &Node) -> Vec<(String, String, VolumeUsage)> {
+    let (Some(volumes), pods) = (node.state.volumes(), node.state.pods()) else { return Vec::new() };
+    let mut found = BTreeMap::new();
+    for pod in &pods {
+        let meta = &pod.metadata;
+        let text = |field: &Option<String>| field.clone().unwrap_or_default();
+        let key = PodKey { uid: text(&meta.uid), namespace: text(&meta.namespace), name: text(&meta.name) };
+        let claims = claims_of(std::slice::from_ref(pod), &key);
+        if claims.is_empty() {
+            continue;
+        }
+        for (name, usage) in volumes.usage(&key.uid).await.unwrap_or_default() {
+            if let Some(claim) = claims.get(&name) {
+                // Pods may share one.
+                found.insert((key.namespace.clone(), claim.clone()), usage);
+            }
+        }
+    }
+    found.into_iter().map(|((namespace, claim), usage)| (namespace, claim, usage)).collect()
+}
+
+/// The claims behind a pod's volumes, by name of the volume.
+fn claims_of(pods: &[Arc<Pod>], key: &PodKey) -> BTreeMap<String, String> {
+    let pod = pods.iter().find(|pod| pod.metadata.uid.as_ref() == Some(&key.uid));
+    let volumes = pod.and_then(|pod| pod.spec.as_ref()?.volumes.as_ref()).into_iter().flatten();
+    let claim = |volume: &Volume| match (&volume.persistent_volume_claim, &volume.ephemeral) {
+        (Some(source), _) => Some(source.claim_name.clone()),
+        (None, Some(_)) => Some(format!("{}-{}", key.name, volume.name)),
+        (None, None) => None,
+    };
+    volumes.filter_map(|volume| Some((volume.name.clone(), claim(volume)?))).collect()
 }
 
 fn pod_summary(pod: &PodUsage) -> Value {

@@ -95,9 +95,6 @@ async fn setup_claim(
     let phase = claim.status.as_ref().and_then(|status| status.phase.as_deref());
     let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|name| !name.is_empty());
     let (Some("Bound"), Some(volume)) = (phase, volume) else { return Err(refuse("it is not bound")) };
-    if claim.spec.as_ref().and_then(|spec| spec.volume_mode.as_deref()) == Some("Block") {
-        return Err(refuse("it is a block volume, which containers reach as volumeDevices"));
-    }
     let api: Api<PersistentVolume> = Api::all(context.manager.objects.client().clone());
     let kind = "persistentvolume";
     let found = api.get_opt(&volume).await.map_err(|error| VolumeError::Api {
@@ -106,7 +103,8 @@ async fn setup_claim(
         reason: error.to_string(),
     })?;
     let found = found.ok_or_else(|| VolumeError::NotFound { kind, name: volume.clone() })?;
-    let Some(spec) = found.spec else { return Err(refuse("its volume has no spec")) };
+    let Some(spec) = &found.spec else { return Err(refuse("its volume has no spec")) };
+    let block = spec.volume_mode.as_deref() == Some("Block");
     let bound_to = spec.claim_ref.as_ref().and_then(|reference| reference.uid.as_ref());
     if bound_to.is_some() && bound_to != claim.metadata.uid.as_ref() {
         return Err(refuse("its volume is bound to another claim"));
@@ -118,7 +116,12 @@ async fn setup_claim(
         })
     };
     let group = context.fs_group();
-    let mut ready = if let Some(local) = &spec.local {
+    let mut ready = if let Some(csi) = &spec.csi {
+        super::csi::persistent(context, claim, &found, csi, read_only).await?
+    } else if let Some(local) = spec.local.as_ref().filter(|_| block) {
+        checked(&local.path, "BlockDevice")?;
+        Ready { block, ..Ready::at(&local.path) }
+    } else if let Some(local) = &spec.local {
         if local_volumes::is_ours(&context.manager.config.layout, Path::new(&local.path)) {
             make_local(Path::new(&local.path))?;
         }

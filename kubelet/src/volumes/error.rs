@@ -39,6 +39,12 @@ pub enum VolumeError {
     /// A helper program such as mount.nfs failed.
     #[error("{program} failed: {output}")]
     Helper { program: &'static str, output: String },
+    /// A CSI driver that is not registered on this node.
+    #[error("driver name {driver} not found in the list of registered CSI drivers")]
+    NoDriver { driver: String },
+    /// A CSI driver that did not do what it was asked.
+    #[error("CSI driver {driver}, {call}: {message}")]
+    Driver { driver: String, call: String, message: String },
     /// A bound was reached.
     #[error("{what} exceeds the limit of {limit}")]
     TooMany { what: &'static str, limit: usize },
@@ -48,7 +54,7 @@ pub enum VolumeError {
 }
 
 /// Attaches a step and a path to an IO error.
-pub(super) trait IoContext<T> {
+pub(crate) trait IoContext<T> {
     fn step(self, step: &'static str, path: impl AsRef<Path>) -> Result<T, VolumeError>;
 }
 

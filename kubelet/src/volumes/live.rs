@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::manager::{LivePod, Manager};
+use super::manager::{LivePod, LiveVolume, Manager};
 use super::objects::ObjectKey;
 
 /// When a refresh failed, how soon it is tried again.
@@ -19,9 +19,9 @@ pub(super) async fn run(manager: Arc<Manager>) {
     loop {
         let due = next_due(&manager).unwrap_or_else(|| Instant::now() + IDLE);
         tokio::select! {
-            keys = changes.next() => refresh_users(&manager, &keys).await,
+            keys = changes.next() => refresh_users(&manager, &keys),
             () = manager.schedule.notified() => {}
-            () = tokio::time::sleep_until(due) => refresh_due(&manager).await,
+            () = tokio::time::sleep_until(due) => refresh_due(&manager),
         }
     }
 }
@@ -37,35 +37,31 @@ fn next_due(manager: &Manager) -> Option<Instant> {
         .min()
 }
 
-async fn refresh_users(manager: &Arc<Manager>, keys: &[ObjectKey]) {
-    for live in pods(manager) {
-        let names: Vec<String> = live
-            .volumes
-            .lock()
-            .iter()
-            .filter(|(_, volume)| volume.uses.iter().any(|used| keys.contains(used.key())))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in names {
-            refresh(manager, &live, &name).await;
-        }
-    }
+fn refresh_users(manager: &Arc<Manager>, keys: &[ObjectKey]) {
+    refresh_all(manager, |volume| volume.uses.iter().any(|used| keys.contains(used.key())));
 }
 
-async fn refresh_due(manager: &Arc<Manager>) {
+fn refresh_due(manager: &Arc<Manager>) {
     let now = Instant::now();
+    refresh_all(manager, |volume| volume.refresh_at.take_if(|at| *at <= now).is_some());
+}
+
+/// Refreshes volumes, each pod by itself: a driver that takes its time holds up no other pod.
+fn refresh_all(manager: &Arc<Manager>, mut which: impl FnMut(&mut LiveVolume) -> bool) {
     for live in pods(manager) {
-        let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        let names: Vec<String> = live
-            .volumes
-            .lock()
-            .iter()
-            .filter(|(_, volume)| due(volume.refresh_at))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in names {
-            refresh(manager, &live, &name).await;
+        let mut volumes = live.volumes.lock();
+        let names: Vec<String> =
+            volumes.iter_mut().filter_map(|(name, volume)| which(volume).then(|| name.clone())).collect();
+        drop(volumes);
+        if names.is_empty() {
+            continue;
         }
+        let manager = manager.clone();
+        tokio::spawn(async move {
+            for name in names {
+                refresh(&manager, &live, &name).await;
+            }
+        });
     }
 }
 
@@ -84,5 +80,6 @@ async fn refresh(manager: &Arc<Manager>, live: &LivePod, name: &str) {
         if let Some(volume) = live.volumes.lock().get_mut(name) {
             volume.refresh_at = Some(Instant::now() + RETRY_AFTER);
         }
+        manager.schedule.notify_one();
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Pod, Volume, VolumeMount};
+use k8s_openapi::api::core::v1::{Pod, Volume, VolumeDevice, VolumeMount};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -17,7 +17,8 @@ use super::payload::Payload;
 use super::plugin::{Context, plugin_of};
 use super::token::Tokens;
 use super::{mounts, subpath, writer};
-use crate::cri::{Mount, Propagation};
+use crate::cri::{Device, Mount, Propagation};
+use crate::csi::Csi;
 use crate::images::ImageStore;
 use crate::names::Layout;
 
@@ -28,6 +29,8 @@ pub struct VolumesConfig {
     pub layout: Layout,
     /// For image volumes.
     pub images: Arc<ImageStore>,
+    /// For volumes of drivers.
+    pub csi: Csi,
     /// What a container without limits may use.
     pub allocatable: Arc<dyn Fn() -> Allocatable + Send + Sync>,
 }
@@ -45,6 +48,8 @@ pub struct MountedVolume {
     pub path: PathBuf,
     /// Whether containers may only read it.
     pub read_only: bool,
+    /// Whether it is a device and no folder.
+    pub block: bool,
 }
 
 /// What one volume takes.
@@ -54,6 +59,10 @@ pub struct VolumeUsage {
     pub used_bytes: u64,
     /// Inodes in use.
     pub inodes_used: u64,
+    /// Inodes of the file system.
+    pub inodes: u64,
+    /// Inodes free for use.
+    pub inodes_free: u64,
     /// Size of the file system.
     pub capacity_bytes: u64,
     /// Free for use.
@@ -196,6 +205,9 @@ impl Volumes {
             let invalid = |reason: String| VolumeError::Invalid { volume: mount.name.clone(), reason };
             let volume =
                 volumes.volumes.get(&mount.name).ok_or_else(|| invalid("the pod has no such volume".into()))?;
+            if volume.block {
+                return Err(invalid("it is a block volume, which containers reach as volumeDevices".into()));
+            }
             let sub_path = match (&mount.sub_path, &mount.sub_path_expr) {
                 (_, Some(expression)) if !expression.is_empty() => {
                     subpath::expand(expression, environment).map_err(invalid)?
@@ -233,6 +245,25 @@ impl Volumes {
         Ok(result)
     }
 
+    /// The block volumes of one container.
+    ///
+    /// # Errors
+    /// When a device names no volume, or one that is a folder.
+    pub fn devices(volumes: &PodVolumes, devices: &[VolumeDevice]) -> Result<Vec<Device>, VolumeError> {
+        let device = |wanted: &VolumeDevice| {
+            let invalid =
+                |reason: &str| VolumeError::Invalid { volume: wanted.name.clone(), reason: reason.to_owned() };
+            let volume = volumes.volumes.get(&wanted.name).ok_or_else(|| invalid("the pod has no such volume"))?;
+            if !volume.block {
+                return Err(invalid("it is no block volume; containers reach it as volumeMounts"));
+            }
+            let permissions = if volume.read_only { "r" } else { "rwm" }.to_owned();
+            let container_path = PathBuf::from(&wanted.device_path);
+            Ok(Device { container_path, host_path: volume.path.clone(), permissions })
+        };
+        devices.iter().map(device).collect()
+    }
+
     /// Takes a pod's volumes away; its containers must be gone. Idempotent.
     ///
     /// # Errors
@@ -245,13 +276,15 @@ impl Volumes {
             live.volumes.lock().clear();
         }
         self.0.tokens.forget(uid);
+        // Before anything that drivers mounted is touched otherwise.
+        let subpaths = self.0.config.layout.pod(uid).join("volume-subpaths");
+        blocking(move || mounts::unmount_all(&subpaths)).await?;
+        self.0.config.csi.unpublish_all(uid).await?;
         let pod = self.0.config.layout.pod(uid);
         blocking(move || {
-            for name in ["volume-subpaths", "volumes"] {
+            for name in ["volume-subpaths", "volumes", "volumeDevices"] {
                 let folder = pod.join(name);
-                for point in mounts::below(&folder)? {
-                    mounts::unmount(&point)?;
-                }
+                mounts::unmount_all(&folder)?;
                 if let Some(left) = mounts::below(&folder)?.first() {
                     return Err(std::io::Error::from(nix::errno::Errno::EBUSY)).step("unmount", left);
                 }
@@ -280,7 +313,8 @@ impl Volumes {
     /// When a folder cannot be read.
     pub async fn usage(&self, uid: &str) -> Result<BTreeMap<String, VolumeUsage>, VolumeError> {
         let folder = self.0.config.layout.pod(uid).join("volumes");
-        blocking(move || {
+        let of_drivers = self.0.config.csi.usage(uid).await?;
+        let mut usage = blocking(move || {
             let list = |folder: &std::path::Path| -> Result<Vec<PathBuf>, VolumeError> {
                 match fs::read_dir(folder) {
                     Ok(entries) => entries.map(|entry| Ok(entry.step("read folder", folder)?.path())).collect(),
@@ -291,6 +325,9 @@ impl Volumes {
             let mut usage = BTreeMap::new();
             for kind in list(&folder)? {
                 let on_disk = kind.ends_with("kubernetes.io~empty-dir");
+                if kind.ends_with("kubernetes.io~csi") {
+                    continue;
+                }
                 for volume in list(&kind)? {
                     let name = volume.file_name().unwrap_or_default().to_string_lossy().into_owned();
                     let disk = nix::sys::statvfs::statvfs(&volume).step("look at file system of", &volume)?;
@@ -305,6 +342,8 @@ impl Volumes {
                         VolumeUsage {
                             used_bytes,
                             inodes_used,
+                            inodes: disk.files(),
+                            inodes_free: disk.files_free(),
                             capacity_bytes: disk.blocks() * disk.fragment_size(),
                             available_bytes: disk.blocks_available() * disk.fragment_size(),
                             counts_as_ephemeral: on_disk && !own,
@@ -314,7 +353,9 @@ impl Volumes {
             }
             Ok(usage)
         })
-        .await
+        .await?;
+        usage.extend(of_drivers);
+        Ok(usage)
     }
 
     /// UIDs of pods that have a folder on this node: what a restarted daemon must set up again or tear down.
@@ -322,7 +363,7 @@ impl Volumes {
     /// # Errors
     /// When the folder cannot be read.
     pub fn known_pods(&self) -> Result<Vec<String>, VolumeError> {
-        let root = self.0.config.layout.data.join("pods");
+        let root = self.0.config.layout.pods();
         let entries = match fs::read_dir(&root) {
             Ok(entries) => entries,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -356,7 +397,7 @@ impl Manager {
         if scheduled {
             self.schedule.notify_one();
         }
-        Ok(MountedVolume { path: ready.path, read_only: ready.read_only })
+        Ok(MountedVolume { path: ready.path, read_only: ready.read_only, block: ready.block })
     }
 
     /// An object that a volume is made of. Without it, an optional volume is empty and another one fails.
@@ -401,12 +442,13 @@ fn uid_of(pod: &Pod) -> Result<&str, VolumeError> {
     }
 }
 
-/// The volumes that some container mounts; others are not made.
+/// The volumes that some container mounts or has as a device; others are not made.
 fn used_volumes(pod: &Pod) -> Vec<&str> {
     let Some(spec) = &pod.spec else { return Vec::new() };
-    let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
+    let containers = || spec.init_containers.iter().flatten().chain(&spec.containers);
     let ephemeral =
         spec.ephemeral_containers.iter().flatten().flat_map(|container| container.volume_mounts.iter().flatten());
-    let mounts = containers.flat_map(|container| container.volume_mounts.iter().flatten()).chain(ephemeral);
-    mounts.map(|mount| mount.name.as_str()).collect()
+    let mounts = containers().flat_map(|container| container.volume_mounts.iter().flatten()).chain(ephemeral);
+    let devices = containers().flat_map(|container| container.volume_devices.iter().flatten());
+    mounts.map(|mount| mount.name.as_str()).chain(devices.map(|device| device.name.as_str())).collect()
 }

@@ -5,12 +5,13 @@
 //!
 //! One file per type of volume, each a [`plugin::Plugin`]; the table of types is in [`plugin`].
 
-mod error;
+pub(crate) mod error;
 mod objects;
 mod quantity;
 
 mod claim;
 mod config_map;
+mod csi;
 mod downward;
 mod empty_dir;
 mod host_path;
@@ -34,6 +35,6 @@ pub use downward::{Allocatable, field_ref, resource_field_ref};
 pub use environment::{EnvironmentError, expand, service_environment};
 pub use error::VolumeError;
 pub use manager::{MountedVolume, PodVolumes, VolumeUsage, Volumes, VolumesConfig};
-pub(crate) use mounts::ensure_layers;
+pub(crate) use mounts::{ensure_layers, ensure_shared, unmount_all};
 pub use objects::{ObjectCache, ObjectData, ObjectKey, ObjectKind};
 pub use quantity::Quantity;

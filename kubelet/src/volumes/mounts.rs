@@ -82,6 +82,37 @@ pub(super) fn bind(source: &Path, target: &Path) -> Result<(), VolumeError> {
     mount(Some(source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).step("bind to", target)
 }
 
+/// Makes mounts below `folder` show wherever it is mounted with propagation, as containers of drivers mount it: where the
+/// host's own mounts are not shared, the folder becomes one that is.
+pub(crate) fn ensure_shared(folder: &Path) -> Result<(), VolumeError> {
+    make(folder)?;
+    let folder = &fs::canonicalize(folder).step("resolve", folder)?;
+    let table = mount_table()?;
+    // Of mounts at one point the last one is seen.
+    let of_folder = table.lines().filter_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+        let point = PathBuf::from(OsString::from_vec(unescape(fields.get(4)?)));
+        let shared =
+            fields.iter().skip(6).take_while(|field| **field != b"-").any(|field| field.starts_with(b"shared:"));
+        folder.starts_with(&point).then_some((point, shared))
+    });
+    let (point, shared) = of_folder.fold((PathBuf::new(), false), |best, next| {
+        if next.0.as_os_str().len() >= best.0.as_os_str().len() { next } else { best }
+    });
+    if shared {
+        return Ok(());
+    }
+    if point != *folder {
+        bind(folder, folder)?;
+    }
+    mount(None::<&str>, folder, None::<&str>, MsFlags::MS_SHARED, None::<&str>).step("share mounts of", folder)
+}
+
+/// Takes away all that is mounted at or below `folder`.
+pub(crate) fn unmount_all(folder: &Path) -> Result<(), VolumeError> {
+    below(folder)?.iter().try_for_each(|point| unmount(point))
+}
+
 /// Takes away whatever is mounted at `target`.
 pub(super) fn unmount(target: &Path) -> Result<(), VolumeError> {
     loop {
@@ -95,10 +126,8 @@ pub(super) fn unmount(target: &Path) -> Result<(), VolumeError> {
 
 /// The mount points at or below `folder`, deepest first.
 pub(super) fn below(folder: &Path) -> Result<Vec<PathBuf>, VolumeError> {
-    let table = Path::new("/proc/thread-self/mountinfo");
-    let text = fs::read(table).step("read", table)?;
-    let mut points: Vec<PathBuf> = text
-        .split(|byte| *byte == b'\n')
+    let mut points: Vec<PathBuf> = mount_table()?
+        .lines()
         .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
         .map(|field| PathBuf::from(OsString::from_vec(unescape(field))))
         .filter(|point| point.starts_with(folder))
@@ -108,6 +137,20 @@ pub(super) fn below(folder: &Path) -> Result<Vec<PathBuf>, VolumeError> {
     }
     points.reverse();
     Ok(points)
+}
+
+/// `proc_pid_mountinfo(5)`, one line a mount.
+fn mount_table() -> Result<MountTable, VolumeError> {
+    let table = Path::new("/proc/thread-self/mountinfo");
+    fs::read(table).step("read", table).map(MountTable)
+}
+
+struct MountTable(Vec<u8>);
+
+impl MountTable {
+    fn lines(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.split(|byte| *byte == b'\n')
+    }
 }
 
 /// The kernel writes blank, tab, newline and backslash as three octal digits.

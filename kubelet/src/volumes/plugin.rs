@@ -41,6 +41,8 @@ pub(super) struct Ready {
     pub(super) path: PathBuf,
     /// Whether containers may only read it, whatever they ask for.
     pub(super) read_only: bool,
+    /// Whether it is a device, for `volumeDevices`, and no folder.
+    pub(super) block: bool,
     /// Objects it is made of; when one changes, [`Plugin::setup`] is called again.
     pub(super) uses: Vec<ObjectUse>,
     /// When it must be set up again even if nothing changes (a token's rotation).
@@ -68,7 +70,7 @@ pub(super) trait Plugin: Sync {
 
 /// The type of a volume.
 pub(super) fn plugin_of(volume: &Volume) -> Result<&'static dyn Plugin, VolumeError> {
-    let table: [(bool, &'static dyn Plugin); 10] = [
+    let table: [(bool, &'static dyn Plugin); 11] = [
         (volume.config_map.is_some(), &super::config_map::ConfigMapVolume),
         (volume.secret.is_some(), &super::secret::SecretVolume),
         (volume.downward_api.is_some(), &super::downward::DownwardVolume),
@@ -76,6 +78,7 @@ pub(super) fn plugin_of(volume: &Volume) -> Result<&'static dyn Plugin, VolumeEr
         (volume.empty_dir.is_some(), &super::empty_dir::EmptyDirVolume),
         (volume.host_path.is_some(), &super::host_path::HostPathVolume),
         (volume.image.is_some(), &super::image::ImageVolume),
+        (volume.csi.is_some(), &super::csi::CsiVolume),
         (volume.nfs.is_some(), &super::nfs::NfsVolume),
         (volume.persistent_volume_claim.is_some(), &super::claim::ClaimVolume),
         (volume.ephemeral.is_some(), &super::claim::EphemeralVolume),
@@ -85,7 +88,6 @@ pub(super) fn plugin_of(volume: &Volume) -> Result<&'static dyn Plugin, VolumeEr
         return Ok(plugin);
     }
     let unsupported = [
-        (volume.csi.is_some(), "CSI drivers are not supported on this node"),
         (volume.iscsi.is_some(), "iSCSI is not supported on this node"),
         (volume.fc.is_some(), "Fibre Channel is not supported on this node"),
         (volume.flex_volume.is_some(), "FlexVolume is not supported on this node"),

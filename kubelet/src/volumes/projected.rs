@@ -49,11 +49,11 @@ impl Plugin for ProjectedVolume {
                     default,
                 )?;
             } else if let Some(token) = &projection.service_account_token {
-                let (text, renew_at) = context.manager.tokens.get(context, token).await?;
+                let issued = context.manager.tokens.get(context, token).await?;
                 let owner = common_user(context.pod);
                 let mode = if owner.is_some() || context.fs_group().is_some() { PRIVATE_TOKEN_MODE } else { default };
-                insert(&mut payload, &token.path, FileEntry { bytes: text.into_bytes(), mode, owner }, volume)?;
-                ready.refresh_at = Some(ready.refresh_at.map_or(renew_at, |at| at.min(renew_at)));
+                insert(&mut payload, &token.path, FileEntry { bytes: issued.token.into_bytes(), mode, owner }, volume)?;
+                ready.refresh_at = Some(ready.refresh_at.map_or(issued.renew_at, |at| at.min(issued.renew_at)));
             } else {
                 let what = "a projection other than configMap, secret, downwardAPI and serviceAccountToken".into();
                 return Err(VolumeError::Unsupported { volume: volume.to_owned(), what });

@@ -27,10 +27,12 @@ const MAX_TOKENS: usize = 20_000;
 /// Which token: pod UID, volume, path.
 type Key = (String, String, String);
 
+/// A token that lives.
 #[derive(Clone)]
-struct Held {
-    token: String,
-    renew_at: Instant,
+pub(super) struct Held {
+    pub(super) token: String,
+    pub(super) renew_at: Instant,
+    pub(super) expires_at: jiff::Timestamp,
     ends_at: Instant,
 }
 
@@ -39,17 +41,17 @@ struct Held {
 pub(super) struct Tokens(Mutex<HashMap<Key, Held>>);
 
 impl Tokens {
-    /// The token for a projection, and when to ask again.
+    /// The token for a projection.
     pub(super) async fn get(
         &self,
         context: &Context<'_>,
         source: &ServiceAccountTokenProjection,
-    ) -> Result<(String, Instant), VolumeError> {
+    ) -> Result<Held, VolumeError> {
         let key: Key = (context.uid.to_owned(), context.volume.name.clone(), source.path.clone());
         let held = self.0.lock().get(&key).cloned();
         let now = Instant::now();
         if let Some(held) = held.as_ref().filter(|held| now < held.renew_at) {
-            return Ok((held.token.clone(), held.renew_at));
+            return Ok(held.clone());
         }
         match request(context, source).await {
             Ok(fresh) => {
@@ -58,13 +60,13 @@ impl Tokens {
                     return Err(VolumeError::TooMany { what: "number of service account tokens", limit: MAX_TOKENS });
                 }
                 tokens.insert(key, fresh.clone());
-                Ok((fresh.token, fresh.renew_at))
+                Ok(fresh)
             }
             // An old token is better than none while it lives.
             Err(error) => match held.filter(|held| now < held.ends_at) {
                 Some(held) => {
                     tracing::warn!(pod = context.uid, volume = %context.volume.name, %error, "cannot renew service account token");
-                    Ok((held.token, now + RETRY_AFTER))
+                    Ok(Held { renew_at: now + RETRY_AFTER, ..held })
                 }
                 None => Err(error),
             },
@@ -107,10 +109,12 @@ async fn request(context: &Context<'_>, source: &ServiceAccountTokenProjection) 
     let token =
         status.token.filter(|token| !token.is_empty()).ok_or_else(|| failed("the answer holds no token".into()))?;
     let asked_for = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-    let life = status.expiration_timestamp.map_or(asked_for, |end| {
+    let expires_at = status.expiration_timestamp.map(|end| end.0);
+    let life = expires_at.map_or(asked_for, |end| {
         // Already over by our clock: then the clocks differ, and the length that was asked for is the best guess.
-        Duration::try_from(end.0.duration_since(jiff::Timestamp::now())).unwrap_or(asked_for)
+        Duration::try_from(end.duration_since(jiff::Timestamp::now())).unwrap_or(asked_for)
     });
     let renew_at = asked_at + (life * RENEW_AT_PERCENT / 100).min(RENEW_AFTER_AT_MOST);
-    Ok(Held { token, renew_at, ends_at: asked_at + life })
+    let expires_at = expires_at.unwrap_or_else(|| jiff::Timestamp::now() + life);
+    Ok(Held { token, renew_at, expires_at, ends_at: asked_at + life })
 }

@@ -30,7 +30,8 @@ fn fixture() -> Fixture {
     let images = ImageStore::open(&layout.data.join("images"), StoreOptions::default()).expect("store");
     let api = FakeApi::new();
     let allocatable = Arc::new(|| Allocatable { cpu_millis: 2000, memory_bytes: 1 << 30, ephemeral_storage_bytes: 0 });
-    let config = VolumesConfig { layout, images: images.clone(), allocatable };
+    let csi = coracle_kubelet::csi::Csi::without_drivers(layout.clone());
+    let config = VolumesConfig { layout, images: images.clone(), csi, allocatable };
     let volumes = Volumes::new(config, ObjectCache::new(api.client()));
     tokio::spawn(volumes.clone().run());
     Fixture { dir, api, images, volumes }
@@ -116,7 +117,7 @@ fn files_follow_their_objects_within_two_seconds() {
         fixture.volumes.update(&Arc::new(changed));
         assert_eventually_async!(2, read(at("fields", "labels")) == "a=\"2\"", "labels arrive");
         fixture.volumes.teardown("uid-1").await.expect("teardown");
-        assert!(!fixture.dir.path().join("data/pods/uid-1/volumes").exists());
+        assert!(!fixture.dir.path().join("data/kubelet/pods/uid-1/volumes").exists());
         fixture.volumes.teardown("uid-1").await.expect("twice");
     });
 }
@@ -245,7 +246,7 @@ async fn what_is_missing_is_named() {
             json!({ "name": "v", "persistentVolumeClaim": { "claimName": "none" } }),
             "persistentvolumeclaim \"none\" not found",
         ),
-        (json!({ "name": "v", "csi": { "driver": "x" } }), "CSI drivers are not supported"),
+        (json!({ "name": "v", "csi": { "driver": "x" } }), "CSI driver x does not support volumes that are Ephemeral"),
     ];
     for (volume, message) in cases {
         let error: VolumeError = fixture.volumes.setup(&pod(&[volume], json!({}))).await.expect_err(message);

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
-use k8s_openapi::api::core::v1::{Container, PersistentVolumeClaim, Pod, PodSpec, Volume};
+use k8s_openapi::api::core::v1::{Container, PersistentVolume, PersistentVolumeClaim, Pod, PodSpec, Volume};
 use k8s_openapi::api::storage::v1::VolumeAttachment;
 use serde_json::{Value, json};
 
@@ -20,6 +20,7 @@ use crate::user::UserInfo;
 struct Caches {
     pods: Index<Pod>,
     claims: Arc<Informer<PersistentVolumeClaim>>,
+    volumes: Arc<Informer<PersistentVolume>>,
     attachments: Arc<Informer<VolumeAttachment>>,
 }
 
@@ -54,6 +55,7 @@ impl Nodes {
                     .informer::<Pod>()
                     .index(|p| p.spec.as_ref().and_then(|s| s.node_name.clone()).into_iter().collect()),
                 claims: api.informer(),
+                volumes: api.informer(),
                 attachments: api.informer(),
             }),
         )
@@ -69,9 +71,39 @@ impl Nodes {
         })
     }
 
+    /// Whether the driver of one of the pod's persistent volumes is to be given the secret on the node.
+    fn of_volumes(&self, namespace: &str, pod: &str, spec: &PodSpec, a: &Attributes<'_>) -> bool {
+        let Some(caches) = self.caches() else { return false };
+        claims(pod, spec).any(|claim| {
+            let claim = caches.claims.get(namespace, &claim);
+            let volume = claim.and_then(|claim| caches.volumes.get("", claim.spec.as_ref()?.volume_name.as_deref()?));
+            let csi = volume.as_ref().and_then(|volume| volume.spec.as_ref()?.csi.as_ref());
+            let given =
+                csi.map(|csi| [&csi.node_stage_secret_ref, &csi.node_publish_secret_ref, &csi.node_expand_secret_ref]);
+            given.into_iter().flatten().flatten().any(|secret| {
+                secret.name.as_deref() == Some(a.name)
+                    && secret.namespace.as_deref().unwrap_or(namespace) == a.namespace
+            })
+        })
+    }
+
+    /// Whether a pod of the node claims devices by this claim.
+    fn claims_devices(&self, node: &str, a: &Attributes<'_>) -> bool {
+        let Some(caches) = self.caches() else { return false };
+        let pods = caches.pods.get(node);
+        pods.iter().filter(|pod| pod.metadata.namespace.as_deref() == Some(a.namespace)).any(|pod| {
+            let named = pod.spec.iter().flat_map(|spec| spec.resource_claims.iter().flatten());
+            let made = pod.status.iter().flat_map(|status| status.resource_claim_statuses.iter().flatten());
+            named.filter_map(|entry| entry.resource_claim_name.as_deref()).any(|name| name == a.name)
+                || made.filter_map(|made| made.resource_claim_name.as_deref()).any(|name| name == a.name)
+        })
+    }
+
     fn refers(&self, node: &str, a: &Attributes<'_>) -> bool {
         match a.resource {
-            "secrets" => self.any_pod(node, |ns, _, s| ns == a.namespace && secrets(s, a.name)),
+            "secrets" => self.any_pod(node, |ns, pod, s| {
+                (ns == a.namespace && secrets(s, a.name)) || self.of_volumes(ns, pod, s, a)
+            }),
             "configmaps" => self.any_pod(node, |ns, _, s| ns == a.namespace && config_maps(s, a.name)),
             "persistentvolumeclaims" => {
                 self.any_pod(node, |ns, pod, s| ns == a.namespace && claims(pod, s).any(|c| c == a.name))
@@ -90,6 +122,7 @@ impl Nodes {
             "serviceaccounts" => self.any_pod(node, |ns, _, s| {
                 ns == a.namespace && s.service_account_name.as_deref().unwrap_or("default") == a.name
             }),
+            "resourceclaims" => self.claims_devices(node, a),
             "volumeattachments" => {
                 self.caches().and_then(|c| c.attachments.get("", a.name)).is_some_and(|v| v.spec.node_name == node)
             }
@@ -160,7 +193,7 @@ impl Authorizer for Nodes {
         }
         let limited = match (a.group, a.resource) {
             ("", "secrets" | "configmaps" | "persistentvolumes" | "persistentvolumeclaims" | "serviceaccounts") => true,
-            ("storage.k8s.io", "volumeattachments") => true,
+            ("storage.k8s.io", "volumeattachments") | ("resource.k8s.io", "resourceclaims") => true,
             ("coordination.k8s.io", "leases") => {
                 let own =
                     a.namespace == "kube-node-lease" && (a.name == node || (a.verb == "create" && a.name.is_empty()));

@@ -130,6 +130,12 @@ fn attachment(volume: &PersistentVolume, node: &str) -> Option<VolumeAttachment>
     })
 }
 
+/// Whether an attachment is named as ours are: others are their makers' affair.
+fn is_ours(name: &str) -> bool {
+    let digits = |hash: &str| hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+    name.strip_prefix("csi-").is_some_and(digits)
+}
+
 impl Controller for Attach {
     const NAME: &'static str = "attachdetach-controller";
 
@@ -177,7 +183,8 @@ impl Controller for Attach {
         let node = &*key.name;
         let api: Api<VolumeAttachment> = Api::all(self.host.client.clone());
         let mut wanted = self.wanted(node);
-        let held: Vec<_> = self.attachments.list().into_iter().filter(|held| held.spec.node_name == node).collect();
+        let all = self.attachments.list().into_iter();
+        let held: Vec<_> = all.filter(|held| held.spec.node_name == node && is_ours(&held.name_any())).collect();
         let mut outcome = Outcome::Done;
         let mut unwanted = BTreeSet::new();
         for held in held {
@@ -214,6 +221,7 @@ mod tests {
         let made = attachment(&volume, "n").expect("an attachment");
         // sha256 of "hdn", as other parts of Kubernetes compute it.
         assert_eq!(made.name_any().len(), "csi-".len() + 64);
+        assert!(is_ours(&made.name_any()) && !is_ours("va-e2e-1") && !is_ours("csi-of-somebody"));
         assert_ne!(made.name_any(), attachment(&volume, "m").expect("an attachment").name_any());
         assert_eq!((made.spec.attacher.as_str(), made.spec.source.persistent_volume_name.as_deref()), ("d", Some("v")));
     }

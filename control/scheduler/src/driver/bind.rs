@@ -12,7 +12,7 @@ use kube::{Api, ResourceExt};
 use serde_json::json;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Outcome, Writer, report};
+use super::{Outcome, Writer, devices, report};
 use crate::engine::Bind;
 use crate::plugins::{Binding, SELECTED_NODE, bound_to};
 
@@ -20,12 +20,15 @@ use crate::plugins::{Binding, SELECTED_NODE, bound_to};
 const BOUND_BY_CONTROLLER: &str = "pv.kubernetes.io/bound-by-controller";
 
 /// Binds a pod. The permit is one of the writes under way; who waits for volumes gives it back meanwhile.
-pub(super) async fn run(writer: Writer, bind: Bind, permit: OwnedSemaphorePermit) {
+pub(super) async fn run(writer: Writer, mut bind: Bind, permit: OwnedSemaphorePermit) {
     let mut permit = Some(permit);
     let mut result = Ok(());
     if !bind.pod.shape.volume_claims.is_empty() {
         permit = None;
         result = bind_volumes(&writer, &bind).await;
+    }
+    if result.is_ok() && !bind.devices.is_empty() {
+        result = devices::bind(&writer, &mut bind).await.map_err(Failed::Error);
     }
     if result.is_ok() && permit.is_none() {
         permit = writer.writes.clone().acquire_owned().await.ok();

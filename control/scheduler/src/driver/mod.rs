@@ -1,6 +1,7 @@
 //! The loop around the engine: changes of objects in, writes out, many at a time.
 
 mod bind;
+mod devices;
 mod report;
 
 use std::collections::HashMap;
@@ -104,7 +105,7 @@ pub async fn run(api: Arc<ApiServer>, config: Config) {
     }
     // Nodes and pods on them last, so that no pod is looked at before what it refers to.
     open!(Namespace, Service, ReplicationController, ReplicaSet, StatefulSet, Budget, StorageClass, CsiNode, CsiDriver);
-    open!(Capacity, Attachment, Volume, Claim, Node, Pod);
+    open!(Capacity, Attachment, Volume, Claim, DeviceClass, ResourceSlice, ResourceClaim, Node, Pod);
     loop {
         for _ in 0..UPDATES_AT_ONCE {
             let Ok(change) = changes.try_recv() else { break };

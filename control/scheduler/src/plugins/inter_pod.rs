@@ -205,6 +205,6 @@ pub(super) fn helps(pod: &PodState, event: Event<'_>, context: &Context<'_>) -> 
                 || pod.shape.pods.required.iter().any(|term| term.selects(&other.shape, labels(&other.shape)))
         }
         Event::Namespace => true,
-        Event::NodeGone | Event::Storage => false,
+        Event::NodeGone | Event::Storage | Event::Devices => false,
     }
 }

@@ -1,7 +1,7 @@
 //! Filters and scores: pure functions of a pod's shape and a node, one file each, listed in one table.
 
 mod balanced_allocation;
-mod dynamic_resources;
+mod devices;
 mod image_locality;
 mod inter_pod;
 mod node_affinity;
@@ -15,6 +15,7 @@ mod volumes;
 use crate::config::Args;
 use crate::state::{Cache, Cluster, NodeState, PodState, Shape};
 
+pub(crate) use devices::{ClaimChoice, Programs, choose as choose_devices};
 pub(crate) use inter_pod::InterPod;
 pub(crate) use spread::{Spread, default_constraints};
 pub(crate) use volumes::{Binding, SELECTED_NODE, VolumeChoice, bound_to, choose_volumes};
@@ -60,6 +61,8 @@ pub(crate) enum Event<'a> {
     PodLeft(&'a PodState, Option<&'a NodeState>),
     /// A volume, a claim, a class or a driver changed.
     Storage,
+    /// A claim for devices, their slices or a class of them changed.
+    Devices,
     /// Labels of a namespace changed.
     Namespace,
 }
@@ -135,7 +138,7 @@ pub(crate) const PLUGINS: &[Plugin] = &[
     filter(volumes::limits::filter, row("NodeVolumeLimits", 0, volumes::helps)),
     pre(volumes::binding::pre_filter, filter(volumes::binding::filter, row("VolumeBinding", 0, volumes::helps))),
     filter(volumes::zone::filter, row("VolumeZone", 0, volumes::helps)),
-    pre(dynamic_resources::pre_filter, row("DynamicResources", 0, never)),
+    pre(devices::pre_filter, filter(devices::filter, row("DynamicResources", 0, devices::helps))),
     row(SPREAD, 2, spread::helps),
     row(INTER_POD, 2, inter_pod::helps),
     row(PREEMPTION, 0, never),

@@ -268,6 +268,6 @@ pub(super) fn helps(pod: &PodState, event: Event<'_>, _: &Context<'_>) -> bool {
             other.shape.namespace == pod.shape.namespace
                 && pod.shape.spread.iter().filter(|constraint| constraint.hard).any(counts)
         }
-        Event::Storage | Event::Namespace => false,
+        Event::Storage | Event::Devices | Event::Namespace => false,
     }
 }

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use k8s_openapi::api::apps::v1::{ReplicaSet, StatefulSet};
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolume, PersistentVolumeClaim, ReplicationController, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::{AllocationResult, DeviceClass, ResourceClaim, ResourceSlice};
 use k8s_openapi::api::storage::v1::{CSIDriver, CSINode, CSIStorageCapacity, StorageClass, VolumeAttachment};
 use kube::Resource;
 
 use super::selector::Labels;
+use crate::plugins::Programs;
 
 /// The objects of one kind.
 #[derive(Debug)]
@@ -78,6 +80,13 @@ pub(crate) struct Cluster {
     pub(crate) csi_drivers: Table<CSIDriver>,
     pub(crate) capacities: Table<CSIStorageCapacity>,
     pub(crate) attachments: Table<VolumeAttachment>,
+    pub(crate) resource_claims: Table<ResourceClaim>,
+    pub(crate) resource_slices: Table<ResourceSlice>,
+    pub(crate) device_classes: Table<DeviceClass>,
+    /// What claims are being given, by UID of the claim: not seen in the tables yet.
+    pub(crate) assumed_claims: HashMap<String, AllocationResult>,
+    /// Selectors of devices.
+    pub(crate) programs: Programs,
     /// Claims of pods whose binding is under way, by name of the volume that was chosen: not seen in the tables yet.
     pub(crate) assumed_volumes: HashMap<String, (String, String)>,
     /// Grows with every change of `assumed_volumes`.

@@ -44,7 +44,10 @@ pub(crate) struct Shape {
     pub(crate) volumes: Vec<Volume>,
     /// Names of the claims of its volumes: in the namespace of the pod, with whether they are made for the pod.
     pub(crate) volume_claims: Vec<(String, bool)>,
-    pub(crate) device_claims: Vec<PodResourceClaim>,
+    /// Claims for devices by the pod's name of them, with their own names once they exist.
+    pub(crate) device_claims: Vec<(String, Option<String>)>,
+    /// Of a pod with claims for devices; otherwise empty.
+    pub(crate) uid: Arc<str>,
     /// Controller of the pod (kind, name), for the default spreading.
     pub(crate) owner: Option<(String, String)>,
 }
@@ -164,6 +167,18 @@ fn claim_of(volume: &Volume, pod: &str) -> Option<(String, bool)> {
     }
 }
 
+/// A claim for devices and its name; `None` if the pod's template asks for none after all.
+fn device_claim(entry: &PodResourceClaim, pod: &Pod) -> Option<(String, Option<String>)> {
+    if let Some(name) = &entry.resource_claim_name {
+        return Some((entry.name.clone(), Some(name.clone())));
+    }
+    let mut made = pod.status.iter().flat_map(|status| status.resource_claim_statuses.iter().flatten());
+    match made.find(|made| made.name == entry.name) {
+        Some(made) => made.resource_claim_name.clone().map(|name| (entry.name.clone(), Some(name))),
+        None => Some((entry.name.clone(), None)),
+    }
+}
+
 impl Shape {
     pub(crate) fn new(pod: &Pod) -> Self {
         let empty = PodSpec::default();
@@ -207,6 +222,8 @@ impl Shape {
         let required =
             node_affinity.and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
         let preferred = node_affinity.and_then(|a| a.preferred_during_scheduling_ignored_during_execution.as_ref());
+        let device_claims = spec.resource_claims.iter().flatten().filter_map(|entry| device_claim(entry, pod));
+        let device_claims: Vec<_> = device_claims.collect();
         Self {
             scheduler: spec.scheduler_name.clone().unwrap_or_else(|| DEFAULT_SCHEDULER.into()),
             priority: spec.priority.unwrap_or_default(),
@@ -231,7 +248,8 @@ impl Shape {
             images: containers.filter_map(|container| container.image.clone()).collect(),
             volumes: volumes().filter(|volume| matters(volume)).cloned().collect(),
             volume_claims: volumes().filter_map(|volume| claim_of(volume, name)).collect(),
-            device_claims: spec.resource_claims.clone().unwrap_or_default(),
+            uid: device_claims.iter().filter_map(|_| pod.metadata.uid.as_deref()).next().unwrap_or_default().into(),
+            device_claims,
             owner: owner.map(|owner| (owner.kind.clone(), owner.name.clone())),
             namespace,
             labels,

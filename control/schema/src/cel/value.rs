@@ -121,6 +121,16 @@ impl<'a> Val<'a> {
         }
     }
 
+    /// A quantity such as `8Gi`; `None` if it is none.
+    pub fn quantity(text: &str) -> Option<Self> {
+        text.parse().ok().map(Self::Quantity)
+    }
+
+    /// A semantic version; `None` if it is none.
+    pub fn semver(text: &str) -> Option<Self> {
+        super::library::parse_semver(text, &[]).map(|version| Self::Semver(Rc::new(version)))
+    }
+
     pub fn text(text: impl Into<Cow<'a, str>>) -> Self {
         Self::Text(text.into())
     }

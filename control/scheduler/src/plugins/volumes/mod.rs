@@ -38,6 +38,6 @@ pub(super) fn helps(pod: &PodState, event: Event<'_>, _: &Context<'_>) -> bool {
     match event {
         Event::Node(_) | Event::Storage => true,
         Event::PodLeft(other, _) => !other.shape.volumes.is_empty() && !pod.shape.volumes.is_empty(),
-        Event::PodCame(_) | Event::NodeGone | Event::Namespace => false,
+        Event::PodCame(_) | Event::NodeGone | Event::Namespace | Event::Devices => false,
     }
 }

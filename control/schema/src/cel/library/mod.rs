@@ -3,6 +3,7 @@
 mod convert;
 mod lists;
 mod net;
+pub(super) use net::parse_semver;
 mod numbers;
 mod text;
 mod time;

@@ -194,7 +194,7 @@ fn query_map<'a>(url: &Url) -> Val<'a> {
 }
 
 /// `1.2.3-pre+build`; with `true`, leading `v`, missing parts and leading zeros are accepted.
-fn parse_semver(text: &str, rest: &[Val<'_>]) -> Option<Semver> {
+pub(in crate::cel) fn parse_semver(text: &str, rest: &[Val<'_>]) -> Option<Semver> {
     let lenient = matches!(rest, [Val::Bool(true)]);
     let text = if lenient { text.strip_prefix('v').unwrap_or(text) } else { text };
     let (text, _build) = text.split_once('+').unwrap_or((text, ""));

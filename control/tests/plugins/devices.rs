@@ -254,10 +254,16 @@ fn claimed_devices_are_allocated_prepared_and_taken_back() {
         host.get(&["describe", "pod", "second"]),
         host.log()
     );
-    assert_eq!((driver.count("prepare"), driver.count("unprepare")), (2, 1));
+    assert_eventually!(
+        PATIENCE_S,
+        (driver.count("prepare"), driver.count("unprepare")) == (2, 1),
+        "{:?}",
+        driver.calls()
+    );
     host.get(&["delete", "pod", "second", "--wait=false"]);
     assert_eventually!(PATIENCE_S, claims(&host) == json!([]), "{:#}\n{}", claims(&host), host.log());
-    assert_eq!(driver.count("unprepare"), 2);
+    // The pod's object goes before its end on the node is over.
+    assert_eventually!(PATIENCE_S, driver.count("unprepare") == 2, "{:?}", driver.calls());
     drop(driver);
     let left = host.take_down();
     assert!(left.is_empty(), "left behind: {left:#?}");

@@ -14,12 +14,13 @@ use tokio::time::Instant;
 
 const NAMESPACE: &str = "kube-system";
 const NAME: &str = "coracle-control-plane";
-/// A Lease that has not been seen to change for so long may be taken over.
-const DURATION: Duration = Duration::from_secs(15);
+/// A Lease that has not been seen to change for so long may be taken over; with the time between two tries on either side, another
+/// leads within 15 s.
+const DURATION: Duration = Duration::from_secs(12);
 /// A leader that could not renew for so long stops, well before another may take over.
-const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+const RENEW_DEADLINE: Duration = Duration::from_secs(8);
 /// Time between two tries to renew or take over.
-const RETRY: Duration = Duration::from_secs(2);
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What one candidate has seen.
 struct Candidate {

@@ -329,6 +329,8 @@ impl FieldSelector {
                     // Absent booleans and counts have a value all the same.
                     "/spec/unschedulable" | "/spec/hostNetwork" => "false",
                     "/status/replicas" => "0",
+                    // Events of today name only who reports them.
+                    "/source/component" => crate::object::text(object, "/reportingComponent"),
                     _ => "",
                 },
                 Some(other) => {
@@ -432,6 +434,9 @@ mod tests {
         let object = json!({"metadata": {"name": "x"}, "spec": {}});
         let selector = FieldSelector::parse("metadata.name=x,spec.nodeName!=a", labels, &[]).expect("it parses");
         assert!(selector.matches_object(&object));
+        let event = json!({"reportingComponent": "kubelet", "source": {}});
+        let source: &[FieldLabel] = &[("source", "/source/component")];
+        assert!(FieldSelector::parse("source=kubelet", source, &[]).expect("it parses").matches_object(&event));
         assert!(FieldSelector::parse("spec.nodeName=", labels, &[]).expect("it parses").matches_object(&object));
         assert_eq!(
             FieldSelector::parse("spec.x=y", &[], &[]).expect_err("unknown").message,

@@ -66,10 +66,17 @@ pub static ROWS: &[Row] = &[Row {
     },
     status: "{}",
     generation: true,
+    spec_changed: Some(spec_changed),
     labels: LABELS,
     graceful: grace,
     ..Row::BASE
 }];
+
+/// A pod's generation counts changes of what was asked for; binding it to a node is none.
+fn spec_changed(new: &Value, old: &Value) -> bool {
+    let spec = |pod: &Value| pod.get("spec").cloned().unwrap_or_default();
+    crate::object::differs_outside(&spec(new), &spec(old), &["nodeName"])
+}
 
 /// Keeps all of the old pod but the part that a subresource writes.
 fn prepare_subresource(ctx: &Context, new: &mut Value, old: &Value) -> bool {
@@ -205,6 +212,14 @@ pub fn is_terminal(pod: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_generation_counts_changes_of_the_specification_but_not_its_binding() {
+        let pod = |spec: Value| json!({"metadata": {}, "spec": spec});
+        let new = pod(json!({"priority": 1}));
+        assert!(!spec_changed(&pod(json!({"priority": 1, "nodeName": "a"})), &new));
+        assert!(spec_changed(&pod(json!({"priority": 1, "activeDeadlineSeconds": 5})), &new));
+    }
 
     #[test]
     fn quality_of_service() {

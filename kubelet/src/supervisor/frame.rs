@@ -27,7 +27,7 @@ impl Stream {
 /// Appends to `out` the log lines of what is complete in `input` and returns how many bytes of it that was.
 ///
 /// Complete is a line with its newline, or [`LINE_LIMIT_BYTES`] without one; at the end of the stream (`ended`) also what is
-/// left. The caller keeps the rest and gives it again with more behind it.
+/// left, as a piece whose line never ended. The caller keeps the rest and gives it again with more behind it.
 pub fn frame(input: &[u8], stream: Stream, time: &str, ended: bool, out: &mut Vec<u8>) -> usize {
     let mut done = 0;
     while done < input.len() {
@@ -36,7 +36,7 @@ pub fn frame(input: &[u8], stream: Stream, time: &str, ended: bool, out: &mut Ve
         let (text, tag, taken) = match memchr::memchr(b'\n', window) {
             Some(end) => (&rest[..end], b"F ", end + 1),
             None if rest.len() > LINE_LIMIT_BYTES => (&rest[..LINE_LIMIT_BYTES], b"P ", LINE_LIMIT_BYTES),
-            None if ended => (rest, b"F ", rest.len()),
+            None if ended => (rest, b"P ", rest.len()),
             None => break,
         };
         out.extend_from_slice(time.as_bytes());
@@ -81,7 +81,7 @@ mod tests {
         assert_eq!(out, b"2016-10-06T00:17:09.669794202Z stdout F line\n");
         out.clear();
         assert_eq!(frame(b"rest", Stream::Stderr, TIME, true, &mut out), 4);
-        assert_eq!(out, b"2016-10-06T00:17:09.669794202Z stderr F rest\n");
+        assert_eq!(out, b"2016-10-06T00:17:09.669794202Z stderr P rest\n");
     }
 
     #[test]

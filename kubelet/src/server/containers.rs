@@ -13,6 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::router::Node;
 use crate::cri::{ContainerRuntime, ContainerState, ContainerStatus};
 use crate::logs::{self, LogOptions, StreamFilter};
+use crate::streaming::{Kind, serve_reader};
 
 /// An answer in plain words.
 pub(super) struct Refused(pub(super) StatusCode, pub(super) String);
@@ -144,6 +145,7 @@ pub(super) async fn container_logs(
     State(node): State<Arc<Node>>,
     Path((namespace, pod, container)): Path<(String, String, String)>,
     Query(query): Query<LogQuery>,
+    request: axum::extract::Request,
 ) -> Result<Response, Refused> {
     let mut options = query.options()?;
     let runtime = node.state.runtime();
@@ -165,13 +167,16 @@ pub(super) async fn container_logs(
     options.follow &= !previous && matches!(status.state, ContainerState::Running | ContainerState::Created);
     let pieces =
         logs::read(status.config.log_path.clone(), options, crate::streaming::ended(runtime, status.id.clone()));
-    let body = Body::from_stream(ReceiverStream::new(pieces).map(|piece| {
+    let pieces = ReceiverStream::new(pieces).map(|piece| {
         if let Err(error) = &piece {
             tracing::warn!(%error, "reading a container's log failed");
         }
         piece
-    }));
-    Ok(([(header::CONTENT_TYPE, "text/plain")], body).into_response())
+    });
+    if Kind::of(request.headers()) == Some(Kind::WebSocket) {
+        return Ok(serve_reader(request.into_parts().0, pieces).await);
+    }
+    Ok(([(header::CONTENT_TYPE, "text/plain")], Body::from_stream(pieces)).into_response())
 }
 
 /// Why a container has no log yet, in the words of a kubelet.

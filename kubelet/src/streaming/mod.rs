@@ -8,6 +8,7 @@ mod job;
 mod session;
 mod status;
 
+mod reader;
 pub mod spdy;
 mod tunnel;
 mod upgrade;
@@ -19,4 +20,5 @@ pub(crate) use fd::register;
 pub use forward::connect_in;
 pub(crate) use forward::{serve_spdy as forward_spdy, serve_websocket as forward_websocket};
 pub(crate) use job::{attach, ended, exec};
+pub(crate) use reader::serve as serve_reader;
 pub(crate) use upgrade::{Kind, Request, serve};

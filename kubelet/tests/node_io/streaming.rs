@@ -383,6 +383,13 @@ async fn logs_are_served_and_followed() {
         "2026-01-31T00:00:00.000000000Z before\n"
     );
     assert_eq!(fixture.get(&format!("{base}?tailLines=-1")).await.0, 422);
+    for (protocol, message) in
+        [("binary.k8s.io", Message::Binary("two\n".into())), ("base64.binary.k8s.io", Message::Text("dHdvCg==".into()))]
+    {
+        let mut socket = fixture.websocket(&format!("{base}?tailLines=1"), protocol).await;
+        assert_eq!(socket.next().await.expect("a message").expect("well formed"), message);
+        assert!(matches!(socket.next().await, Some(Ok(Message::Close(_)))), "the log ends");
+    }
     assert_eq!(fixture.get("/containerLogs/ns/none/c").await.0, 404);
     let (status, text) = fixture.get("/containerLogs/ns/web/waiting").await;
     assert_eq!(

@@ -1,6 +1,7 @@
-//! `ListMetricDescriptors` and `ListPodSandboxMetrics`: the metrics that cAdvisor has for containers, under its names.
+//! The metrics that cAdvisor has for containers, under its names: for `ListPodSandboxMetrics` and for `/metrics/cadvisor`.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::sync::LazyLock;
 
 use super::api;
@@ -12,7 +13,7 @@ const LABELS: [&str; 6] = ["container", "id", "image", "name", "namespace", "pod
 const NS_PER_S: u64 = 1_000_000_000;
 
 /// Everything that the metrics of one container or pod are made of.
-pub(super) struct Sample {
+pub(crate) struct Sample {
     /// Values of [`LABELS`].
     pub(super) labels: [String; 6],
     pub(super) timestamp: i64,
@@ -36,7 +37,7 @@ pub(super) struct Disk {
 }
 
 /// Values with those of the metric's further labels.
-type Values = Vec<(Vec<String>, u64)>;
+type Values = Vec<(Vec<String>, f64)>;
 
 /// One metric.
 struct Row {
@@ -48,25 +49,28 @@ struct Row {
 }
 
 fn one(value: impl Fn(&Sample) -> u64 + Send + Sync + 'static) -> Box<dyn Fn(&Sample) -> Values + Send + Sync> {
-    Box::new(move |sample| vec![(Vec::new(), value(sample))])
+    Box::new(move |sample| vec![(Vec::new(), value(sample) as f64)])
 }
 
-fn cpu_stat(key: &'static str, divisor: u64) -> Box<dyn Fn(&Sample) -> Values + Send + Sync> {
-    one(move |sample| sample.cgroup.keys("cpu.stat").get(key).copied().unwrap_or(0) / divisor)
+fn cpu_stat(key: &'static str, divisor: f64) -> Box<dyn Fn(&Sample) -> Values + Send + Sync> {
+    Box::new(move |sample| {
+        let count = sample.cgroup.keys("cpu.stat").get(key).copied().unwrap_or(0);
+        vec![(Vec::new(), count as f64 / divisor)]
+    })
 }
 
 fn disk(value: fn(&Disk) -> u64) -> Box<dyn Fn(&Sample) -> Values + Send + Sync> {
-    Box::new(move |sample| sample.disk.iter().map(|disk| (vec![disk.device.clone()], value(disk))).collect())
+    Box::new(move |sample| sample.disk.iter().map(|disk| (vec![disk.device.clone()], value(disk) as f64)).collect())
 }
 
 fn network(value: fn(&Traffic) -> u64) -> Box<dyn Fn(&Sample) -> Values + Send + Sync> {
-    Box::new(move |sample| sample.traffic.iter().map(|(name, t)| (vec![name.clone()], value(t))).collect())
+    Box::new(move |sample| sample.traffic.iter().map(|(name, t)| (vec![name.clone()], value(t) as f64)).collect())
 }
 
 fn io(key: &'static str) -> Box<dyn Fn(&Sample) -> Values + Send + Sync> {
     Box::new(move |sample| {
         let devices = sample.cgroup.io();
-        devices.into_iter().filter_map(|(device, counters)| Some((vec![device], *counters.get(key)?))).collect()
+        devices.into_iter().filter_map(|(device, counters)| Some((vec![device], *counters.get(key)? as f64))).collect()
     })
 }
 
@@ -75,7 +79,7 @@ fn block_io(sample: &Sample) -> Values {
     let rows = devices.flat_map(|(device, counters)| {
         let (major, minor) = device.split_once(':').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap_or_default();
         [("Read", "rbytes"), ("Write", "wbytes")].into_iter().filter_map(move |(operation, key)| {
-            Some((vec![device.clone(), major.clone(), minor.clone(), operation.to_owned()], *counters.get(key)?))
+            Some((vec![device.clone(), major.clone(), minor.clone(), operation.to_owned()], *counters.get(key)? as f64))
         })
     });
     rows.collect()
@@ -86,7 +90,7 @@ fn failures(sample: &Sample) -> Values {
         .into_iter()
         .flat_map(|scope| {
             [("pgfault", sample.memory.faults), ("pgmajfault", sample.memory.major_faults)]
-                .map(|(kind, count)| (vec![kind.to_owned(), scope.to_owned()], count))
+                .map(|(kind, count)| (vec![kind.to_owned(), scope.to_owned()], count as f64))
         })
         .collect()
 }
@@ -96,8 +100,12 @@ fn pressure(of: &'static str, full: bool) -> Box<dyn Fn(&Sample) -> Values + Sen
     Box::new(move |sample| {
         let psi = sample.cgroup.pressure(of);
         let data = psi.and_then(|psi| if full { psi.full } else { psi.some });
-        data.map(|data| (Vec::new(), data.total / NS_PER_S)).into_iter().collect()
+        data.map(|data| (Vec::new(), seconds(data.total))).into_iter().collect()
     })
+}
+
+fn seconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / NS_PER_S as f64
 }
 
 fn positive(value: i64) -> u64 {
@@ -120,43 +128,37 @@ static ROWS: LazyLock<Vec<Row>> = LazyLock::new(|| {
             "Periods of CPU limits that have passed",
             Counter,
             &[],
-            cpu_stat("nr_periods", 1),
+            cpu_stat("nr_periods", 1.0),
         ),
         row(
             "container_cpu_cfs_throttled_periods_total",
             "Periods in which it was held back",
             Counter,
             &[],
-            cpu_stat("nr_throttled", 1),
+            cpu_stat("nr_throttled", 1.0),
         ),
         row(
             "container_cpu_cfs_throttled_seconds_total",
             "Seconds for which it was held back",
             Counter,
             &[],
-            cpu_stat("throttled_usec", 1_000_000),
+            cpu_stat("throttled_usec", 1e6),
         ),
         row(
             "container_cpu_system_seconds_total",
             "CPU seconds in the kernel",
             Counter,
             &[],
-            cpu_stat("system_usec", 1_000_000),
+            cpu_stat("system_usec", 1e6),
         ),
         row(
             "container_cpu_usage_seconds_total",
             "CPU seconds",
             Counter,
             &["cpu"],
-            Box::new(|sample| vec![(vec!["total".into()], sample.cgroup.cpu()[0] / NS_PER_S)]),
+            Box::new(|sample| vec![(vec!["total".into()], seconds(sample.cgroup.cpu()[0]))]),
         ),
-        row(
-            "container_cpu_user_seconds_total",
-            "CPU seconds in user space",
-            Counter,
-            &[],
-            cpu_stat("user_usec", 1_000_000),
-        ),
+        row("container_cpu_user_seconds_total", "CPU seconds in user space", Counter, &[], cpu_stat("user_usec", 1e6)),
         row("container_file_descriptors", "Open file descriptors", Gauge, &[], one(|s| s.processes.descriptors)),
         row("container_fs_inodes_free", "Free inodes of the file system", Gauge, &["device"], disk(|d| d.inodes_free)),
         row("container_fs_inodes_total", "Inodes of the file system", Gauge, &["device"], disk(|d| d.inodes)),
@@ -171,7 +173,7 @@ static ROWS: LazyLock<Vec<Row>> = LazyLock::new(|| {
             "Bytes of huge pages",
             Gauge,
             &["pagesize"],
-            Box::new(|s| s.cgroup.huge_pages().into_iter().map(|(size, bytes)| (vec![size], bytes)).collect()),
+            Box::new(|s| s.cgroup.huge_pages().into_iter().map(|(size, bytes)| (vec![size], bytes as f64)).collect()),
         ),
         row(
             "container_last_seen",
@@ -353,7 +355,10 @@ static ROWS: LazyLock<Vec<Row>> = LazyLock::new(|| {
             "Soft limits of its first process",
             Gauge,
             &["ulimit"],
-            Box::new(|s| s.processes.open_files_soft.map(|n| (vec!["max_open_files".into()], n)).into_iter().collect()),
+            Box::new(|s| {
+                let limit = s.processes.open_files_soft;
+                limit.map(|n| (vec!["max_open_files".into()], n as f64)).into_iter().collect()
+            }),
         ),
     ]
 });
@@ -378,10 +383,29 @@ pub(super) fn of(sample: &Sample) -> Vec<api::Metric> {
                 timestamp: sample.timestamp,
                 metric_type: row.kind as i32,
                 label_values: sample.labels.iter().cloned().chain(labels).collect(),
-                value: Some(api::UInt64Value { value }),
+                value: Some(api::UInt64Value { value: value as u64 }),
             })
         })
         .collect()
+}
+
+/// The metrics of many containers and pods in Prometheus' text form.
+pub(crate) fn text(samples: &[Sample]) -> String {
+    let mut text = String::new();
+    for row in ROWS.iter() {
+        let kind = if row.kind == api::MetricType::Counter { "counter" } else { "gauge" };
+        // Writing to a String cannot fail.
+        let _written = writeln!(text, "# HELP {} {}\n# TYPE {} {kind}", row.name, row.help, row.name);
+        for sample in samples {
+            for (more, value) in (row.values)(sample) {
+                let keys = LABELS.iter().chain(row.labels).copied();
+                let pairs: Vec<_> = keys.zip(sample.labels.iter().chain(&more).map(String::as_str)).collect();
+                let labels = crate::server::metrics::labels(&pairs);
+                let _written = writeln!(text, "{}{labels} {value} {}", row.name, sample.timestamp / 1_000_000);
+            }
+        }
+    }
+    text
 }
 
 #[cfg(test)]
@@ -411,5 +435,8 @@ mod tests {
         assert_eq!(value("container_memory_rss"), Some(7));
         assert_eq!(value("container_last_seen"), Some(5));
         assert_eq!(value("container_network_transmit_packets_total"), Some(6));
+        let labels = r#"container="",id="",image="",name="",namespace="",pod="",interface="eth0""#;
+        let line = format!("\ncontainer_network_receive_bytes_total{{{labels}}} 1 5000\n");
+        assert!(text(&[sample]).contains(&line), "{line}");
     }
 }

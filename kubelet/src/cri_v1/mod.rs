@@ -40,6 +40,9 @@ use networks::{Own, PodNetwork, Settled};
 use runtime::Runtime;
 use streaming::Streaming;
 
+pub(crate) use metrics::text as metrics_text;
+pub(crate) use stats::samples;
+
 /// The client of the interface rotates logs itself and asks for them to be opened anew.
 const NO_ROTATION: Limits = Limits { max_size_bytes: u64::MAX, max_files: 2 };
 

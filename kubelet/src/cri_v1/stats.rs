@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use tonic::Status;
 
@@ -9,8 +10,11 @@ use super::metrics::{self, Disk, Sample};
 use super::runtime::{Runtime, failed, id_fits, labels_fit};
 use super::sample::{Cgroup, Memory, Traffic, traffic};
 use super::{api, seen};
-use crate::cri::{ContainerState, ContainerStatus, NamespaceMode, Resources, SandboxStatus, Stats};
-use crate::images::disk_usage;
+use crate::cri::{
+    ContainerRuntime, ContainerState, ContainerStatus, NamespaceMode, Resources, RuntimeError, SandboxStatus, Stats,
+};
+use crate::images::{ImageStore, disk_usage};
+use crate::names::ContainerId;
 use crate::supervisor::container::now;
 
 type Result<T> = std::result::Result<T, Status>;
@@ -181,50 +185,69 @@ impl Runtime {
     }
 
     pub(super) async fn all_metrics(&self) -> Result<Vec<api::PodSandboxMetrics>> {
-        let mut all = Vec::new();
-        for sandbox in self.verbs.list_pod_sandboxes().await.map_err(failed)? {
-            if !sandbox.ready {
-                continue;
-            }
-            let members = self.members(&sandbox.id).await?;
-            let (images, folder) = (self.images.store.clone(), self.images.folder.clone());
-            let gathered = blocking(move || {
-                let pod = sandbox.config.pod.clone();
-                let labels = |container: &str, id: &str, image: &str| {
-                    let pod = pod.as_ref().map(|pod| (pod.namespace.clone(), pod.name.clone())).unwrap_or_default();
-                    [container.into(), id.into(), image.into(), id.into(), pod.0, pod.1]
-                };
-                let of_pod = sample(
-                    labels("", sandbox.id.as_str(), ""),
-                    sandbox.created_at,
-                    Cgroup::at(&sandbox.config.cgroup_parent),
-                    Resources::default(),
-                    None,
-                    sandbox_traffic(&sandbox),
-                );
-                let running = members.iter().filter(|status| status.state == ContainerState::Running);
-                let containers = running.map(|status| {
-                    let writable = images.upper(status.id.as_str());
-                    let sample = sample(
-                        labels(&status.config.name, status.id.as_str(), &status.config.image),
-                        status.started_at,
-                        cgroup_of(&sandbox, status),
-                        status.config.resources.clone(),
-                        disk(&folder, &writable),
-                        BTreeMap::new(),
-                    );
-                    api::ContainerMetrics { container_id: status.id.to_string(), metrics: metrics::of(&sample) }
-                });
-                api::PodSandboxMetrics {
-                    pod_sandbox_id: sandbox.id.to_string(),
-                    metrics: metrics::of(&of_pod),
-                    container_metrics: containers.collect(),
-                }
-            });
-            all.push(gathered.await?);
-        }
-        Ok(all)
+        let gathered = samples(&self.verbs, Some(self.images.store.clone())).await;
+        let made = gathered.map_err(failed)?.into_iter().map(|(sandbox, of_pod, containers)| api::PodSandboxMetrics {
+            pod_sandbox_id: sandbox.to_string(),
+            metrics: metrics::of(&of_pod),
+            container_metrics: containers
+                .into_iter()
+                .map(|(id, sample)| api::ContainerMetrics {
+                    container_id: id.to_string(),
+                    metrics: metrics::of(&sample),
+                })
+                .collect(),
+        });
+        Ok(made.collect())
     }
+}
+
+/// A sandbox with what it and its containers have used.
+pub(crate) type PodSamples = (ContainerId, Sample, Vec<(ContainerId, Sample)>);
+
+/// What all ready sandboxes and their running containers have used; `images` hold what containers have written.
+pub(crate) async fn samples(
+    verbs: &Arc<dyn ContainerRuntime>,
+    images: Option<Arc<ImageStore>>,
+) -> std::result::Result<Vec<PodSamples>, RuntimeError> {
+    let sandboxes = verbs.list_pod_sandboxes().await?;
+    let running = |status: &ContainerStatus| status.state == ContainerState::Running;
+    let containers: Vec<_> = verbs.list_containers().await?.into_iter().filter(running).collect();
+    let read = move || {
+        let ready = sandboxes.into_iter().filter(|sandbox| sandbox.ready);
+        let of = |sandbox: SandboxStatus| {
+            let pod = sandbox.config.pod.clone();
+            let (namespace, name) = pod.map(|pod| (pod.namespace, pod.name)).unwrap_or_default();
+            let labels = |cgroup: &Path, container: &str, id: &ContainerId, image: &str| {
+                let path = Path::new("/").join(cgroup).display().to_string();
+                [container.into(), path, image.into(), id.to_string(), namespace.clone(), name.clone()]
+            };
+            let parent = &sandbox.config.cgroup_parent;
+            let of_pod = sample(
+                labels(parent, "", &sandbox.id, ""),
+                sandbox.created_at,
+                Cgroup::at(parent),
+                Resources::default(),
+                None,
+                sandbox_traffic(&sandbox),
+            );
+            let members = containers.iter().filter(|status| status.sandbox == sandbox.id).map(|status| {
+                let cgroup = parent.join(status.id.as_str());
+                let written = images.as_ref().and_then(|images| disk(&images.upper(status.id.as_str())));
+                let sample = sample(
+                    labels(&cgroup, &status.config.name, &status.id, &status.config.image),
+                    status.started_at,
+                    Cgroup::at(&cgroup),
+                    status.config.resources.clone(),
+                    written,
+                    BTreeMap::new(),
+                );
+                (status.id.clone(), sample)
+            });
+            (sandbox.id.clone(), of_pod, members.collect())
+        };
+        ready.map(of).collect()
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|error| RuntimeError::Invalid(error.to_string()))
 }
 
 fn sample(
@@ -240,10 +263,10 @@ fn sample(
     Sample { labels, timestamp: now(), started_at, cgroup, memory, processes, resources, disk, traffic }
 }
 
-/// The file system of the images at `folder`, and what the files at `writable` take of it.
-fn disk(folder: &Path, writable: &Path) -> Option<Disk> {
-    let all = nix::sys::statvfs::statvfs(folder).ok()?;
-    let device = std::os::unix::fs::MetadataExt::dev(&std::fs::metadata(folder).ok()?);
+/// What the files at `writable` take, and the file system that they lie on.
+fn disk(writable: &Path) -> Option<Disk> {
+    let all = nix::sys::statvfs::statvfs(writable).ok()?;
+    let device = std::os::unix::fs::MetadataExt::dev(&std::fs::metadata(writable).ok()?);
     Some(Disk {
         device: format!("{}:{}", nix::sys::stat::major(device), nix::sys::stat::minor(device)),
         used_bytes: disk_usage(writable).ok()?.0,

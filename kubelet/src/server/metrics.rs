@@ -26,7 +26,7 @@ fn answer(text: String) -> Response {
 }
 
 /// Labels in braces; values are escaped.
-fn labels(pairs: &[(&str, &str)]) -> String {
+pub(crate) fn labels(pairs: &[(&str, &str)]) -> String {
     let pairs: Vec<String> = pairs
         .iter()
         .map(|(name, value)| {
@@ -226,81 +226,20 @@ fn resource_families(usage: &Usage) -> Vec<Family<'static>> {
 
 /// `GET /metrics/cadvisor`
 pub(super) async fn cadvisor(State(node): State<Arc<Node>>) -> Result<Response, Refused> {
+    let gathered = crate::cri_v1::samples(&node.state.runtime(), node.state.images()).await;
+    let pods = gathered.map_err(Refused::internal)?;
+    let samples: Vec<_> = pods
+        .into_iter()
+        .flat_map(|(_, pod, containers)| std::iter::once(pod).chain(containers.into_iter().map(|(_, sample)| sample)))
+        .collect();
     let usage = node.usage.usage(&node).await?;
-    let host = &usage.node;
-    let family = |name, kind, help| Family { name, kind, help, samples: Vec::new() };
-    let mut families = vec![
-        family("container_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed in seconds."),
-        family(
-            "container_memory_usage_bytes",
-            "gauge",
-            "Current memory usage in bytes, including all memory regardless of when it was accessed",
-        ),
-        family("container_memory_working_set_bytes", "gauge", "Current working set in bytes."),
-        family("container_memory_rss", "gauge", "Size of RSS in bytes."),
-        family("container_processes", "gauge", "Number of processes running inside the container."),
-        family(
-            "container_fs_usage_bytes",
-            "gauge",
-            "Number of bytes that are consumed by the container on this filesystem.",
-        ),
-        family("container_fs_inodes_total", "gauge", "Number of Inodes"),
-        family("container_start_time_seconds", "gauge", "Start time of the container since unix epoch in seconds."),
-        family("container_last_seen", "gauge", "Last time a container was seen by the exporter"),
+    let one = |name, help, value: f64| Family { name, kind: "gauge", help, samples: vec![(String::new(), value, 0)] };
+    let machine = [
+        one("machine_cpu_cores", "Number of logical CPU cores.", usage.node.cores as f64),
+        one("machine_memory_bytes", "Amount of memory installed on the machine.", usage.node.memory_total as f64),
+        one("container_scrape_error", "1 if there was an error while getting container metrics, 0 otherwise", 0.0),
     ];
-    let mut add = |name: &str, stats: &crate::cri::Stats, started_at: i64, labels: &str| {
-        let at = millis(stats.timestamp);
-        let values = [
-            Some(seconds(stats.cpu_usage_ns)),
-            stats.memory_usage_bytes.map(|bytes| bytes as f64),
-            stats.memory_working_set_bytes.map(|bytes| bytes as f64),
-            stats.memory_rss_bytes.map(|bytes| bytes as f64),
-            stats.pids.map(|count| count as f64),
-            stats.writable_layer_bytes.map(|bytes| bytes as f64),
-            stats.writable_layer_inodes.map(|count| count as f64),
-            (started_at > 0).then(|| seconds(started_at.unsigned_abs())),
-            Some((stats.timestamp / 1_000_000_000) as f64),
-        ];
-        debug_assert!(!name.is_empty());
-        for (family, value) in families.iter_mut().zip(values) {
-            if let Some(value) = value {
-                family.samples.push((labels.to_owned(), value, at));
-            }
-        }
-    };
-    for pod in &usage.pods {
-        let place = [("namespace", pod.key.namespace.as_str()), ("pod", pod.key.name.as_str())];
-        let of_pod = labels(&[
-            ("container", ""),
-            ("id", &format!("/kubepods/pod{}", pod.key.uid)),
-            ("image", ""),
-            ("name", ""),
-            place[0],
-            place[1],
-        ]);
-        add("pod", &pod.stats, pod.started_at, &of_pod);
-        for container in &pod.containers {
-            let id = container.status.id.as_str();
-            let of_container = labels(&[
-                ("container", &container.status.config.name),
-                ("id", &format!("/kubepods/pod{}/{id}", pod.key.uid)),
-                ("image", &container.status.config.image),
-                ("name", id),
-                place[0],
-                place[1],
-            ]);
-            add("container", &container.stats, container.status.started_at, &of_container);
-        }
-    }
-    families.push(Family {
-        samples: vec![(String::new(), host.cores as f64, 0)],
-        ..family("machine_cpu_cores", "gauge", "Number of logical CPU cores.")
-    });
-    families.push(Family {
-        samples: vec![(String::new(), host.memory_total as f64, 0)],
-        ..family("machine_memory_bytes", "gauge", "Amount of memory installed on the machine.")
-    });
-    Ok(answer(render(&families)))
+    Ok(answer(crate::cri_v1::metrics_text(&samples) + &render(&machine)))
 }
 
 /// `GET /metrics/probes`

@@ -5,7 +5,7 @@ mod authorize;
 mod tls;
 
 mod containers;
-mod metrics;
+pub(crate) mod metrics;
 mod node_logs;
 mod pods;
 mod sessions;

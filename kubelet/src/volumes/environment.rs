@@ -9,8 +9,10 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{Container, EnvVarSource, Pod, Service};
 
 use super::downward::{field_ref, resource_field_ref};
+use super::empty_dir::EmptyDirVolume;
 use super::manager::Volumes;
 use super::objects::{ObjectData, ObjectKey, ObjectKind};
+use super::plugin::Plugin as _;
 
 /// Variables of one container.
 const MAX_VARIABLES: usize = 20_000;
@@ -85,6 +87,14 @@ impl Volumes {
             let name = resource.container_name.as_deref().filter(|name| !name.is_empty()).unwrap_or(&container.name);
             let allocatable = self.allocatable();
             return resource_field_ref(pod, name, resource, &allocatable).map(Some).map_err(EnvironmentError);
+        }
+        if let Some(file) = &source.file_key_ref {
+            let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+            // The API takes no other type here.
+            let volumes = self.layout().pod(uid).join("volumes").join(EmptyDirVolume.folder());
+            let (root, file) = (volumes.join(&file.volume_name), file.clone());
+            let read = tokio::task::spawn_blocking(move || super::env_file::read(&root, &file)).await;
+            return read.map_err(|error| EnvironmentError(error.to_string()))?.map_err(EnvironmentError);
         }
         let (kind, word, name, key, optional) = match (&source.config_map_key_ref, &source.secret_key_ref) {
             (Some(map), _) => (ObjectKind::ConfigMap, "ConfigMap", &map.name, &map.key, map.optional),

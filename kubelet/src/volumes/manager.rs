@@ -129,6 +129,10 @@ impl Volumes {
         &self.0.objects
     }
 
+    pub(super) fn layout(&self) -> &crate::names::Layout {
+        &self.0.config.layout
+    }
+
     /// What a container without limits may use.
     pub(super) fn allocatable(&self) -> Allocatable {
         self.0.config.allocatable()

@@ -24,6 +24,7 @@ mod secret;
 mod token;
 mod writer;
 
+mod env_file;
 mod environment;
 mod live;
 mod manager;

@@ -17,6 +17,7 @@ use super::resolved::{self, is_sidecar};
 use super::status::Incarnation;
 use super::worker::{Next, RETRY, Wanted, Worker};
 use crate::cri::ContainerState;
+use crate::names::PodKey;
 
 /// Time that a container gets after its preStop hook used its grace period up (`minimumGracePeriodInSeconds`).
 const LEAST_GRACE: Duration = Duration::from_secs(2);
@@ -155,13 +156,25 @@ impl Worker {
         }
         if !gone {
             self.report(pod).await;
-            tokio::select! {
-                () = self.reporter.flushed() => {}
-                // The object may go while the API is asked in vain.
-                _ = wanted.wait_for(|wanted| matches!(wanted, Wanted::Gone(_))) => return Next::At(Instant::now()),
+            let context = self.context.clone();
+            let written = async {
+                tokio::select! {
+                    () = self.reporter.flushed() => true,
+                    // The object may go while the API is asked in vain.
+                    _ = wanted.wait_for(|wanted| matches!(wanted, Wanted::Gone(_))) => false,
+                }
+            };
+            // The network can go meanwhile; what the status is made of stays until it is written.
+            let (written, stopped) = tokio::join!(written, stop_sandboxes(&context, &self.key));
+            if !written {
+                return Next::At(Instant::now());
+            }
+            if let Err(message) = stopped {
+                tracing::warn!(pod = %self.key, message, "the pod's sandbox is not stopped yet");
             }
         }
-        if let Err(message) = self.tear_down().await {
+        let taken_down = tear_down(&self.context, &self.key).await;
+        if let Err(message) = taken_down {
             tracing::warn!(pod = %self.key, message, "the pod is not taken down yet");
             return Next::At(Instant::now() + RETRY);
         }
@@ -192,16 +205,25 @@ impl Worker {
             }
         }
     }
+}
 
-    async fn tear_down(&mut self) -> Result<(), String> {
-        let runtime = &self.context.runtime;
-        for sandbox in runtime.sandboxes_of(&self.key.uid).await.map_err(|error| error.to_string())? {
-            runtime.stop_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
-            runtime.remove_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
-        }
-        self.context.dra.unprepare(&self.key.uid).await.map_err(|error| error.to_string())?;
-        self.context.devices.release(&self.key.uid);
-        self.context.volumes.teardown(&self.key.uid).await.map_err(|error| error.to_string())?;
-        self.context.remove_files(&self.key).map_err(|error| error.to_string())
+/// Ends what the containers of a pod shared.
+async fn stop_sandboxes(context: &Context, key: &PodKey) -> Result<(), String> {
+    for sandbox in context.runtime.sandboxes_of(&key.uid).await.map_err(|error| error.to_string())? {
+        context.runtime.stop_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
     }
+    Ok(())
+}
+
+/// Removes sandboxes, volumes and files of a pod whose containers have ended.
+async fn tear_down(context: &Context, key: &PodKey) -> Result<(), String> {
+    // Also one that was never ready may have a network.
+    stop_sandboxes(context, key).await?;
+    for sandbox in context.runtime.sandboxes_of(&key.uid).await.map_err(|error| error.to_string())? {
+        context.runtime.remove_pod_sandbox(&sandbox.id).await.map_err(|error| error.to_string())?;
+    }
+    context.dra.unprepare(&key.uid).await.map_err(|error| error.to_string())?;
+    context.devices.release(&key.uid);
+    context.volumes.teardown(&key.uid).await.map_err(|error| error.to_string())?;
+    context.remove_files(key).map_err(|error| error.to_string())
 }

@@ -392,7 +392,7 @@ impl Worker {
                     outcome = match (limit, used) {
                         // The kernel would end the container instead.
                         (Some(limit), Some(used)) if used > limit => Err(RuntimeError::Invalid(format!(
-                            "cannot decrease the memory limit of container {name} to {limit}: it uses {used} bytes"
+                            "attempting to set container {name:?} memory limit ({limit}) below current usage ({used})"
                         ))),
                         _ => runtime.update_container_resources(&id, &resources).await,
                     };
@@ -404,7 +404,12 @@ impl Worker {
             outcome = runtime.update_pod_sandbox_resources(&sandbox.id, &wanted).await;
         }
         self.progress = match outcome {
-            Ok(()) => self.progress.take().filter(|progress| progress.type_ == "PodResizePending"),
+            Ok(()) => {
+                let note =
+                    format!("Pod resize completed of generation {}", pod.metadata.generation.unwrap_or_default());
+                self.context.event(pod, EventType::Normal, "ResizeCompleted", "Resize", note);
+                self.progress.take().filter(|progress| progress.type_ == "PodResizePending")
+            }
             Err(error) => Some(Progress::failing(error.to_string())),
         };
     }
@@ -417,22 +422,25 @@ impl Worker {
             self.trouble(pod, "FailedPrepareDynamicResources", error.to_string());
             return Next::At(Instant::now() + RETRY);
         }
-        let sandbox = match self.ensure_sandbox(pod).await {
+        let spec = pod.spec.clone().unwrap_or_default();
+        let count = spec.ephemeral_containers.as_ref().map_or(0, Vec::len);
+        let known = self.volumes.as_ref().is_some_and(|(_, known)| *known == count);
+        let volumes = async { if known { Ok(None) } else { self.context.volumes.setup(pod).await.map(Some) } };
+        // Neither needs the other.
+        let (sandbox, volumes) = tokio::join!(self.ensure_sandbox(pod), volumes);
+        let sandbox = match sandbox {
             Ok(sandbox) => sandbox,
             Err(message) => {
                 self.trouble(pod, "FailedCreatePodSandBox", message);
                 return Next::At(Instant::now() + RETRY);
             }
         };
-        let spec = pod.spec.clone().unwrap_or_default();
-        let count = spec.ephemeral_containers.as_ref().map_or(0, Vec::len);
-        if self.volumes.as_ref().is_none_or(|(_, known)| *known != count) {
-            match self.context.volumes.setup(pod).await {
-                Ok(volumes) => self.volumes = Some((volumes, count)),
-                Err(error) => {
-                    self.trouble(pod, "FailedMount", error.to_string());
-                    return Next::At(Instant::now() + RETRY);
-                }
+        match volumes {
+            Ok(None) => {}
+            Ok(Some(volumes)) => self.volumes = Some((volumes, count)),
+            Err(error) => {
+                self.trouble(pod, "FailedMount", error.to_string());
+                return Next::At(Instant::now() + RETRY);
             }
         }
         self.trouble = None;
@@ -546,7 +554,7 @@ impl Worker {
         }
     }
 
-    async fn ensure_sandbox(&mut self, pod: &Arc<Pod>) -> Result<SandboxStatus, String> {
+    async fn ensure_sandbox(&self, pod: &Arc<Pod>) -> Result<SandboxStatus, String> {
         // Running it as the host's own users would be less than was asked for.
         if pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false) {
             return Err("this node does not support user namespaces (hostUsers: false) yet; remove the field".into());

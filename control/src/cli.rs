@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -183,6 +184,27 @@ pub(crate) struct NodeOptions {
     /// What the host must keep free, or pods are evicted, such as `memory.available<100Mi,nodefs.available<1Gi`
     #[arg(long, value_delimiter = ',', value_name = "THRESHOLDS")]
     pub(crate) eviction_hard: Vec<coracle_kubelet::config::Threshold>,
+    /// What the host should keep free, or pods are evicted after a grace period, such as `memory.available<300Mi`
+    #[arg(long, value_delimiter = ',', value_name = "THRESHOLDS", requires = "eviction_soft_grace_period")]
+    pub(crate) eviction_soft: Vec<coracle_kubelet::config::Threshold>,
+    /// How long each soft threshold may be reached, such as `memory.available=90s`
+    #[arg(long, value_delimiter = ',', value_name = "SIGNAL=TIME", value_parser = signal_time)]
+    pub(crate) eviction_soft_grace_period: Vec<(String, Duration)>,
+    /// Most seconds that a pod gets to end when a soft threshold evicts it
+    #[arg(long, default_value_t = 0, value_name = "SECONDS")]
+    pub(crate) eviction_max_pod_grace_period: u64,
+}
+
+/// `memory.available=90s` or `=2m`.
+fn signal_time(text: &str) -> Result<(String, Duration), String> {
+    let wrong = || format!("{text:?} is not of the form signal=time, such as memory.available=90s");
+    let (signal, time) = text.split_once('=').ok_or_else(wrong)?;
+    let (number, unit) = match time.strip_suffix('s') {
+        Some(number) => (number, 1),
+        None => (time.strip_suffix('m').ok_or_else(wrong)?, 60),
+    };
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    Ok((signal.to_owned(), Duration::from_secs(number.saturating_mul(unit))))
 }
 
 /// Options of `coracle agent`.

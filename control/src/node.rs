@@ -2,9 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use coracle_kubelet::certificates::NodeCertificate;
+use coracle_kubelet::config::Threshold;
 use coracle_kubelet::node::{Facts, NodeAgent};
 use coracle_kubelet::server::ServerConfig;
 use coracle_kubelet::{Config, Kubelet, Layout};
@@ -46,6 +48,19 @@ pub(crate) fn serving_names(name: &str, ips: &[IpAddr]) -> Vec<String> {
     std::iter::once(name.to_owned()).chain(ips.iter().map(IpAddr::to_string)).collect()
 }
 
+/// Each soft threshold with its grace period.
+fn soft_thresholds(options: &NodeOptions) -> anyhow::Result<Vec<(Threshold, Duration)>> {
+    let with_grace = |threshold: &Threshold| {
+        let graces = &options.eviction_soft_grace_period;
+        let grace = graces.iter().find(|(signal, _)| *signal == threshold.signal);
+        let grace = grace.with_context(|| {
+            format!("--eviction-soft names {}, for which --eviction-soft-grace-period has no time", threshold.signal)
+        })?;
+        Ok((threshold.clone(), grace.1))
+    };
+    options.eviction_soft.iter().map(with_grace).collect()
+}
+
 /// Registers the node and starts it; returns when it can run pods, with the port of its own API and its pod ranges.
 pub(crate) async fn start(
     options: &NodeOptions,
@@ -70,6 +85,8 @@ pub(crate) async fn start(
         } else {
             options.eviction_hard.clone()
         },
+        eviction_soft: soft_thresholds(options)?,
+        eviction_max_pod_grace_period: Duration::from_secs(options.eviction_max_pod_grace_period),
         node_ips: ips.clone(),
         node_labels: host::labels(&options.node_label)?,
         register_with_taints: host::taints(&options.node_taint)?,

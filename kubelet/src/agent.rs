@@ -163,6 +163,7 @@ impl Kubelet {
             services,
             pulls: Semaphore::new(MAX_PULLS),
             image_ids: Default::default(),
+            probes: Default::default(),
             config: config.clone(),
         });
         let parts = cri_v1::Parts {
@@ -288,6 +289,10 @@ impl NodeState for State {
 
     fn volumes(&self) -> Option<Volumes> {
         Some(self.0.volumes.clone())
+    }
+
+    fn probe_metrics(&self) -> String {
+        self.0.probes.text()
     }
 
     fn configz(&self) -> serde_json::Value {

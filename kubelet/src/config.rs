@@ -101,6 +101,10 @@ pub struct Config {
     pub seccomp_default: bool,
     /// What the host must keep free, or pods are evicted.
     pub eviction_hard: Vec<Threshold>,
+    /// What it should keep free: after so long a time pods are evicted (`evictionSoft`, `evictionSoftGracePeriod`).
+    pub eviction_soft: Vec<(Threshold, Duration)>,
+    /// Most time that a pod gets to end when a soft threshold evicts it (`evictionMaxPodGracePeriod`).
+    pub eviction_max_pod_grace_period: Duration,
     /// How often the Lease is renewed.
     pub lease_renew_interval: Duration,
     /// How often an unchanged node status is written all the same.
@@ -142,6 +146,8 @@ impl Config {
                 Threshold { signal: "nodefs.available".into(), value: Value::Amount(1 << 30) },
                 Threshold { signal: "nodefs.inodesFree".into(), value: Value::Percent(1) },
             ],
+            eviction_soft: Vec::new(),
+            eviction_max_pod_grace_period: Duration::ZERO,
             lease_renew_interval: Duration::from_secs(10),
             node_status_report_interval: Duration::from_secs(300),
             shutdown_grace_period: Duration::ZERO,

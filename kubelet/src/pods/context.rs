@@ -58,6 +58,7 @@ pub struct Context {
     pub pulls: Semaphore,
     /// Digest references by image id, for statuses.
     pub image_ids: Mutex<HashMap<String, String>>,
+    pub probes: crate::probes::Counts,
 }
 
 impl Context {

@@ -1,6 +1,7 @@
 //! Node-pressure eviction: before the host runs out of memory, disk or processes, pods go that use more than they asked for;
 //! and pods that fill more disk than their limits allow. Source: kubernetes.io, "Node-pressure Eviction".
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::sync::Arc;
@@ -87,6 +88,8 @@ struct Use {
 pub struct Pressure {
     /// When each signal last pressed.
     pressed: Mutex<[Option<Instant>; SIGNALS.len()]>,
+    /// Since when soft thresholds have been reached, by signal.
+    soft: Mutex<HashMap<String, Instant>>,
 }
 
 impl Pressure {
@@ -96,6 +99,26 @@ impl Pressure {
         let held = pressed.iter().zip(SIGNALS).filter(|(since, _)| since.is_some_and(|at| at.elapsed() < TRANSITION));
         held.map(|(_, (.., [type_, reason, message]))| condition(type_, "True", reason, message)).collect()
     }
+
+    /// Of the soft thresholds that are reached now those that have been for their grace period.
+    fn lasting(&self, mut reached: Vec<Hit>, soft: &[(Threshold, Duration)], now: Instant) -> Vec<Hit> {
+        let mut since = self.soft.lock();
+        since.retain(|signal, _| reached.iter().any(|(_, threshold)| threshold.signal == *signal));
+        reached.retain(|(_, threshold)| {
+            let since = *since.entry(threshold.signal.clone()).or_insert(now);
+            soft.iter().any(|(known, grace)| known == threshold && now - since >= *grace)
+        });
+        reached
+    }
+}
+
+/// A threshold that is reached, with the index of its signal.
+type Hit = (usize, Threshold);
+
+fn reached<'a>(levels: &[Level; SIGNALS.len()], thresholds: impl Iterator<Item = &'a Threshold>) -> Vec<Hit> {
+    let index = |threshold: &Threshold| SIGNALS.iter().position(|(name, ..)| *name == threshold.signal);
+    let hits = thresholds.filter_map(|threshold| Some((index(threshold)?, threshold.clone())));
+    hits.filter(|(index, threshold)| levels[*index].available < threshold.of(levels[*index].capacity)).collect()
 }
 
 /// Looks at the host for ever.
@@ -122,27 +145,27 @@ async fn collect_images(context: &Context, policy: GcPolicy) {
 }
 
 async fn look(context: &Context) -> io::Result<()> {
-    let pressing = |levels: &[Level; 4]| -> Vec<(usize, Threshold)> {
-        let reached = |threshold: &&Threshold| {
-            let index = SIGNALS.iter().position(|(name, ..)| *name == threshold.signal);
-            index.is_some_and(|index| levels[index].available < threshold.of(levels[index].capacity))
-        };
-        let hit = context.config.eviction_hard.iter().filter(reached).cloned();
-        hit.filter_map(|hit| Some((SIGNALS.iter().position(|(name, ..)| *name == hit.signal)?, hit))).collect()
+    let config = &context.config;
+    let all = |levels: &[Level; SIGNALS.len()]| {
+        let soft = config.eviction_soft.iter().map(|(threshold, _)| threshold);
+        (reached(levels, config.eviction_hard.iter()), reached(levels, soft))
     };
     let mut levels = levels(context)?;
-    let mut hits = pressing(&levels);
-    if hits.iter().any(|(index, _)| matches!(SIGNALS[*index].1, Resource::Disk | Resource::Inodes)) {
+    let (mut hard, mut soft) = all(&levels);
+    let of_disk = |(index, _): &Hit| matches!(SIGNALS[*index].1, Resource::Disk | Resource::Inodes);
+    if hard.iter().chain(&soft).any(of_disk) {
         // Images that nobody uses go before any pod.
         collect_images(context, GcPolicy { high_percent: 0, low_percent: 0, ..GcPolicy::default() }).await;
         levels = self::levels(context)?;
-        hits = pressing(&levels);
+        (hard, soft) = all(&levels);
     }
-    for (index, _) in &hits {
+    for (index, _) in hard.iter().chain(&soft) {
         context.pressure.pressed.lock()[*index] = Some(Instant::now());
     }
     over_their_limits(context).await;
-    let Some((index, threshold)) = hits.into_iter().next() else { return Ok(()) };
+    let lasting = context.pressure.lasting(soft, &config.eviction_soft, Instant::now());
+    let most = if hard.is_empty() { config.eviction_max_pod_grace_period } else { Duration::ZERO };
+    let Some((index, threshold)) = hard.into_iter().chain(lasting).next() else { return Ok(()) };
     let (_, resource, name, _) = SIGNALS[index];
     let running: Vec<_> = context.table.list().into_iter().filter(|entry| evictable(&entry.pod)).collect();
     let mut uses = Vec::new();
@@ -160,7 +183,8 @@ async fn look(context: &Context) -> io::Result<()> {
             victim.requested
         );
         tracing::warn!(pod = victim.uid, message, "evicting a pod");
-        context.table.fail(&victim.uid, Verdict { reason: "Evicted".into(), message, grace: Some(Duration::ZERO) });
+        let own = context.table.by_uid(&victim.uid).map(|entry| super::stop::grace(&entry.pod)).unwrap_or_default();
+        context.table.fail(&victim.uid, Verdict { reason: "Evicted".into(), message, grace: Some(own.min(most)) });
     }
     Ok(())
 }
@@ -314,6 +338,20 @@ mod tests {
         ]);
         let order: Vec<_> = order.iter().map(|one| one.uid.as_str()).collect();
         assert_eq!(order, ["far above", "little above", "important", "within"]);
+    }
+
+    #[test]
+    fn a_soft_threshold_counts_once_it_has_lasted() {
+        let threshold: Threshold = "memory.available<100".parse().expect("a threshold");
+        let soft = [(threshold, Duration::from_secs(60))];
+        let (pressure, start) = (Pressure::default(), Instant::now());
+        let lasts = |second: u64, available: u64| {
+            let level = Level { available, capacity: 1000 };
+            let hits = reached(&[level; SIGNALS.len()], soft.iter().map(|(threshold, _)| threshold));
+            !pressure.lasting(hits, &soft, start + Duration::from_secs(second)).is_empty()
+        };
+        let seen = [(0, 50), (59, 50), (60, 200), (61, 50), (120, 50), (121, 50)];
+        assert_eq!(seen.map(|(second, available)| lasts(second, available)), [false, false, false, false, false, true]);
     }
 
     #[test]

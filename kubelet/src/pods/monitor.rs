@@ -159,6 +159,7 @@ struct Task {
 
 impl Task {
     fn tell(&self, answer: &Answer, change: Option<Standing>) {
+        self.context.probes.add(&self.key, &self.container.name, self.kind, answer);
         if let Answer::Unknown(message) = answer {
             tracing::debug!(pod = %self.key, container = %self.container.name, probe = self.kind.word(), message, "not asked");
         }

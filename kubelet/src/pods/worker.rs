@@ -129,6 +129,7 @@ impl Worker {
             let wait = match next {
                 Next::Finished => {
                     self.context.table.remove(&self.key.uid);
+                    self.context.probes.forget(&self.key.uid);
                     return;
                 }
                 Next::Wait => None,

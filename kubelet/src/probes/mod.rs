@@ -4,6 +4,7 @@
 //! schedule until it is dropped.
 
 mod check;
+mod counts;
 mod grpc;
 mod http;
 mod tracker;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Probe;
 
 pub use check::{Answer, Target, check as ask};
+pub use counts::Counts;
 pub use tracker::{Standing, Tracker};
 
 /// What a probe decides.

@@ -143,6 +143,12 @@ fn process() -> Vec<Family<'static>> {
             samples: resident.map(|pages| sample(pages * PAGE_BYTES)).unwrap_or_default(),
         },
         Family {
+            name: "process_open_fds",
+            kind: "gauge",
+            help: "Number of open file descriptors.",
+            samples: std::fs::read_dir("/proc/self/fd").map(|all| sample(all.count() as f64)).unwrap_or_default(),
+        },
+        Family {
             name: "process_cpu_seconds_total",
             kind: "counter",
             help: "Total user and system CPU time spent in seconds.",

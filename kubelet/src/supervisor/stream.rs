@@ -299,7 +299,7 @@ mod tests {
         }
         drop(writer);
         assert_eq!(f.turn(&mut source), Turn::Ended);
-        assert_eq!(f.text(), "one\ntwo\nthree\n");
+        assert_eq!(f.text(), "one\ntwo\nthree", "nobody ended the last line");
     }
 
     #[test]

@@ -143,10 +143,10 @@ impl FakeApi {
                     json!({ "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": objects.0.to_string() }, "items": items }),
                 )
             }
-            (&Method::GET, path @ ["api", "v1", ..]) => {
+            (&Method::GET, path @ (["api", "v1", ..] | ["apis", "storage.k8s.io", "v1", ..])) => {
                 let key = match path {
                     [_, _, "namespaces", namespace, resource, name] => format!("{resource}/{namespace}/{name}"),
-                    [_, _, resource, name] => format!("{resource}//{name}"),
+                    [_, _, resource, name] | [_, _, _, resource, name] => format!("{resource}//{name}"),
                     _ => panic!("unexpected path {path:?}"),
                 };
                 match self.0.objects.lock().expect("lock").1.get(&key) {

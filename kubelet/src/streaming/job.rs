@@ -41,29 +41,33 @@ pub(crate) async fn attach(
         streams.stderr = None;
     }
     let stdio = status.config.stdio;
-    let input = (stdio.stdin_once && !stdio.tty && wanted.stdin).then(|| {
-        let (sender, over) = oneshot::channel::<()>();
-        let (runtime, id) = (runtime.clone(), status.id.clone());
-        tokio::spawn(async move {
-            // Nothing is ever sent: the end of the sender is the message.
-            let _dropped = over.await;
-            if let Err(error) = runtime.close_stdin(&id).await {
-                tracing::debug!(container = %id, %error, "standard input is closed already");
-            }
-        });
-        sender
-    });
+    let (input, over) = oneshot::channel::<()>();
     let (mut sender, told) = oneshot::channel();
     tokio::spawn(async move {
+        let end = ended(runtime.clone(), status.id.clone());
+        tokio::pin!(end);
         tokio::select! {
-            () = ended(runtime, status.id) => {
-                // The session may be gone already.
-                let _told = sender.send(());
+            () = &mut end => {}
+            () = sender.closed(), if !wanted.stdin => return,
+            // Nothing is ever sent: the end of the sender is the message.
+            _dropped = over, if wanted.stdin => {
+                // A container that reads its input once sees its end, and the client sees the container's; any other's input stays
+                // open for the next client, and this one has nothing more to do here.
+                if stdio.stdin_once && !stdio.tty {
+                    if let Err(error) = runtime.close_stdin(&status.id).await {
+                        tracing::debug!(container = %status.id, %error, "standard input is closed already");
+                    }
+                    tokio::select! {
+                        () = end => {}
+                        () = sender.closed() => return,
+                    }
+                }
             }
-            () = sender.closed() => {}
         }
+        // The session may be gone already.
+        let _told = sender.send(());
     });
-    Ok(Job { streams, exit: Exit::Told(told), pid: None, input })
+    Ok(Job { streams, exit: Exit::Told(told), pid: None, input: Some(input) })
 }
 
 /// Becomes ready when the container has ended.

@@ -111,7 +111,7 @@ struct Hook {
 
 /// Where a device is defined.
 enum Found {
-    Once(File, Device),
+    Once(Box<(File, Device)>),
     Twice(PathBuf),
 }
 
@@ -130,7 +130,8 @@ pub fn apply(spec: &mut Value, folders: &[PathBuf], names: &[String]) -> Result<
             name.split_once('=').filter(|(kind, _)| kind.contains('/')).ok_or_else(|| CdiError::Name(name.clone()))?;
         let unresolvable = |reason: String| CdiError::Unresolvable { name: name.clone(), reason };
         match known.get(name) {
-            Some(Found::Once(file, device)) => {
+            Some(Found::Once(found)) => {
+                let (file, device) = &**found;
                 // What a file says of all its devices comes once, before the first of them.
                 if !whole.iter().any(|done| done == kind) {
                     edit(spec, name, &file.container_edits)?;
@@ -168,7 +169,7 @@ fn read(folders: &[PathBuf]) -> Result<BTreeMap<String, Found>, CdiError> {
                 let name = format!("{}={}", file.kind, device.name);
                 let found = match here.contains_key(&name) {
                     true => Found::Twice(folder.clone()),
-                    false => Found::Once(File { devices: Vec::new(), ..file.clone() }, device),
+                    false => Found::Once(Box::new((File { devices: Vec::new(), ..file.clone() }, device))),
                 };
                 here.insert(name, found);
             }

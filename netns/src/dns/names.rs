@@ -54,7 +54,7 @@ pub(super) fn names(entry: &Entry) -> Option<ServiceNames> {
     if let Some(external) = &service.external_name {
         names.external = Some(external.trim_end_matches('.').to_ascii_lowercase());
     } else if service.headless {
-        headless(service, entry.slices.values(), &mut names);
+        headless(service, entry.slices(), &mut names);
     } else {
         names.addresses.clone_from(&service.cluster_ips);
         for port in service.ports.iter().filter(|port| !port.name.is_empty()) {

@@ -1,8 +1,5 @@
 //! The records of the specification's sections, one test each.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 use proptest::prelude::*;
@@ -22,8 +19,7 @@ fn zone() -> Zone {
     let mut zone = Zone::new(&Config::new("/nowhere", "n"));
     let key = |name| ObjectKey::new("ns", name);
     let mut set = |name, service, slices: Vec<EndpointSlice>| {
-        let slices: BTreeMap<Arc<str>, EndpointSlice> =
-            slices.into_iter().enumerate().map(|(n, slice)| (n.to_string().into(), slice)).collect();
+        let slices = slices.into_iter().enumerate().map(|(n, slice)| (n.to_string().into(), slice)).collect();
         zone.set(&key(name), Some(&Entry { service: Some(service), slices }));
     };
     let web = Service {
@@ -170,7 +166,7 @@ fn long_answers_are_cut_for_udp_and_whole_for_tcp() {
     let key = ObjectKey::new("ns", "big");
     let slice = EndpointSlice { service: key.clone(), ports: Vec::new(), endpoints };
     let service = Service { headless: true, ..Service::default() };
-    zone.set(&key, Some(&Entry { service: Some(service), slices: BTreeMap::from([("1".into(), slice)]) }));
+    zone.set(&key, Some(&Entry { service: Some(service), slices: vec![("1".into(), slice)] }));
     let Step::Reply(message) = step(&zone, &question("big.ns.svc.cluster.local.", RecordType::A)) else { panic!() };
     for (edns, udp, limit) in
         [(None, true, 512), (Some(1232), true, 1232), (Some(65_000), true, 1232), (None, false, 65_535)]

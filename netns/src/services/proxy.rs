@@ -17,7 +17,15 @@ use crate::nft::{Chain, Table, Value, Verdict};
 #[derive(Debug, Default)]
 pub(crate) struct Entry {
     pub(crate) service: Option<Service>,
-    pub(crate) slices: BTreeMap<Arc<str>, EndpointSlice>,
+    /// By name. Most Services have one, for which a tree would keep room for eleven.
+    pub(crate) slices: Vec<(Arc<str>, EndpointSlice)>,
+}
+
+impl Entry {
+    /// The slices themselves.
+    pub(crate) fn slices(&self) -> impl Iterator<Item = &EndpointSlice> + Clone {
+        self.slices.iter().map(|(_, slice)| slice)
+    }
 }
 
 /// All Services and what of them is in the tables.
@@ -29,8 +37,8 @@ pub(crate) struct Proxy {
     entries: HashMap<ObjectKey, Entry>,
     /// The Service that a slice was of when last seen.
     slice_service: HashMap<ObjectKey, ObjectKey>,
-    /// The Services that want a front; the first in order has it.
-    claims: HashMap<FrontKey, BTreeSet<ObjectKey>>,
+    /// The Services that want a front, in order, of which the first has it. Two seldom want the same.
+    claims: HashMap<FrontKey, Vec<ObjectKey>>,
     installed: HashMap<FrontKey, Action>,
     shapes: HashMap<(Family, Shape), (usize, Arc<str>)>,
     forgotten: Vec<Forgotten>,
@@ -80,7 +88,7 @@ impl Proxy {
     pub(crate) fn health(&self, key: &ObjectKey) -> Option<(u16, usize)> {
         let entry = self.entries.get(key)?;
         let service = entry.service.as_ref().filter(|service| !service.served_elsewhere)?;
-        Some((service.health_check_node_port?, local_endpoints(&self.here, service, entry.slices.values())))
+        Some((service.health_check_node_port?, local_endpoints(&self.here, service, entry.slices())))
     }
 
     /// The endpoints that were let go since this was asked last.
@@ -130,12 +138,14 @@ impl Proxy {
                 ProxyChange::Slice(key, slice) => {
                     if let Some(old) = self.slice_service.remove(&key) {
                         self.touch(&old, &mut touched);
-                        self.entries.entry(old).or_default().slices.remove(&key.name);
+                        self.entries.entry(old).or_default().slices.retain(|(name, _)| *name != key.name);
                     }
                     if let Some(slice) = slice {
                         self.touch(&slice.service, &mut touched);
                         self.slice_service.insert(key.clone(), slice.service.clone());
-                        self.entries.entry(slice.service.clone()).or_default().slices.insert(key.name, slice);
+                        let slices = &mut self.entries.entry(slice.service.clone()).or_default().slices;
+                        slices.retain(|(name, _)| *name != key.name);
+                        slices.push((key.name, slice));
                     }
                 }
                 ProxyChange::Zone(zone) => {
@@ -153,25 +163,27 @@ impl Proxy {
         for (service, before) in &touched {
             for key in before {
                 if let Some(claims) = self.claims.get_mut(key) {
-                    claims.remove(service);
+                    claims.retain(|other| other != service);
                 }
                 wanted.insert(*key);
             }
             let after = self.fronts_of(service);
             for key in after.keys() {
-                self.claims.entry(*key).or_default().insert(service.clone());
+                let claims = self.claims.entry(*key).or_default();
+                let place = claims.partition_point(|other| other < service);
+                claims.insert(place, service.clone());
                 wanted.insert(*key);
             }
             now.insert(service.clone(), after);
         }
         for key in wanted {
-            let owner = self.claims.get(&key).and_then(BTreeSet::first).cloned();
+            let owner = self.claims.get(&key).and_then(|claims| claims.first()).cloned();
             let action = owner.and_then(|owner| match now.get(&owner) {
                 Some(fronts) => fronts.get(&key).cloned(),
                 // Another Service gets what this one gave up.
                 None => self.fronts_of(&owner).remove(&key),
             });
-            if action.is_none() && self.claims.get(&key).is_some_and(BTreeSet::is_empty) {
+            if action.is_none() && self.claims.get(&key).is_some_and(Vec::is_empty) {
                 self.claims.remove(&key);
             }
             let own = self.own.contains(&key.address);
@@ -192,7 +204,7 @@ impl Proxy {
     fn fronts_of(&self, key: &ObjectKey) -> HashMap<FrontKey, Action> {
         let Some(entry) = self.entries.get(key) else { return HashMap::new() };
         let Some(service) = &entry.service else { return HashMap::new() };
-        fronts(&self.here, service, entry.slices.values()).into_iter().map(|front| (front.key, front.action)).collect()
+        fronts(&self.here, service, entry.slices()).into_iter().map(|front| (front.key, front.action)).collect()
     }
 
     /// Replaces what a front does.

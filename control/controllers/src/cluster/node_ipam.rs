@@ -1,57 +1,45 @@
-//! Node IPAM: each node gets a range of its own out of the cluster's pod addresses (`spec.podCIDR`).
+//! Node IPAM: each node gets ranges of its own out of the cluster's pod addresses (`spec.podCIDRs`), one of each family.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use coracle_api::informer::Informer;
 use coracle_api::server::ApiServer;
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use kube::runtime::events::EventType;
 use kube::{Api, ResourceExt};
 
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
 
-/// Length of a node's prefix (`--node-cidr-mask-size`).
+/// Length of a node's prefix (`--node-cidr-mask-size-ipv4`, `-ipv6`).
 const NODE_PREFIX: u8 = 24;
+const NODE_PREFIX_V6: u8 = 64;
 
 pub(crate) struct NodeIpam {
     host: Host,
     nodes: Arc<Informer<Node>>,
-    cluster: Option<Range>,
+    /// The preferred family first.
+    cluster: Vec<IpNet>,
 }
 
-/// An IPv4 range out of which nodes get theirs.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct Range {
-    base: u32,
-    prefix: u8,
+/// The first node range of a cluster's range that nobody holds.
+fn first_free(cluster: &IpNet, held: &HashSet<IpNet>) -> Option<IpNet> {
+    let length = if cluster.addr().is_ipv4() { NODE_PREFIX } else { NODE_PREFIX_V6 };
+    cluster.subnets(length).ok()?.find(|range| !held.contains(range))
 }
 
-impl Range {
-    fn parse(text: &str) -> Option<Self> {
-        let (address, prefix) = text.split_once('/')?;
-        let IpAddr::V4(address) = address.parse().ok()? else {
-            return None;
-        };
-        let prefix: u8 = prefix.parse().ok().filter(|prefix| *prefix <= 32)?;
-        let mask = u32::MAX.checked_shl(u32::from(32 - prefix)).unwrap_or_default();
-        Some(Self { base: u32::from(address) & mask, prefix })
-    }
-
-    /// The first node range that nobody holds.
-    fn first_free(self, held: &HashSet<String>) -> Option<String> {
-        let count = 1_u32.checked_shl(u32::from(NODE_PREFIX.checked_sub(self.prefix)?))?;
-        (0..count)
-            .map(|index| format!("{}/{NODE_PREFIX}", Ipv4Addr::from(self.base + (index << (32 - NODE_PREFIX)))))
-            .find(|range| !held.contains(range))
-    }
+/// The ranges that a node holds.
+fn held(node: &Node) -> impl Iterator<Item = IpNet> + '_ {
+    let ranges = node.spec.as_ref().and_then(|spec| spec.pod_cidrs.as_ref());
+    ranges.into_iter().flatten().filter_map(|range| range.parse().ok())
 }
 
 impl NodeIpam {
     pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        Self { nodes: host.informer(), cluster: Range::parse(&api.config.cluster_cidr), host }
+        let cluster = api.config.cluster_cidr.split(',').filter_map(|range| range.trim().parse().ok()).collect();
+        Self { nodes: host.informer(), cluster, host }
     }
 }
 
@@ -71,22 +59,20 @@ impl Controller for NodeIpam {
     }
 
     async fn reconcile(&self, _: &Key) -> Result<Outcome, Error> {
-        let Some(cluster) = self.cluster else {
-            return Ok(Outcome::Done);
-        };
         let nodes = self.nodes.list();
-        let held = |node: &Arc<Node>| node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone());
-        let mut taken: HashSet<String> = nodes.iter().filter_map(held).collect();
+        let mut taken: HashSet<IpNet> = nodes.iter().flat_map(|node| held(node)).collect();
         let api: Api<Node> = Api::all(self.host.client.clone());
-        for node in nodes.iter().filter(|node| held(node).is_none() && node.metadata.deletion_timestamp.is_none()) {
-            let Some(range) = cluster.first_free(&taken) else {
+        let without = |node: &&Arc<Node>| held(node).next().is_none() && node.metadata.deletion_timestamp.is_none();
+        for node in nodes.iter().filter(without) {
+            let ranges: Option<Vec<IpNet>> = self.cluster.iter().map(|cluster| first_free(cluster, &taken)).collect();
+            let Some(ranges) = ranges.filter(|ranges| !ranges.is_empty()) else {
                 let note = format!("Node {} status is now: CIDRNotAvailable", node.name_any());
                 self.host.event(&**node, EventType::Normal, "CIDRNotAvailable", "Allocate", note).await;
                 continue;
             };
-            let patch = serde_json::json!({"spec": {"podCIDR": range, "podCIDRs": [range]}});
+            let patch = serde_json::json!({"spec": {"podCIDR": ranges[0], "podCIDRs": ranges}});
             self.host.patch(&api, &node.name_any(), patch).await?;
-            taken.insert(range);
+            taken.extend(ranges);
         }
         Ok(Outcome::Done)
     }
@@ -98,14 +84,13 @@ mod tests {
 
     #[test]
     fn ranges_are_given_once_and_run_out() {
-        let range = Range::parse("10.42.0.0/22").expect("a range");
-        let mut held = HashSet::new();
-        while let Some(next) = range.first_free(&held) {
-            assert!(held.insert(next));
+        for (cluster, last, count) in [("10.42.0.0/22", "10.42.3.0/24", 4), ("fd00:42::/62", "fd00:42:0:3::/64", 4)] {
+            let (cluster, mut held, mut all) = (cluster.parse().expect("a range"), HashSet::new(), Vec::new());
+            while let Some(next) = first_free(&cluster, &held) {
+                assert!(held.insert(next));
+                all.push(next.to_string());
+            }
+            assert_eq!((all.len(), all.last().map(String::as_str)), (count, Some(last)));
         }
-        let mut all: Vec<_> = held.into_iter().collect();
-        all.sort();
-        assert_eq!(all, ["10.42.0.0/24", "10.42.1.0/24", "10.42.2.0/24", "10.42.3.0/24"]);
-        assert_eq!(Range::parse("fd00::/48"), None);
     }
 }

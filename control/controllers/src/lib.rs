@@ -2,6 +2,7 @@
 //! identity. A controller is one file and one row in [`run`].
 #![forbid(unsafe_code)]
 
+mod autoscale;
 mod batch;
 mod certificates;
 mod cluster;
@@ -32,6 +33,8 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(cluster::accounts::Accounts::new(&api)));
     running.spawn(machine::run(cluster::root_ca::RootCa::new(&api)));
     running.spawn(machine::run(cluster::token_secrets::TokenSecrets::new(&api)));
+    running.spawn(machine::run(cluster::bootstrap_tokens::BootstrapTokens::new(&api)));
+    running.spawn(cluster::events::run(api.clone()));
     running.spawn(machine::run(cluster::aggregation::Aggregation::new(&api)));
     running.spawn(machine::run(cluster::policy_status::PolicyStatus::new(&api)));
     running.spawn(machine::run(cluster::resource_claims::ResourceClaims::new(&api)));
@@ -65,7 +68,8 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(batch::job::Jobs::new(&api, &pods)));
     running.spawn(machine::run(batch::ttl::TtlAfterFinished::new(&api)));
     running.spawn(machine::run(batch::cron_job::CronJobs::new(&api)));
-    running.spawn(machine::run(workloads::deployment::Deployments::new(&api)));
+    running.spawn(machine::run(workloads::deployment::Deployments::new(&api, &pods)));
+    running.spawn(machine::run(autoscale::Autoscalers::new(&api)));
     running.spawn(machine::run(policy::disruption::Budgets::new(&api)));
     running.spawn(garbage::run(api));
     while let Some(ended) = running.join_next().await {

@@ -96,6 +96,15 @@ async fn a_silent_node_is_tainted_and_loses_its_pods_when_they_no_longer_tolerat
     let stays = cluster.ns::<Pod>("n").get("stays").await.expect("the pod");
     let ready = stays.status.and_then(|s| s.conditions).unwrap_or_default();
     assert!(ready.iter().any(|c| c.type_ == "Ready" && c.status == "False"), "it no longer serves");
+    // When the last node falls silent it is this side that is cut off: nobody is driven away any more.
+    let down =
+        json!({"conditions": [{"type": "Ready", "status": "False", "lastHeartbeatTime": "2099-01-01T00:00:00Z"}]});
+    cluster.patch_status(&nodes, "alive", down).await;
+    let driven = async || {
+        let taints = nodes.get("dead").await.expect("the node").spec.and_then(|s| s.taints).unwrap_or_default();
+        taints.iter().any(|taint| taint.effect == "NoExecute")
+    };
+    assert_eventually_async!(30, !driven().await, "the taint goes");
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Secret, Service, Ser
 use k8s_openapi::api::networking::v1::{IPAddress, ServiceCIDR};
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceClaimTemplate};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
@@ -36,6 +37,22 @@ async fn roles_gather_what_their_selectors_match() {
     assert_eventually_async!(20, has(&rules("view").await), "a label extends the role");
     roles.delete("mine", &DeleteParams::default()).await.expect("deleted");
     assert_eventually_async!(20, !has(&rules("view").await), "and takes it back");
+}
+
+#[tokio::test]
+async fn bootstrap_tokens_go_when_they_have_expired() {
+    let mut cluster = Cluster::idle().await;
+    let secrets: Api<Secret> = cluster.ns("kube-system");
+    for (name, minutes) in [("old", -1), ("young", 10)] {
+        let end = Timestamp::now().checked_add(SignedDuration::from_mins(minutes)).expect("a time").to_string();
+        let token = json!({"metadata": {"name": format!("bootstrap-token-{name}")}, "type": "bootstrap.kubernetes.io/token",
+            "stringData": {"token-id": "abcdef", "token-secret": "0123456789abcdef", "expiration": end}});
+        cluster.create(&secrets, token).await;
+    }
+    cluster.control();
+    let there = async |name: &str| secrets.get_opt(&format!("bootstrap-token-{name}")).await.expect("asked").is_some();
+    assert_eventually_async!(20, !there("old").await, "its time is over");
+    assert!(there("young").await);
 }
 
 #[tokio::test]

@@ -2,6 +2,8 @@
 
 pub(crate) mod accounts;
 pub(crate) mod aggregation;
+pub(crate) mod bootstrap_tokens;
+pub(crate) mod events;
 pub(crate) mod namespaces;
 pub(crate) mod node_ipam;
 pub(crate) mod node_lifecycle;

@@ -257,7 +257,9 @@ impl Controller for NodeLifecycle {
         let before = node.spec.clone().unwrap_or_default().taints.unwrap_or_default();
         let mut taints = taints(&node, now);
         let mut turn = None;
-        if evicts(&taints) && !evicts(&before) {
+        if self.zones.lock().are_silent() {
+            taints.retain(|taint| !evicting(taint));
+        } else if evicts(&taints) && !evicts(&before) {
             // Pods leave at a bounded rate, so that a fault of the network does not move everything at once.
             turn = self.zones.lock().turn(&zone(&node), Instant::now());
             if turn.is_some() {

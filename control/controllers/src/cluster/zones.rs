@@ -56,10 +56,14 @@ impl Zones {
         }
     }
 
+    /// Whether no node answers: then it is this side that is cut off, and nobody is to lose pods for it.
+    pub(super) fn are_silent(&self) -> bool {
+        self.counts.values().all(|(up, _)| *up == 0)
+    }
+
     /// Time between two turns of a zone; `None` when nothing may happen.
     fn pause(&self, zone: &str) -> Option<Duration> {
-        // When no node answers it is this side that is cut off.
-        if self.counts.values().all(|(up, _)| *up == 0) {
+        if self.are_silent() {
             return None;
         }
         let (up, down) = self.counts.get(zone).copied().unwrap_or_default();

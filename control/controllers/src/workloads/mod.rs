@@ -3,5 +3,4 @@
 pub(crate) mod daemon_set;
 pub(crate) mod deployment;
 pub(crate) mod replica_set;
-mod rollout;
 pub(crate) mod stateful_set;

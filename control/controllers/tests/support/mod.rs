@@ -59,6 +59,11 @@ impl Cluster {
 
     /// A control plane without controllers.
     pub(crate) async fn idle() -> Self {
+        Self::idle_with(Arc::new(NoNodes)).await
+    }
+
+    /// The same, with a way to kubelets.
+    pub(crate) async fn idle_with(nodes: Arc<dyn NodeConnector>) -> Self {
         let data = tempfile::tempdir().expect("a folder");
         let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
         let stop = CancellationToken::new();
@@ -72,7 +77,7 @@ impl Cluster {
             dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
             advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
             shared_store: false,
-            nodes: Arc::new(NoNodes),
+            nodes,
             authn: Default::default(),
             disabled_admission: Vec::new(),
         };

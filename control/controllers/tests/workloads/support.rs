@@ -1,32 +1,44 @@
 //! A whole control plane in process, with every controller, and a stand-in for the nodes: pods come up, or do what a test
 //! says, and go when they are deleted.
 
-use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use coracle_api::ApiServer;
 use coracle_api::node::{NodeConnector, NodeStream};
 use coracle_api::status::Status;
-use coracle_api::user::UserInfo;
-use coracle_api::{ApiServer, Config};
-use coracle_store::{Embedded, EmbeddedOptions};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+
+use crate::control_plane;
+pub(crate) use crate::control_plane::made;
 
 /// Namespace of every test.
 pub(crate) const NS: &str = "t";
 
-struct NoNodes;
+/// Kubelets that tell what pods use, and nothing else.
+#[derive(Default)]
+struct Kubelets(Arc<Mutex<Value>>);
 
 #[async_trait::async_trait]
-impl NodeConnector for NoNodes {
-    async fn connect(&self, node: &str) -> Result<Box<dyn NodeStream>, Status> {
-        Err(Status::unavailable(format!("there is no node {node} here")))
+impl NodeConnector for Kubelets {
+    async fn connect(&self, _: &str) -> Result<Box<dyn NodeStream>, Status> {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        let summary = json!({"node": {}, "pods": *self.0.lock()}).to_string();
+        tokio::spawn(async move {
+            let mut asked = [0; 4096];
+            // The one request there is fits into one read.
+            if theirs.read(&mut asked).await.is_ok_and(|bytes| bytes > 0) {
+                let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", summary.len());
+                let _ = theirs.write_all((head + &summary).as_bytes()).await;
+            }
+        });
+        Ok(Box::new(ours))
     }
 }
 
@@ -35,23 +47,16 @@ pub(crate) type Behaviour = dyn Fn(&Pod) -> Option<Value> + Send + Sync;
 
 pub(crate) struct Cluster {
     pub(crate) client: Client,
+    usage: Arc<Mutex<Value>>,
     behaviour: Arc<Mutex<Arc<Behaviour>>>,
-    controllers: JoinHandle<()>,
     nodes: JoinHandle<()>,
-    stop: CancellationToken,
-    _data: tempfile::TempDir,
+    plane: control_plane::Cluster,
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.controllers.abort();
         self.nodes.abort();
-        self.stop.cancel();
     }
-}
-
-pub(crate) fn made<K: DeserializeOwned>(object: Value) -> K {
-    serde_json::from_value(object).expect("an object")
 }
 
 /// A pod that runs and is ready.
@@ -78,29 +83,14 @@ pub(crate) fn phase(pod: &Pod) -> &str {
 
 impl Cluster {
     pub(crate) async fn start() -> Self {
-        let data = tempfile::tempdir().expect("a folder");
-        let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
-        let stop = CancellationToken::new();
-        let config = Config {
-            tls_dir: data.path().join("tls"),
-            tls_sans: Vec::new(),
-            service_cidr: "10.43.0.0/24".into(),
-            cluster_cidr: "10.42.0.0/16".into(),
-            node_ports: (30000, 30010),
-            cluster_domain: "cluster.local".into(),
-            dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
-            advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
-            shared_store: false,
-            nodes: Arc::new(NoNodes),
-            authn: Default::default(),
-            disabled_admission: Vec::new(),
-        };
-        let api = ApiServer::new(config, store, stop.clone()).await.expect("a server");
-        let client = api.client(UserInfo::new("admin", &["system:masters"]));
+        let kubelets = Kubelets::default();
+        let usage = kubelets.0.clone();
+        let mut plane = control_plane::Cluster::idle_with(Arc::new(kubelets)).await;
+        plane.control();
+        let client = plane.client.clone();
         let behaviour: Arc<Mutex<Arc<Behaviour>>> = Arc::new(Mutex::new(Arc::new(running)));
-        let controllers = tokio::spawn(coracle_controllers::run(api.clone()));
-        let nodes = tokio::spawn(nodes(api, client.clone(), behaviour.clone()));
-        let cluster = Self { client, behaviour, controllers, nodes, stop, _data: data };
+        let nodes = tokio::spawn(nodes(plane.api.clone(), client.clone(), behaviour.clone()));
+        let cluster = Self { client, usage, behaviour, nodes, plane };
         let namespaces = Api::<Namespace>::all(cluster.client.clone());
         let new = PostParams::default();
         namespaces.create(&new, &made(json!({"metadata": {"name": NS}}))).await.expect("a namespace");
@@ -111,6 +101,16 @@ impl Cluster {
             "pods can be made"
         );
         cluster
+    }
+
+    /// The controllers crash, wherever they are, and start anew.
+    pub(crate) fn crash(&mut self) {
+        self.plane.control();
+    }
+
+    /// The API server itself.
+    pub(crate) fn api(&self) -> &Arc<ApiServer> {
+        &self.plane.api
     }
 
     /// Objects of a kind in the test's namespace.
@@ -149,6 +149,17 @@ impl Cluster {
         let node = made(json!({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}, "spec": spec}));
         nodes.create(&PostParams::default(), &node).await.expect("a node");
         // What node life cycle puts on a node that is not heard of is not what these tests are about.
+    }
+
+    /// What kubelets say from now on: each of these pods uses this much CPU, in thousandths.
+    pub(crate) fn use_cpu(&self, pods: &[Pod], milli: u64) {
+        let now = k8s_openapi::jiff::Timestamp::now().to_string();
+        let pods = pods.iter().map(|pod| {
+            let cpu = json!({"time": now, "usageNanoCores": milli * 1_000_000});
+            json!({"podRef": {"name": pod.name_any(), "namespace": NS, "uid": pod.uid()},
+                "containers": [{"name": "c", "cpu": cpu, "memory": {"workingSetBytes": 1 << 20}}]})
+        });
+        *self.usage.lock() = pods.collect();
     }
 
     /// What nodes make of pods from now on.

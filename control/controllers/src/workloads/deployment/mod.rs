@@ -1,23 +1,23 @@
 //! Deployment: rolls a template out over ReplicaSets.
 
+mod rollout;
+mod status;
+
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use coracle_api::informer::Informer;
 use coracle_api::server::ApiServer;
-use k8s_openapi::api::apps::v1::{
-    Deployment, DeploymentCondition, DeploymentSpec, DeploymentStatus, ReplicaSet, ReplicaSetSpec,
-};
+use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, ReplicaSet, ReplicaSetSpec, ReplicaSetStatus};
 use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::events::EventType;
 use kube::{Api, ResourceExt};
 
-use super::replica_set::truncated;
-use super::rollout::{Bounds, Size, grow, proportion, shrink};
+use self::rollout::{Bounds, Size, grow, proportion, shrink};
+use crate::common::owned::{self, Owned};
 use crate::common::{hash, pods, selector};
 use crate::machine::{
     Controller, Error, Host, Key, Outcome, Sources, controller_of, controller_reference, is_controlled_by, own,
@@ -31,13 +31,15 @@ const DESIRED: &str = "deployment.kubernetes.io/desired-replicas";
 const MAXIMUM: &str = "deployment.kubernetes.io/max-replicas";
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 const DEFAULT_HISTORY: i32 = 10;
-const DEFAULT_PROGRESS_DEADLINE_S: i32 = 600;
 
 pub(crate) struct Deployments {
     host: Host,
     deployments: Arc<Informer<Deployment>>,
     sets: Arc<Informer<ReplicaSet>>,
     pods: Arc<Informer<Pod>>,
+    owned: Owned<ReplicaSet>,
+    /// Pods by their sets.
+    of_sets: Arc<Owned<Pod>>,
 }
 
 /// The ReplicaSets of a Deployment, as one reconciliation sees and changes them.
@@ -57,14 +59,15 @@ fn wanted(set: &ReplicaSet) -> i32 {
     set.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1)
 }
 
-fn status_of(set: &ReplicaSet, count: impl Fn(&k8s_openapi::api::apps::v1::ReplicaSetStatus) -> Option<i32>) -> i32 {
+fn status_of(set: &ReplicaSet, count: impl Fn(&ReplicaSetStatus) -> Option<i32>) -> i32 {
     set.status.as_ref().and_then(count).unwrap_or_default()
 }
 
 fn size(set: &ReplicaSet) -> Size {
     Size {
         wanted: wanted(set),
-        available: status_of(set, |status| status.available_replicas),
+        // A set that was made smaller a moment ago still counts what is about to go.
+        available: status_of(set, |status| status.available_replicas).min(wanted(set)),
         max: set.annotations().get(MAXIMUM).and_then(|max| max.parse().ok()).unwrap_or_default(),
     }
 }
@@ -83,38 +86,31 @@ fn bare(template: Option<&PodTemplateSpec>) -> PodTemplateSpec {
 }
 
 impl Deployments {
-    pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, pods: &Arc<Owned<Pod>>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        Self { deployments: host.informer(), sets: host.informer(), pods: host.informer(), host }
+        Self {
+            deployments: host.informer(),
+            sets: host.informer(),
+            pods: host.informer(),
+            owned: Owned::new(api),
+            of_sets: pods.clone(),
+            host,
+        }
     }
 
     fn sets_api(&self, namespace: &str) -> Api<ReplicaSet> {
         Api::namespaced(self.host.client.clone(), namespace)
     }
 
+    fn deployments_api(&self, deployment: &Deployment) -> Api<Deployment> {
+        Api::namespaced(self.host.client.clone(), &deployment.namespace().unwrap_or_default())
+    }
+
     /// The ReplicaSets of the Deployment after adopting and releasing, and which of them is the new one.
     async fn claim(&self, deployment: &Deployment, spec: &DeploymentSpec) -> Result<Sets, Error> {
-        let namespace = deployment.namespace().unwrap_or_default();
-        let uid = deployment.uid().unwrap_or_default();
-        let api = self.sets_api(&namespace);
-        let mut claimed = Vec::new();
-        for set in self.sets.list_ns(&namespace) {
-            let matching = selector::matches(&spec.selector, set.metadata.labels.as_ref());
-            let ours = is_controlled_by(&set.metadata, &uid);
-            if ours && matching {
-                claimed.push((*set).clone());
-            } else if deployment.metadata.deletion_timestamp.is_some() {
-                // A Deployment on its way out neither adopts nor releases.
-            } else if ours {
-                let owners: Vec<_> =
-                    set.metadata.owner_references.iter().flatten().filter(|owner| owner.uid != uid).collect();
-                let patch = serde_json::json!({"metadata": {"uid": set.uid(), "ownerReferences": owners}});
-                self.host.patch(&api, &set.name_any(), patch).await?;
-            } else if matching && controller_of(&set.metadata).is_none() {
-                let patch = serde_json::json!({"metadata": {"uid": set.uid(), "ownerReferences": [controller_reference(deployment)]}});
-                claimed.push(self.host.patch(&api, &set.name_any(), patch).await?);
-            }
-        }
+        let selects = |set: &ReplicaSet| selector::matches(&spec.selector, set.metadata.labels.as_ref());
+        let claimed = owned::claim(&self.host, deployment, self.owned.candidates(deployment), None, selects).await?;
+        let mut claimed: Vec<ReplicaSet> = claimed.iter().map(|set| (**set).clone()).collect();
         claimed.sort_by_key(|set| (set.creation_timestamp(), set.name_any()));
         let template = bare(Some(&spec.template));
         let new =
@@ -217,16 +213,33 @@ impl Deployments {
                 }
                 Ok(Some(made))
             }
-            Err(Error::Api { source: kube::Error::Api(status), .. }) if status.reason == "AlreadyExists" => {
+            Err(error) if error.is_already_exists() => {
+                let found = api.get_opt(&name).await.map_err(Error::at("get the replica set"))?;
+                let ours = found.filter(|found| {
+                    deployment.uid().is_some_and(|uid| is_controlled_by(&found.metadata, &uid))
+                        && bare(found.spec.as_ref().and_then(|spec| spec.template.as_ref()))
+                            == bare(Some(&spec.template))
+                });
+                if ours.is_some() {
+                    return Ok(ours);
+                }
                 // Another template with the same hash, or somebody else's set: count the collision, take another name.
-                let deployments: Api<Deployment> =
-                    Api::namespaced(self.host.client.clone(), &deployment.namespace().unwrap_or_default());
                 let mut changed = deployment.clone();
                 changed.status.get_or_insert_default().collision_count = Some(collisions + 1);
-                self.host.replace_status(&deployments, &changed).await?;
+                self.host.replace_status(&self.deployments_api(deployment), &changed).await?;
                 Ok(None)
             }
-            Err(error) => Err(error),
+            Err(error) if error.in_terminating_namespace() => Ok(None),
+            Err(error) => {
+                let note = format!("Failed to create new replica set \"{name}\": {}", error.message());
+                let mut changed = deployment.clone();
+                if status::failed_to_create(&mut changed, &note, Timestamp::now()) {
+                    self.host.replace_status(&self.deployments_api(deployment), &changed).await?;
+                }
+                let reason = "ReplicaSetCreateError";
+                self.host.event(deployment, EventType::Warning, reason, reason, note).await;
+                Err(error)
+            }
         }
     }
 
@@ -265,19 +278,19 @@ impl Deployments {
         let total = spec.replicas.unwrap_or(1);
         let active = sets.all().filter(|set| wanted(set) > 0).count();
         let saturated = sets.new.as_ref().is_some_and(|new| size(new).available >= total && wanted(new) == total);
-        if active <= 1 || saturated {
-            if saturated {
-                for index in 0..sets.old.len() {
-                    self.resize(deployment, spec, &mut sets.old[index], 0).await?;
-                }
-                return Ok(());
-            }
-            let target = match sets.old.iter_mut().find(|set| wanted(set) > 0) {
-                Some(old) => Some(old),
-                None => sets.new.as_mut(),
-            };
+        if active <= 1 {
+            // The one with pods; without any the newest that there is.
+            let old = sets.old.iter().position(|set| wanted(set) > 0);
+            let old = old.or(sets.new.is_none().then(|| sets.old.len().checked_sub(1)).flatten());
+            let target = old.map(|index| &mut sets.old[index]).or(sets.new.as_mut());
             if let Some(set) = target {
                 self.resize(deployment, spec, set, total).await?;
+            }
+            return Ok(());
+        }
+        if saturated {
+            for set in sets.old.iter_mut().filter(|set| wanted(set) > 0) {
+                self.resize(deployment, spec, set, 0).await?;
             }
             return Ok(());
         }
@@ -321,7 +334,7 @@ impl Deployments {
             shrunk |= wanted(&sets.old[index]) > 0;
             self.resize(deployment, spec, &mut sets.old[index], 0).await?;
         }
-        if shrunk || self.old_pods_live(deployment, sets) {
+        if shrunk || self.old_pods_live(sets) {
             return Ok(());
         }
         self.new_set(deployment, spec, sets, true).await?;
@@ -331,39 +344,31 @@ impl Deployments {
         Ok(())
     }
 
-    fn old_pods_live(&self, deployment: &Deployment, sets: &Sets) -> bool {
-        self.pods.list_ns(&deployment.namespace().unwrap_or_default()).iter().any(|pod| {
-            !matches!(pods::phase(pod), "Succeeded" | "Failed")
-                && controller_of(&pod.metadata)
-                    .is_some_and(|owner| sets.old.iter().any(|set| set.uid().as_deref() == Some(&owner.uid)))
-        })
+    fn old_pods_live(&self, sets: &Sets) -> bool {
+        let pods = sets.old.iter().flat_map(|set| self.of_sets.of(set.metadata.uid.as_deref().unwrap_or_default()));
+        pods.into_iter().any(|pod| !matches!(pods::phase(&pod), "Succeeded" | "Failed"))
     }
 
-    /// Removes old sets beyond the history limit, once nothing of them runs.
+    /// Removes the oldest sets beyond the history limit, as far as nothing of them runs.
     async fn forget_history(&self, deployment: &Deployment, spec: &DeploymentSpec, sets: &Sets) -> Result<(), Error> {
         let keep = usize::try_from(spec.revision_history_limit.unwrap_or(DEFAULT_HISTORY)).unwrap_or_default();
-        let mut idle: Vec<_> = sets
-            .old
-            .iter()
-            .filter(|set| {
-                wanted(set) == 0
-                    && status_of(set, |status| Some(status.replicas)) == 0
-                    && set.metadata.deletion_timestamp.is_none()
-                    && set.metadata.generation <= set.status.as_ref().and_then(|status| status.observed_generation)
-            })
-            .collect();
-        idle.sort_by_key(|set| (revision(set), set.creation_timestamp()));
+        let idle = |set: &&&ReplicaSet| {
+            wanted(set) == 0
+                && status_of(set, |status| Some(status.replicas)) == 0
+                && set.metadata.generation <= set.status.as_ref().and_then(|status| status.observed_generation)
+        };
+        let mut old: Vec<_> = sets.old.iter().filter(|set| set.metadata.deletion_timestamp.is_none()).collect();
+        old.sort_by_key(|set| (revision(set), set.creation_timestamp()));
+        let surplus = old.len().saturating_sub(keep);
         let api = self.sets_api(&deployment.namespace().unwrap_or_default());
-        let surplus = idle.len().saturating_sub(keep);
-        for set in idle.into_iter().take(surplus) {
-            self.host.delete(&api, set).await?;
+        for set in old[..surplus].iter().filter(idle) {
+            self.host.delete(&api, *set).await?;
         }
         Ok(())
     }
 
     async fn write_back(&self, deployment: &Deployment, spec: &DeploymentSpec, sets: &Sets) -> Result<Outcome, Error> {
-        let api: Api<Deployment> =
-            Api::namespaced(self.host.client.clone(), &deployment.namespace().unwrap_or_default());
+        let api = self.deployments_api(deployment);
         let newest =
             sets.new.as_ref().map(revision).filter(|revision| *revision > 0).map(|revision| revision.to_string());
         let mut current = deployment.clone();
@@ -372,7 +377,7 @@ impl Deployments {
             current.annotations_mut().insert(REVISION.into(), newest);
             current = self.host.replace(&api, &current).await?;
         }
-        let (status, next) = status(&current, spec, sets, Timestamp::now());
+        let (status, next) = status::of(&current, spec, sets, Timestamp::now());
         if current.status.as_ref() != Some(&status) {
             current.status = Some(status);
             self.host.replace_status(&api, &current).await?;
@@ -407,228 +412,6 @@ fn copied_annotations(deployment: &Deployment, own: &BTreeMap<String, String>) -
     annotations
 }
 
-/// The status that the sets amount to, and when the progress deadline asks for another look.
-fn status(
-    deployment: &Deployment,
-    spec: &DeploymentSpec,
-    sets: &Sets,
-    now: Timestamp,
-) -> (DeploymentStatus, Option<Duration>) {
-    let sum = |count: fn(&k8s_openapi::api::apps::v1::ReplicaSetStatus) -> Option<i32>| -> i32 {
-        sets.all().map(|set| status_of(set, count)).sum()
-    };
-    let total = spec.replicas.unwrap_or(1);
-    let replicas = sum(|status| Some(status.replicas));
-    let available = sum(|status| status.available_replicas);
-    let updated = sets.new.as_ref().map_or(0, |new| status_of(new, |status| Some(status.replicas)));
-    let ready = sum(|status| status.ready_replicas);
-    let old = deployment.status.clone().unwrap_or_default();
-    let non_zero = |count: i32| (count != 0).then_some(count);
-    let mut status = DeploymentStatus {
-        observed_generation: deployment.metadata.generation,
-        replicas: non_zero(replicas),
-        updated_replicas: non_zero(updated),
-        ready_replicas: non_zero(ready),
-        available_replicas: non_zero(available),
-        unavailable_replicas: non_zero((sets.all().map(wanted).sum::<i32>() - available).max(0)),
-        collision_count: old.collision_count,
-        terminating_replicas: Some(sum(|status| status.terminating_replicas)),
-        conditions: old.conditions.clone(),
-    };
-    let conditions = status.conditions.get_or_insert_default();
-    let least = total - bounds(spec).max_unavailable;
-    if available >= least {
-        set_condition(
-            conditions,
-            now,
-            "Available",
-            "True",
-            "MinimumReplicasAvailable",
-            "Deployment has minimum availability.".into(),
-            false,
-        );
-    } else {
-        set_condition(
-            conditions,
-            now,
-            "Available",
-            "False",
-            "MinimumReplicasUnavailable",
-            "Deployment does not have minimum availability.".into(),
-            false,
-        );
-    }
-    let failure = sets
-        .all()
-        .flat_map(|set| set.status.iter().flat_map(|status| status.conditions.iter().flatten()))
-        .find(|condition| condition.type_ == "ReplicaFailure");
-    match failure {
-        Some(failure) => set_condition(
-            conditions,
-            now,
-            "ReplicaFailure",
-            "True",
-            failure.reason.as_deref().unwrap_or_default(),
-            failure.message.clone().unwrap_or_default(),
-            false,
-        ),
-        None => conditions.retain(|condition| condition.type_ != "ReplicaFailure"),
-    }
-    let next =
-        progress(conditions, deployment, spec, sets, &old, Counts { total, replicas, available, updated, ready }, now);
-    (status, next)
-}
-
-#[derive(Clone, Copy)]
-struct Counts {
-    total: i32,
-    replicas: i32,
-    available: i32,
-    updated: i32,
-    ready: i32,
-}
-
-/// Keeps the condition Progressing; returns when the deadline comes.
-fn progress(
-    conditions: &mut Vec<DeploymentCondition>,
-    deployment: &Deployment,
-    spec: &DeploymentSpec,
-    sets: &Sets,
-    old: &DeploymentStatus,
-    now_counts: Counts,
-    now: Timestamp,
-) -> Option<Duration> {
-    let deadline = spec.progress_deadline_seconds.unwrap_or(DEFAULT_PROGRESS_DEADLINE_S);
-    if deadline == i32::MAX {
-        conditions.retain(|condition| condition.type_ != "Progressing");
-        return None;
-    }
-    let name = sets.new.as_ref().map_or_else(
-        || format!("Deployment \"{}\"", deployment.name_any()),
-        |new| format!("ReplicaSet \"{}\"", new.name_any()),
-    );
-    if spec.paused == Some(true) {
-        set_condition(
-            conditions,
-            now,
-            "Progressing",
-            "Unknown",
-            "DeploymentPaused",
-            "Deployment is paused".into(),
-            false,
-        );
-        return None;
-    }
-    let before = conditions.iter().find(|condition| condition.type_ == "Progressing").cloned();
-    if before.as_ref().is_some_and(|before| before.reason.as_deref() == Some("DeploymentPaused")) {
-        set_condition(
-            conditions,
-            now,
-            "Progressing",
-            "Unknown",
-            "DeploymentResumed",
-            "Deployment is resumed".into(),
-            true,
-        );
-    }
-    let Counts { total, replicas, available, updated, ready } = now_counts;
-    let complete =
-        updated == total && replicas == total && available == total && deployment.metadata.generation.is_some();
-    if complete && sets.new.is_some() {
-        set_condition(
-            conditions,
-            now,
-            "Progressing",
-            "True",
-            "NewReplicaSetAvailable",
-            format!("{name} has successfully progressed."),
-            false,
-        );
-        return None;
-    }
-    let finished = before.as_ref().is_some_and(|before| before.reason.as_deref() == Some("NewReplicaSetAvailable"));
-    let same_template = old.updated_replicas.unwrap_or_default() > 0 && updated > 0;
-    if finished && same_template && old.observed_generation == deployment.metadata.generation {
-        // A finished rollout that lost a pod is not a rollout.
-        return None;
-    }
-    let old_of_old = old.replicas.unwrap_or_default() - old.updated_replicas.unwrap_or_default();
-    let progressed = updated > old.updated_replicas.unwrap_or_default()
-        || replicas - updated < old_of_old
-        || ready > old.ready_replicas.unwrap_or_default()
-        || available > old.available_replicas.unwrap_or_default();
-    if before.is_none() && sets.new.is_some() && updated == 0 {
-        set_condition(
-            conditions,
-            now,
-            "Progressing",
-            "True",
-            "NewReplicaSetCreated",
-            format!("Created new replica set \"{}\"", sets.new.as_ref().map(ResourceExt::name_any).unwrap_or_default()),
-            true,
-        );
-    } else if before.is_none() || progressed || finished {
-        set_condition(
-            conditions,
-            now,
-            "Progressing",
-            "True",
-            "ReplicaSetUpdated",
-            format!("{name} is progressing."),
-            true,
-        );
-    }
-    let since = conditions
-        .iter()
-        .find(|condition| condition.type_ == "Progressing")
-        .and_then(|condition| condition.last_update_time.as_ref())
-        .map_or(now, |time| time.0);
-    let waited = now.duration_since(since).as_secs();
-    if waited >= i64::from(deadline) {
-        set_condition(
-            conditions,
-            now,
-            "Progressing",
-            "False",
-            "ProgressDeadlineExceeded",
-            format!("{name} has timed out progressing."),
-            false,
-        );
-        return None;
-    }
-    u64::try_from(i64::from(deadline) - waited).ok().map(Duration::from_secs)
-}
-
-/// Sets a condition; the transition time moves with the status, the update time with anything (or when `touch`).
-fn set_condition(
-    conditions: &mut Vec<DeploymentCondition>,
-    now: Timestamp,
-    type_: &str,
-    status: &str,
-    reason: &str,
-    message: String,
-    touch: bool,
-) {
-    let now = Time(truncated(now));
-    let before = conditions.iter().find(|condition| condition.type_ == type_);
-    if before.is_some_and(|before| before.status == status && before.reason.as_deref() == Some(reason)) && !touch {
-        return;
-    }
-    let transition = before
-        .filter(|before| before.status == status)
-        .and_then(|before| before.last_transition_time.clone())
-        .unwrap_or_else(|| now.clone());
-    conditions.retain(|condition| condition.type_ != type_);
-    conditions.push(DeploymentCondition {
-        type_: type_.into(),
-        status: status.into(),
-        reason: Some(reason.into()),
-        message: Some(message),
-        last_update_time: Some(now),
-        last_transition_time: Some(transition),
-    });
-}
-
 impl Controller for Deployments {
     const NAME: &'static str = "deployment-controller";
 
@@ -638,26 +421,10 @@ impl Controller for Deployments {
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
         sources.watch(&self.deployments, own);
-        sources.watch(&self.sets, |this, delta, queue| {
-            for set in [&delta.old, &delta.new].into_iter().flatten() {
-                let namespace = set.namespace().unwrap_or_default();
-                match controller_of(&set.metadata) {
-                    Some(owner) if owner.kind == "Deployment" => queue.add(Key::new(&namespace, &owner.name)),
-                    Some(_) => {}
-                    None => {
-                        for deployment in this.deployments.list_ns(&namespace) {
-                            if deployment
-                                .spec
-                                .as_ref()
-                                .is_some_and(|spec| selector::matches(&spec.selector, set.metadata.labels.as_ref()))
-                            {
-                                queue.add(Key::of(&*deployment));
-                            }
-                        }
-                    }
-                }
-            }
-        });
+        let selects = |deployment: &Deployment, labels: Option<&BTreeMap<String, String>>| {
+            deployment.spec.as_ref().is_some_and(|spec| selector::matches(&spec.selector, labels))
+        };
+        sources.watch(&self.sets, move |this, delta, queue| owned::enqueue(delta, &this.deployments, queue, selects));
         // Recreate goes on when the last old pod is gone.
         sources.watch(&self.pods, |this, delta, queue| {
             let (Some(pod), None) = (&delta.old, &delta.new) else {
@@ -700,7 +467,7 @@ impl Controller for Deployments {
         } else {
             self.roll(&deployment, &spec, &mut sets).await?;
         }
-        if spec.paused != Some(true) {
+        if spec.paused != Some(true) && status::is_complete(&deployment, &spec) {
             self.forget_history(&deployment, &spec, &sets).await?;
         }
         self.write_back(&deployment, &spec, &sets).await

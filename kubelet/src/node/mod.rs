@@ -7,6 +7,7 @@ pub mod status;
 
 use std::sync::Arc;
 
+use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{Node, NodeCondition};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -126,27 +127,46 @@ impl NodeAgent {
         );
     }
 
-    /// Writes the status when it has changed, and at the interval that shows that the agent lives.
+    /// Writes the status when it has changed, when others have changed what follows from theirs, and at the interval that
+    /// shows that the agent lives.
     async fn report(&self, health: Arc<dyn Health>) {
         let news = health.news();
         let mut written = None;
         let mut written_at = tokio::time::Instant::now();
+        let ours = watcher::Config::default().fields(&format!("metadata.name={}", self.config.node_name));
+        let nodes = watcher(self.api(), ours).default_backoff().applied_objects();
+        futures::pin_mut!(nodes);
+        let mut tick = tokio::time::interval(self.config.lease_renew_interval);
+        let mut others_changed = false;
         loop {
-            let due = written_at.elapsed() >= self.config.node_status_report_interval;
+            let due = others_changed || written_at.elapsed() >= self.config.node_status_report_interval;
             let wanted = status::of(&self.config, &self.facts, &*health);
             if written.as_ref() != Some(&wanted) || due {
                 match self.write(&wanted).await {
                     Ok(()) => {
-                        written = Some(wanted);
+                        written = Some(wanted.clone());
                         written_at = tokio::time::Instant::now();
+                        others_changed = false;
                     }
                     // The next round tries again; pods go on meanwhile.
                     Err(error) => tracing::warn!(%error, "the node's status is not written"),
                 }
             }
-            tokio::select! {
-                () = tokio::time::sleep(self.config.lease_renew_interval) => {}
-                () = news.notified() => {}
+            loop {
+                tokio::select! {
+                    _ = tick.tick() => break,
+                    () = news.notified() => break,
+                    event = nodes.next() => {
+                        let node = event.and_then(|event| {
+                            event.inspect_err(|error| tracing::debug!(%error, "watching the node again")).ok()
+                        });
+                        let status = node.and_then(|node| node.status);
+                        others_changed = status.is_some_and(|held| !status::extended(&held, &wanted).is_empty());
+                        if others_changed {
+                            break;
+                        }
+                    }
+                }
             }
         }
     }
@@ -157,9 +177,14 @@ impl NodeAgent {
             // Somebody deleted it while this agent runs: it comes back, as a kubelet's does.
             return self.register().await.map(drop);
         };
-        let status = status::merged(node.status.unwrap_or_default(), wanted.clone());
+        let held = node.status.unwrap_or_default();
+        let extended = status::extended(&held, wanted);
+        let mut patch = json!({"status": status::merged(held, wanted.clone())});
+        for (name, amount) in extended {
+            patch["status"]["allocatable"][name] = json!(amount);
+        }
         let parameters = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
-        let patch = Patch::Strategic(json!({"status": status}));
+        let patch = Patch::Strategic(patch);
         self.api().patch_status(name, &parameters, &patch).await.map(drop).map_err(self.failed("report on"))
     }
 }

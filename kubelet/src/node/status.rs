@@ -167,6 +167,20 @@ pub fn condition(type_: &str, status: &str, reason: &str, message: &str) -> Node
     }
 }
 
+/// Extended resources follow what others say of the node's capacity: what is to be allocatable, or (`None`) no longer is.
+/// Those of this node's own plugins are not others'.
+pub(super) fn extended(held: &NodeStatus, wanted: &NodeStatus) -> BTreeMap<String, Option<Quantity>> {
+    let empty = BTreeMap::new();
+    let own = wanted.capacity.as_ref().unwrap_or(&empty);
+    let others =
+        |name: &&String| name.contains('/') && !name.contains("kubernetes.io/") && !own.contains_key(name.as_str());
+    let capacity = held.capacity.as_ref().unwrap_or(&empty);
+    let allocatable = held.allocatable.as_ref().unwrap_or(&empty);
+    let names = capacity.keys().chain(allocatable.keys()).filter(others);
+    let differing = names.filter(|name| capacity.get(*name) != allocatable.get(*name));
+    differing.map(|name| (name.clone(), capacity.get(name).cloned())).collect()
+}
+
 /// What is to be written: the wanted status with the heartbeat's time, and the transition times that still hold.
 pub(super) fn merged(before: NodeStatus, mut wanted: NodeStatus) -> NodeStatus {
     let now = Timestamp::now();
@@ -226,5 +240,19 @@ mod tests {
         let allocatable = status.allocatable.expect("allocatable");
         assert_eq!((allocatable["cpu"].0.as_str(), allocatable["memory"].0.as_str()), ("1750m", "5120Ki"));
         assert_eq!(status.capacity.expect("capacity")["hugepages-2Mi"].0, "4Mi");
+    }
+
+    #[test]
+    fn extended_resources_follow_their_capacity() {
+        let status = |value| serde_json::from_value::<NodeStatus>(value).expect("a status");
+        let held = status(serde_json::json!({
+            "capacity": {"cpu": "4", "example.com/dongle": "5", "example.com/same": "1", "example.com/own": "4"},
+            "allocatable": {"cpu": "3", "example.com/same": "1", "example.com/gone": "2", "example.com/own": "3"},
+        }));
+        let wanted = status(serde_json::json!({"capacity": {"cpu": "4", "example.com/own": "4"}}));
+        let changes = extended(&held, &wanted);
+        assert_eq!(changes["example.com/dongle"], Some(Quantity("5".into())));
+        assert_eq!(changes["example.com/gone"], None);
+        assert_eq!(changes.len(), 2, "a plugin of the node says itself how many of its devices are well");
     }
 }

@@ -450,6 +450,9 @@ mod tests {
         assert!(FieldSelector::parse("nonsense", labels, &[]).is_err());
         let source = FieldSelector::parse("source=here", &[("source", "/source/component")], &[]).expect("it parses");
         assert!(source.matches_object(&json!({"source": {"component": "here"}, "reportingComponent": "there"})));
-        assert!(source.matches_object(&json!({"source": {}, "reportingComponent": "here"})), "an event of the newer kind");
+        assert!(
+            source.matches_object(&json!({"source": {}, "reportingComponent": "here"})),
+            "an event of the newer kind"
+        );
     }
 }

@@ -70,8 +70,7 @@ mod tests {
     #[tokio::test]
     async fn events_go_an_hour_after_they_last_told_something() {
         let folder = tempfile::tempdir().expect("a folder");
-        let store: SharedStore =
-            Arc::new(Embedded::open(folder.path(), EmbeddedOptions::default()).expect("a store"));
+        let store: SharedStore = Arc::new(Embedded::open(folder.path(), EmbeddedOptions::default()).expect("a store"));
         let mut expected = Vec::new();
         for index in 0..2 * PAGE + 3 {
             // Every third has told something again lately.

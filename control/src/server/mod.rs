@@ -95,6 +95,8 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
     });
     let local = if bound.ip().is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { bound.ip() };
     let url = format!("https://{}", SocketAddr::new(local, bound.port()));
+    // Before anybody is told that the API answers: whoever waits for that may come with the token.
+    joining::prepare(&api, &cluster, options.token.as_deref()).await.context("prepare for hosts that join")?;
     if let Some(folder) = options.write_kubeconfig.parent() {
         host::prepare_folder(folder, 0o755)?;
     }
@@ -102,7 +104,6 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
     api.write_admin_kubeconfig(&options.write_kubeconfig, &url)
         .with_context(|| format!("write the administrator's kubeconfig to {file}"))?;
     tracing::info!(%url, kubeconfig = %file, "the API answers");
-    joining::prepare(&api, &cluster, options.token.as_deref()).await.context("prepare for hosts that join")?;
     if !options.disable_agent {
         let names = node::serving_names(&node_name, &node_ips);
         let names = names.into_iter().chain(["127.0.0.1".into(), "localhost".into()]).collect();

@@ -182,7 +182,7 @@ pub static ROWS: &[Row] = &[
             if !spec.at("serviceName").is_zero() {
                 e.check(&spec.at("serviceName"), names::dns1123_subdomain);
             }
-            template(&spec, e);
+            template_with(&spec, &with_claims(spec.v), e);
         },
         change: |n, o, e| {
             const MAY: [&str; 8] = [
@@ -310,9 +310,28 @@ fn always_restarts(t: &At<'_>, e: &mut Errs) {
     }
 }
 
+/// The template of a StatefulSet, in which its claims are volumes of the pods.
+fn with_claims(spec: &Value) -> Value {
+    let mut template = spec.get("template").cloned().unwrap_or_default();
+    let own: Vec<_> =
+        list(spec, "volumeClaimTemplates").iter().filter_map(|claim| claim.pointer("/metadata/name")).collect();
+    if let Some(pod) = template.get_mut("spec").and_then(Value::as_object_mut)
+        && !own.is_empty()
+        && let Some(volumes) = pod.entry("volumes").or_insert_with(|| json!([])).as_array_mut()
+    {
+        volumes.retain(|volume| !own.iter().any(|name| volume.get("name") == Some(name)));
+        volumes.extend(own.iter().map(|name| json!({"name": name, "persistentVolumeClaim": {"claimName": name}})));
+    }
+    template
+}
+
 /// The selector of a workload and the template that it must match.
 fn template(spec: &At<'_>, e: &mut Errs) {
-    let (selector, t) = (spec.at("selector"), spec.at("template"));
+    template_with(spec, spec.at("template").v, e);
+}
+
+fn template_with(spec: &At<'_>, template: &Value, e: &mut Errs) {
+    let (selector, t) = (spec.at("selector"), spec.at("template").with(template));
     if !selector.is_set() {
         e.required(&selector, "");
     } else {

@@ -9,20 +9,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_api::informer::Informer;
-use coracle_api::kinds::Kind;
 use coracle_api::selector::LabelSelector;
 use coracle_api::server::ApiServer;
-use k8s_openapi::api::autoscaling::v1::Scale;
 use k8s_openapi::api::autoscaling::v2::{
-    ContainerResourceMetricStatus, CrossVersionObjectReference, ExternalMetricStatus, HPAScalingRules,
-    HorizontalPodAutoscaler, HorizontalPodAutoscalerCondition, HorizontalPodAutoscalerStatus, MetricSpec, MetricStatus,
-    MetricTarget, MetricValueStatus, ObjectMetricStatus, PodsMetricStatus, ResourceMetricStatus,
+    ContainerResourceMetricStatus, ExternalMetricStatus, HPAScalingRules, HorizontalPodAutoscaler,
+    HorizontalPodAutoscalerCondition, HorizontalPodAutoscalerStatus, MetricSpec, MetricStatus, MetricTarget,
+    MetricValueStatus, ObjectMetricStatus, PodsMetricStatus, ResourceMetricStatus,
 };
 use k8s_openapi::api::core::v1::{Container, Pod};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::PostParams;
-use kube::core::{ApiResource, DynamicObject};
 use kube::runtime::events::EventType;
 use kube::{Api, ResourceExt};
 use parking_lot::Mutex;
@@ -31,6 +28,7 @@ use self::metrics::{Metrics, milli};
 use self::pace::{History, pace};
 use self::replicas::{Proposal, Target, Tolerance};
 use crate::common::pods;
+use crate::common::scale::{self, Scaled};
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
 
 /// How often metrics are looked at.
@@ -52,22 +50,6 @@ struct Memory {
     history: History,
     /// The pods that it scales, which no other autoscaler should.
     selector: String,
-}
-
-/// The target and its size.
-struct Scaled {
-    objects: Api<DynamicObject>,
-    scale: Scale,
-}
-
-impl Scaled {
-    fn wanted(&self) -> i32 {
-        self.scale.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or_default()
-    }
-
-    fn running(&self) -> i32 {
-        self.scale.status.as_ref().map_or(0, |status| status.replicas)
-    }
 }
 
 /// Why a number cannot be said: reason and message.
@@ -146,39 +128,6 @@ impl Autoscalers {
         let mut host = Host::new(api, Self::NAME);
         let (autoscalers, pods) = (host.informer(), host.informer());
         Self { api: api.clone(), autoscalers, pods, memory: Mutex::default(), host }
-    }
-
-    /// The row of a referenced kind, in its version or else in any other of its group.
-    fn row(&self, reference: &CrossVersionObjectReference) -> Option<Arc<Kind>> {
-        let version = reference.api_version.as_deref().unwrap_or_default();
-        let (group, version) = version.split_once('/').unwrap_or(("", version));
-        let registry = &self.api.registry;
-        registry.find_kind(group, version, &reference.kind).or_else(|| {
-            let rows = registry.rows();
-            rows.all.iter().find(|row| row.group == group && row.kind == reference.kind).cloned()
-        })
-    }
-
-    async fn scaled(&self, namespace: &str, target: &CrossVersionObjectReference) -> Result<Scaled, String> {
-        let row = self.row(target).ok_or_else(|| {
-            let version = target.api_version.as_deref().unwrap_or_default();
-            format!("no matches for kind \"{}\" in version \"{version}\"", target.kind)
-        })?;
-        let resource = ApiResource {
-            group: row.group.clone(),
-            version: row.version.clone(),
-            api_version: if row.group.is_empty() {
-                row.version.clone()
-            } else {
-                format!("{}/{}", row.group, row.version)
-            },
-            kind: row.kind.clone(),
-            plural: row.resource.clone(),
-        };
-        let objects = Api::namespaced_with(self.host.client.clone(), namespace, &resource);
-        let scale =
-            objects.get_scale(&target.name).await.map_err(|error| Error::at("get the scale")(error).message())?;
-        Ok(Scaled { objects, scale })
     }
 
     /// The pods of a target, unless they cannot be told from those of another.
@@ -319,7 +268,8 @@ impl Autoscalers {
                             of.kind, metrics.namespace, of.name
                         )
                     };
-                    let row = self.row(of).ok_or_else(|| fail(format!("no matches for kind \"{}\"", of.kind)))?;
+                    let version = of.api_version.as_deref().unwrap_or_default();
+                    let row = scale::row(&self.api, version, &of.kind).map_err(fail)?;
                     let dot = if row.group.is_empty() { "" } else { "." };
                     let resource = format!("{}{dot}{}", row.resource, row.group);
                     let milli = metrics.object(&resource, &of.name, &source.metric).await.map_err(fail)?;
@@ -416,7 +366,9 @@ impl Autoscalers {
     /// Decides on the number and sets it.
     async fn scale(&self, key: &Key, autoscaler: &HorizontalPodAutoscaler, view: &mut View) {
         let spec = &autoscaler.spec;
-        let mut scaled = match self.scaled(&key.namespace, &spec.scale_target_ref).await {
+        let target = &spec.scale_target_ref;
+        let named = (target.api_version.as_deref().unwrap_or_default(), target.kind.as_str(), target.name.as_str());
+        let mut scaled = match scale::get(&self.api, &self.host, &key.namespace, named).await {
             Ok(scaled) => scaled,
             Err(error) => {
                 view.warn("FailedGetScale", error.clone());
@@ -457,8 +409,7 @@ impl Autoscalers {
             return;
         }
         scaled.scale.spec.get_or_insert_default().replicas = Some(wanted);
-        let set =
-            scaled.objects.replace_scale(&spec.scale_target_ref.name, &PostParams::default(), &scaled.scale).await;
+        let set = scaled.objects.replace_scale(&target.name, &PostParams::default(), &scaled.scale).await;
         if let Err(error) = set {
             let error = Error::at("set the scale")(error).message();
             view.warn("FailedRescale", format!("New size: {wanted}; reason: {why}; error: {error}"));

@@ -6,4 +6,5 @@ pub(crate) mod intstr;
 pub(crate) mod owned;
 pub(crate) mod pods;
 pub(crate) mod revisions;
+pub(crate) mod scale;
 pub(crate) mod selector;

@@ -1,7 +1,7 @@
 //! PodDisruptionBudget: how many pods may be evicted now. Eviction (`coracle-api`) takes one at a time from what this loop
 //! writes into the status, and notes the pod there until it is seen to go.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,13 +16,14 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::runtime::events::EventType;
 use kube::{Api, ResourceExt};
 
-use crate::common::{intstr, pods, selector};
+use crate::common::{intstr, pods, scale, selector};
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue, controller_of};
 
 /// After so long an eviction that was granted and not carried out is granted to somebody else.
 const DELETION_TIMEOUT: SignedDuration = SignedDuration::from_secs(120);
 
 pub(crate) struct Budgets {
+    api: Arc<ApiServer>,
     host: Host,
     budgets: Arc<Informer<PodDisruptionBudget>>,
     pods: Arc<Informer<Pod>>,
@@ -75,6 +76,7 @@ impl Budgets {
     pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
         let mut host = Host::new(api, Self::NAME);
         Self {
+            api: api.clone(),
             budgets: host.informer(),
             pods: host.informer(),
             replica_sets: host.informer(),
@@ -86,7 +88,7 @@ impl Budgets {
     }
 
     /// The size of what manages a pod: who it is, and how many pods it is to have.
-    fn scale(&self, namespace: &str, pod: &Pod) -> Result<Option<(String, i32)>, String> {
+    async fn scale(&self, namespace: &str, pod: &Pod) -> Result<Option<(String, i32)>, String> {
         let Some(owner) = controller_of(&pod.metadata) else { return Ok(None) };
         let lost =
             || format!("found no controller {:?} of kind {} for pod {:?}", owner.name, owner.kind, pod.name_any());
@@ -111,21 +113,29 @@ impl Budgets {
                 let set = self.controllers.get(namespace, &owner.name).ok_or_else(lost)?;
                 count(set.uid(), set.spec.as_ref().and_then(|spec| spec.replicas)).map(Some)
             }
-            kind => Err(format!(
-                "{kind} {:?} has no scale that a budget by percentage or maxUnavailable could count from",
-                owner.name
-            )),
+            kind => {
+                let named = (owner.api_version.as_str(), kind, owner.name.as_str());
+                let scaled = scale::get(&self.api, &self.host, namespace, named).await?;
+                count(scaled.scale.metadata.uid.clone(), Some(scaled.wanted())).map(Some)
+            }
         }
     }
 
     /// How many pods there should be, by those who manage them.
-    fn expected(&self, namespace: &str, pods: &[Arc<Pod>]) -> Result<i32, String> {
-        let scales: Result<BTreeSet<_>, _> =
-            pods.iter().filter_map(|pod| self.scale(namespace, pod).transpose()).collect();
-        Ok(scales?.into_iter().map(|(_, replicas)| replicas).sum())
+    async fn expected(&self, namespace: &str, pods: &[Arc<Pod>]) -> Result<i32, String> {
+        let mut asked = HashSet::new();
+        let mut sizes: BTreeMap<String, i32> = BTreeMap::new();
+        for pod in pods {
+            // One question for all pods of one owner.
+            let Some(owner) = controller_of(&pod.metadata) else { continue };
+            if asked.insert(&owner.uid) {
+                sizes.extend(self.scale(namespace, pod).await?);
+            }
+        }
+        Ok(sizes.values().sum())
     }
 
-    fn verdict(
+    async fn verdict(
         &self,
         budget: &PodDisruptionBudget,
         namespace: &str,
@@ -137,7 +147,7 @@ impl Budgets {
         let malformed = || "malformed percentage".to_owned();
         match (&spec.max_unavailable, &spec.min_available) {
             (Some(most), _) => {
-                let expected = self.expected(namespace, pods)?;
+                let expected = self.expected(namespace, pods).await?;
                 let unavailable = intstr::scaled(most, expected, true).ok_or_else(malformed)?;
                 Ok(Verdict { expected, healthy, desired: (expected - unavailable).max(0) })
             }
@@ -145,7 +155,7 @@ impl Budgets {
                 Ok(Verdict { expected: i32::try_from(pods.len()).unwrap_or(i32::MAX), healthy, desired: *least })
             }
             (None, Some(percent)) => {
-                let expected = self.expected(namespace, pods)?;
+                let expected = self.expected(namespace, pods).await?;
                 Ok(Verdict {
                     expected,
                     healthy,
@@ -205,7 +215,7 @@ impl Controller for Budgets {
         matching.retain(|pod| selects(&budget, pod));
         let (now, old) = (Timestamp::now(), budget.status.clone().unwrap_or_default());
         let disrupted = still_disrupted(&old, &matching, now);
-        let verdict = self.verdict(&budget, &key.namespace, &matching, &disrupted);
+        let verdict = self.verdict(&budget, &key.namespace, &matching, &disrupted).await;
         if let Err(why) = &verdict {
             let action = "CalculateExpectedPodCount";
             self.host.event(&*budget, EventType::Warning, "CalculateExpectedPodCountFailed", action, why.clone()).await;

@@ -3,13 +3,10 @@
 use coracle_testkit::assert_eventually_async;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::{HorizontalPodAutoscaler, HorizontalPodAutoscalerStatus};
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
-use kube::core::{ApiResource, GroupVersionKind};
-use kube::runtime::{conditions, wait::await_condition};
+use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
-use crate::support::{Cluster, NS, made, template};
+use crate::support::{Cluster, NS, define, made, template};
 
 fn autoscaler(kind: (&str, &str), metric: Value) -> Value {
     json!({"metadata": {"name": "a"}, "spec": {"scaleTargetRef": {"apiVersion": kind.0, "kind": kind.1, "name": "web"},
@@ -70,30 +67,6 @@ async fn a_deployment_follows_what_its_pods_use() {
     // Bounds hold whatever the metrics say.
     look(&cluster, 3).await;
     assert_eventually_async!(30, size().await == Some(3), "{:?}", status(&cluster).await);
-}
-
-/// A kind of a definition that stands in for a metrics API: its objects are the values.
-async fn define(
-    cluster: &Cluster,
-    group: &str,
-    version: &str,
-    plural: &str,
-    kind: &str,
-    scale: Option<Value>,
-) -> Api<DynamicObject> {
-    let name = format!("{plural}.{group}");
-    let mut of = json!({"name": version, "served": true, "storage": true,
-        "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}});
-    if let Some(scale) = scale {
-        of["subresources"] = json!({"status": {}, "scale": scale});
-    }
-    let definition = json!({"metadata": {"name": name, "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"}}, "spec": {"group": group, "scope": "Namespaced",
-        "names": {"plural": plural, "singular": kind.to_lowercase(), "kind": kind, "listKind": format!("{kind}List")}, "versions": [of]}});
-    let definitions: Api<CustomResourceDefinition> = Api::all(cluster.client.clone());
-    definitions.create(&PostParams::default(), &made(definition)).await.expect("defined");
-    await_condition(definitions, &name, conditions::is_crd_established()).await.expect("established");
-    let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural);
-    Api::namespaced_with(cluster.client.clone(), NS, &resource)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -156,7 +156,9 @@ async fn in_parallel_many_may_be_replaced_at_once_but_no_more() {
 async fn claims_stay_or_go_as_the_policy_says() {
     let cluster = Cluster::start().await;
     let claim = json!([{"metadata": {"name": "data"}, "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Mi"}}}}]);
-    let more = json!({"volumeClaimTemplates": claim, "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Delete"}});
+    let mut pods = template("web", "one");
+    pods["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "data", "mountPath": "/data"}]);
+    let more = json!({"template": pods, "volumeClaimTemplates": claim, "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Delete"}});
     cluster.make::<StatefulSet>(set("web", 2, more)).await;
     assert_eventually_async!(30, status(&cluster, "web").await.1 == 2, "all are there");
     let claims = async || {

@@ -7,7 +7,10 @@ use coracle_api::ApiServer;
 use coracle_api::node::{NodeConnector, NodeStream};
 use coracle_api::status::Status;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use kube::runtime::{conditions, wait::await_condition};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
@@ -224,4 +227,28 @@ async fn nodes(api: Arc<ApiServer>, client: Client, behaviour: Arc<Mutex<Arc<Beh
 /// A template of one container with this label `app`.
 pub(crate) fn template(app: &str, image: &str) -> Value {
     json!({"metadata": {"labels": {"app": app}}, "spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": image}]}})
+}
+
+/// A kind of a definition that takes anything.
+pub(crate) async fn define(
+    cluster: &Cluster,
+    group: &str,
+    version: &str,
+    plural: &str,
+    kind: &str,
+    scale: Option<Value>,
+) -> Api<DynamicObject> {
+    let name = format!("{plural}.{group}");
+    let mut of = json!({"name": version, "served": true, "storage": true,
+        "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}});
+    if let Some(scale) = scale {
+        of["subresources"] = json!({"status": {}, "scale": scale});
+    }
+    let definition = json!({"metadata": {"name": name, "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"}}, "spec": {"group": group, "scope": "Namespaced",
+        "names": {"plural": plural, "singular": kind.to_lowercase(), "kind": kind, "listKind": format!("{kind}List")}, "versions": [of]}});
+    let definitions: Api<CustomResourceDefinition> = Api::all(cluster.client.clone());
+    definitions.create(&PostParams::default(), &made(definition)).await.expect("defined");
+    await_condition(definitions, &name, conditions::is_crd_established()).await.expect("established");
+    let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural);
+    Api::namespaced_with(cluster.client.clone(), NS, &resource)
 }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::kinds::at::{At, Errs, same};
-use crate::kinds::edit::{child, drop, each, empty, put, text, unset, zero};
+use crate::kinds::edit::{child, drop, each, empty, list, put, text, unset, zero};
 use crate::kinds::pod::{self, defaults};
 use crate::kinds::row::Row;
 use crate::kinds::{FieldLabel, meta, names, storage};

@@ -323,12 +323,7 @@ impl FieldSelector {
     pub fn matches_object(&self, object: &Value) -> bool {
         self.0.iter().all(|term| {
             let text;
-            let mut found = object.pointer(&term.pointer);
-            if term.pointer == "/source/component" && found.is_none_or(|source| source == "") {
-                // An event of the newer kind has its source there.
-                found = object.get("reportingComponent");
-            }
-            let have = match found {
+            let have = match object.pointer(&term.pointer) {
                 Some(Value::String(value)) => value.as_str(),
                 Some(Value::Null) | None => match term.pointer.as_str() {
                     // Absent booleans and counts have a value all the same.
@@ -448,11 +443,5 @@ mod tests {
             "\"spec.x\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
         );
         assert!(FieldSelector::parse("nonsense", labels, &[]).is_err());
-        let source = FieldSelector::parse("source=here", &[("source", "/source/component")], &[]).expect("it parses");
-        assert!(source.matches_object(&json!({"source": {"component": "here"}, "reportingComponent": "there"})));
-        assert!(
-            source.matches_object(&json!({"source": {}, "reportingComponent": "here"})),
-            "an event of the newer kind"
-        );
     }
 }

@@ -74,7 +74,7 @@ async fn an_operator_written_with_kopf_runs_unmodified() {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "default");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/operators/greeter.py");
     let log = std::fs::File::create(server.folder.path().join("operator.log")).expect("a log");
-    let mut command = coracle_testkit::python("kopf", "kopf", &[]);
+    let mut command = coracle_testkit::python("kopf", "kopf", &["kubernetes"]);
     command.args(["-m", "kopf", "run", "--standalone", "--namespace", "default"]).arg(script);
     command.env("KUBECONFIG", server.folder.path().join("kubeconfig")).stdout(Stdio::null()).stderr(log);
     let _operator = Operator(command.spawn().expect("the operator starts"));

@@ -28,8 +28,7 @@ fn pod(name: &str, spec: Value) -> Value {
 }
 
 fn create(host: &Host, objects: &[Value]) {
-    let documents: Vec<String> = objects.iter().map(Value::to_string).collect();
-    let output = host.apply(&documents.join("\n---\n"));
+    let output = host.apply(&json!({"apiVersion": "v1", "kind": "List", "items": objects}).to_string());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 

@@ -149,7 +149,8 @@ fn an_overlay_carries_both_families() {
     hosts[1].start_agent("n2", "https://10.99.0.1:6443", Some(&token));
     assert_eventually!(PATIENCE_S, hosts[0].is_ready("n2"), "{}", hosts[1].log());
     let dual = manifest().replace("  type: NodePort", "  ipFamilyPolicy: RequireDualStack\n  type: NodePort");
-    assert!(hosts[0].apply(&dual).status.success(), "apply failed");
+    let applied = hosts[0].apply(&dual);
+    assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
     // The third node is not there, nor is its pod.
     assert!(hosts[0].kubectl(&["delete", "pod", "on-n3", "--force", "--grace-period=0"]).status.success());
     let addresses = hosts[0].get(&["get", "service", "spread", "-o", "jsonpath={.spec.clusterIPs[*]}"]);

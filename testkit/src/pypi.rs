@@ -8,7 +8,7 @@ use std::sync::Mutex;
 static PIP: Mutex<()> = Mutex::new(());
 
 /// The folder of `package`, with `probe` in it.
-pub(crate) fn install(package: &str, probe: &str, options: &[&str]) -> PathBuf {
+pub(crate) fn install(package: &str, probe: &str, words: &[&str]) -> PathBuf {
     let _turn = PIP.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let home = std::env::var_os("HOME").map_or_else(|| PathBuf::from("/root"), PathBuf::from);
     let folder = home.join(".cache/coracle").join(package);
@@ -16,7 +16,7 @@ pub(crate) fn install(package: &str, probe: &str, options: &[&str]) -> PathBuf {
         crate::need("pip3", "python3-pip");
         let output = Command::new("pip3")
             .args(["install", "--quiet", "--no-input", "--disable-pip-version-check"])
-            .args(options)
+            .args(words)
             .arg("--target")
             .arg(&folder)
             .arg(package)
@@ -28,16 +28,16 @@ pub(crate) fn install(package: &str, probe: &str, options: &[&str]) -> PathBuf {
     folder
 }
 
-/// A `python3` that can import `module` of a PyPI package, installed with these options of pip.
+/// A `python3` that can import `module` of a PyPI package, installed with these further words for pip.
 ///
 /// # Panics
 /// When it can be had in no way: a test that needs it must fail, not skip.
-pub fn python(package: &str, module: &str, options: &[&str]) -> Command {
+pub fn python(package: &str, module: &str, words: &[&str]) -> Command {
     let program = crate::need("python3", "python3");
     let has = Command::new(&program).args(["-c", &format!("import {module}")]).output().expect("python3 starts");
     let mut command = Command::new(program);
     if !has.status.success() {
-        command.env("PYTHONPATH", install(package, module, options));
+        command.env("PYTHONPATH", install(package, module, words));
     }
     command
 }

@@ -80,7 +80,7 @@ async fn a_silent_node_is_tainted_and_loses_its_pods_when_they_no_longer_tolerat
     let past = Timestamp::from_second(Timestamp::now().as_second() - 60).expect("a time").to_string();
     node(&cluster, "dead", &past).await;
     // What the first look of the controllers finds is a heartbeat a minute ago.
-    cluster.control();
+    cluster.control().await;
     let nodes: Api<Node> = cluster.all();
     let unknown = async || {
         let node = nodes.get("dead").await.expect("the node");

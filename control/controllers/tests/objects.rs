@@ -49,7 +49,7 @@ async fn bootstrap_tokens_go_when_they_have_expired() {
             "stringData": {"token-id": "abcdef", "token-secret": "0123456789abcdef", "expiration": end}});
         cluster.create(&secrets, token).await;
     }
-    cluster.control();
+    cluster.control().await;
     let there = async |name: &str| secrets.get_opt(&format!("bootstrap-token-{name}")).await.expect("asked").is_some();
     assert_eventually_async!(20, !there("old").await, "its time is over");
     assert!(there("young").await);

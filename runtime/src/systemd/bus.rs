@@ -321,7 +321,7 @@ mod tests {
         body.text("ab").bool(true).properties(&[("P".into(), Value::U64(7)), ("Q".into(), Value::Bytes(vec![9]))]);
         let expected = [
             &[2, 0, 0, 0, b'a', b'b', 0, 0, 1, 0, 0, 0][..],
-            &[37, 0, 0, 0, 1, 0, 0, 0, b'P', 0, 1, b't', 0, 0, 0, 0],
+            &[41, 0, 0, 0, 1, 0, 0, 0, b'P', 0, 1, b't', 0, 0, 0, 0],
             &[0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0],
         ]
         .concat();

@@ -10,7 +10,7 @@ use coracle_api::user::UserInfo;
 use coracle_api::{ApiServer, Config};
 use coracle_store::{Embedded, EmbeddedOptions};
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, Resource};
 use serde::Serialize;
@@ -46,15 +46,23 @@ pub(crate) struct Cluster {
 impl Cluster {
     pub(crate) async fn start() -> Self {
         let mut cluster = Self::idle().await;
-        cluster.control();
+        cluster.control().await;
         cluster
     }
 
-    /// Starts the controllers, anew if they run.
-    pub(crate) fn control(&mut self) {
-        if let Some(running) = self.controllers.replace(tokio::spawn(coracle_controllers::run(self.api.clone()))) {
+    /// Starts the controllers, anew if they run: one process ends with all that it had under way before the next begins.
+    pub(crate) async fn control(&mut self) {
+        if let Some(running) = self.controllers.take() {
             running.abort();
+            assert!(running.await.is_err_and(|error| error.is_cancelled()), "the controllers ended by themselves");
+            // The store writes in order: what the old ones had handed to it is done when this is.
+            let now = k8s_openapi::jiff::Timestamp::now().to_string();
+            let note =
+                json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "crashed"}, "data": {"at": now}});
+            let notes = Api::<ConfigMap>::namespaced(self.client.clone(), "default");
+            notes.patch("crashed", &PatchParams::apply("test").force(), &Patch::Apply(note)).await.expect("written");
         }
+        self.controllers = Some(tokio::spawn(coracle_controllers::run(self.api.clone())));
     }
 
     /// A control plane without controllers.

@@ -98,7 +98,7 @@ async fn rollouts_stay_within_bounds_through_crashes_and_end() {
                 size = random.random_range(1..5);
                 cluster.patch::<StatefulSet>("s", json!({"spec": {"replicas": size}})).await;
             }
-            3..7 => cluster.crash(),
+            3..7 => cluster.crash().await,
             _ => tokio::time::sleep(Duration::from_millis(random.random_range(0..150))).await,
         }
     }

@@ -107,8 +107,8 @@ impl Cluster {
     }
 
     /// The controllers crash, wherever they are, and start anew.
-    pub(crate) fn crash(&mut self) {
-        self.plane.control();
+    pub(crate) async fn crash(&mut self) {
+        self.plane.control().await;
     }
 
     /// The API server itself.

@@ -74,7 +74,7 @@ impl World {
             }
             75..85 => drop(self.claims.delete(&claim, &DeleteParams::default()).await),
             // A crash: every task of every controller ends at whatever it waits for.
-            85..95 => self.cluster.control(),
+            85..95 => self.cluster.control().await,
             _ => tokio::time::sleep(Duration::from_millis(self.random.random_range(0..30))).await,
         }
     }

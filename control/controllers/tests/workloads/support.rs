@@ -89,7 +89,7 @@ impl Cluster {
         let kubelets = Kubelets::default();
         let usage = kubelets.0.clone();
         let mut plane = control_plane::Cluster::idle_with(Arc::new(kubelets)).await;
-        plane.control();
+        plane.control().await;
         let client = plane.client.clone();
         let behaviour: Arc<Mutex<Arc<Behaviour>>> = Arc::new(Mutex::new(Arc::new(running)));
         let nodes = tokio::spawn(nodes(plane.api.clone(), client.clone(), behaviour.clone()));

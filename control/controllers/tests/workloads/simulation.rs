@@ -34,20 +34,25 @@ fn is_ready(pod: &Pod) -> bool {
     conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-/// Follows every change of a pod; notes what must never be.
+/// Follows every change of a pod and of a ReplicaSet; notes what must never be. Surge is what the ReplicaSets are told in sum,
+/// as with Kubernetes: pods of one that was told to shrink may be there a moment longer.
 fn watch(cluster: &Cluster) -> Arc<Mutex<Vec<String>>> {
     let faults = Arc::new(Mutex::new(Vec::new()));
-    let (noted, pods) = (faults.clone(), cluster.api().informer::<Pod>());
+    let (noted, pods, sets) = (faults.clone(), cluster.api().informer::<Pod>(), cluster.api().informer::<ReplicaSet>());
     tokio::spawn(async move {
-        let mut deltas = pods.subscribe();
+        let (mut of_pods, mut of_sets) = (pods.subscribe(), sets.subscribe());
         let mut is_up = false;
-        while deltas.next().await.is_some() {
+        while tokio::select! {
+            delta = of_pods.next() => delta.is_some(),
+            delta = of_sets.next() => delta.is_some(),
+        } {
             let all = pods.list();
             let of: Vec<_> = all.iter().filter(|pod| counts(pod, "d")).collect();
             let ready = of.iter().filter(|pod| is_ready(pod)).count();
             is_up |= ready == SIZE;
-            if of.len() > SIZE + SURGE {
-                noted.lock().push(format!("{} pods of {SIZE} and {SURGE}", of.len()));
+            let told: i32 = sets.list().iter().filter_map(|set| set.spec.as_ref()?.replicas).sum();
+            if usize::try_from(told).is_ok_and(|told| told > SIZE + SURGE) {
+                noted.lock().push(format!("{told} pods of {SIZE} and {SURGE} are asked for"));
             }
             if is_up && ready + UNAVAILABLE < SIZE {
                 noted.lock().push(format!("{ready} available pods of {SIZE}, {UNAVAILABLE} may be missing"));

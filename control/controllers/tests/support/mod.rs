@@ -10,7 +10,7 @@ use coracle_api::user::UserInfo;
 use coracle_api::{ApiServer, Config};
 use coracle_store::{Embedded, EmbeddedOptions};
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, ServiceAccount};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, Resource};
 use serde::Serialize;
@@ -109,6 +109,14 @@ impl Cluster {
 
     pub(crate) async fn namespace(&self, name: &str) {
         self.create(&self.all::<Namespace>(), json!({"metadata": {"name": name}})).await;
+        if self.controllers.is_some() {
+            let accounts = self.ns::<ServiceAccount>(name);
+            coracle_testkit::assert_eventually_async!(
+                30,
+                accounts.get_opt("default").await.expect("asked").is_some(),
+                "pods can be made"
+            );
+        }
     }
 
     pub(crate) async fn create<K>(&self, api: &Api<K>, object: Value) -> K

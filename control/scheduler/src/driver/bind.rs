@@ -39,15 +39,16 @@ pub(super) async fn run(writer: Writer, mut bind: Bind, permit: OwnedSemaphorePe
     drop(permit);
     let (pod, node) = (bind.pod.clone(), bind.node.clone());
     let succeeded = result.is_ok();
+    if let Err(Failed::Error(message)) = result {
+        tracing::warn!(pod = %pod.name(), %node, error = %message, "binding failed, trying again");
+        // Before the pod may be tried again: what comes of that is the later news.
+        let turn = writer.turns.take(&pod.uid);
+        report::failed(&writer, &pod, &turn, "SchedulerError", message, None).await;
+    }
     // The loop ends only with the process.
     let _ = writer.outcomes.send(Outcome::Bound(Box::new(bind), succeeded));
-    match result {
-        Ok(()) => report::scheduled(&writer, &pod, &node).await,
-        Err(Failed::Gone) => {}
-        Err(Failed::Error(message)) => {
-            tracing::warn!(pod = %pod.name(), %node, error = %message, "binding failed, trying again");
-            report::failed(&writer, &pod, "SchedulerError", message, None).await;
-        }
+    if succeeded {
+        report::scheduled(&writer, &pod, &node).await;
     }
 }
 

@@ -3,6 +3,7 @@
 mod bind;
 mod devices;
 mod report;
+mod turn;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use self::turn::Turns;
 use crate::config::Config;
 use crate::engine::{Action, Bind, Engine};
 use crate::update::Update;
@@ -53,6 +55,7 @@ struct Writer {
     storage: watch::Sender<()>,
     writes: Arc<Semaphore>,
     events: Arc<Semaphore>,
+    turns: Turns,
     outcomes: mpsc::UnboundedSender<Outcome>,
 }
 
@@ -95,6 +98,7 @@ pub async fn run(api: Arc<ApiServer>, config: Config) {
         writes: Arc::new(Semaphore::new(MAX_WRITES)),
         events: Arc::new(Semaphore::new(MAX_EVENTS)),
         client,
+        turns: Turns::default(),
         outcomes,
     };
     let (updates, mut changes) = mpsc::channel(MAX_UPDATES);
@@ -121,7 +125,10 @@ pub async fn run(api: Arc<ApiServer>, config: Config) {
         {
             match action {
                 Action::Bind(bind) => drop(tokio::spawn(bind::run(writer.clone(), bind, permit))),
-                Action::Report(report) => drop(tokio::spawn(report::run(writer.clone(), report, permit))),
+                Action::Report(report) => {
+                    let turns = report::turns(&writer, &report);
+                    drop(tokio::spawn(report::run(writer.clone(), report, turns, permit)));
+                }
             }
             tokio::task::yield_now().await;
             continue;

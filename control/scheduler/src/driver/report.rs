@@ -12,6 +12,7 @@ use kube::{Api, Resource, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::turn::Turn;
 use super::{Outcome, Writer};
 use crate::engine::Report;
 use crate::state::PodState;
@@ -32,12 +33,21 @@ fn now() -> Timestamp {
     Timestamp::from_second(now.as_second()).unwrap_or(now)
 }
 
+/// The turns that a report needs: one for the pod itself, then one for each that it displaces.
+pub(super) fn turns(writer: &Writer, report: &Report) -> Vec<Turn> {
+    let pods = std::iter::once(&report.pod).chain(&report.displaced);
+    pods.map(|pod| writer.turns.take(&pod.uid)).collect()
+}
+
 /// Reports a pod without a node and tells its victims to leave.
-pub(super) async fn run(writer: Writer, report: Report, permit: OwnedSemaphorePermit) {
+pub(super) async fn run(writer: Writer, report: Report, turns: Vec<Turn>, permit: OwnedSemaphorePermit) {
     let Report { pod, message, nominated, victims, displaced } = report;
-    failed(&writer, &pod, "Unschedulable", message, nominated.clone()).await;
-    for other in &displaced {
-        write_status(&writer, other, json!({"nominatedNodeName": null})).await;
+    let mut turns = turns.into_iter();
+    if let Some(turn) = turns.next() {
+        failed(&writer, &pod, &turn, "Unschedulable", message, nominated.clone()).await;
+    }
+    for (other, turn) in displaced.iter().zip(turns) {
+        write_status(&writer, other, &turn, json!({"nominatedNodeName": null})).await;
     }
     let mut all_left = true;
     for victim in &victims {
@@ -56,6 +66,7 @@ pub(super) async fn run(writer: Writer, report: Report, permit: OwnedSemaphorePe
 pub(super) async fn failed(
     writer: &Writer,
     pod: &Arc<PodState>,
+    turn: &Turn,
     reason: &str,
     message: String,
     nominated: Option<String>,
@@ -78,15 +89,19 @@ pub(super) async fn failed(
         status.insert("nominatedNodeName".into(), if node.is_empty() { Value::Null } else { node.into() });
     }
     if !status.is_empty() {
-        write_status(writer, pod, Value::Object(status)).await;
+        write_status(writer, pod, turn, Value::Object(status)).await;
     }
     publish(writer, pod, EventType::Warning, ("FailedScheduling", "Scheduling"), message, None).await;
 }
 
-/// Writes a part of the status of a pod that has no node. Once it has one, what was to be said is no longer true.
-async fn write_status(writer: &Writer, pod: &PodState, status: Value) {
+/// Writes a part of the status of a pod that has no node. Once it has one, or a later report is under way, what was to be
+/// said is no longer true.
+async fn write_status(writer: &Writer, pod: &PodState, turn: &Turn, status: Value) {
     let mut revision = pod.pod.metadata.resource_version.clone();
     for _ in 0..TRIES {
+        if !turn.is_latest() {
+            return;
+        }
         let patch = json!({"metadata": {"uid": &*pod.uid, "resourceVersion": revision}, "status": status});
         match pods(writer, pod).patch_status(pod.name(), &parameters(), &Patch::Strategic(patch)).await {
             Ok(_) => return,

@@ -82,6 +82,7 @@ fn hosts_join_pods_talk_across_and_links_heal() {
     }
 
     // A host that nobody can connect to is reached through the tunnel that it opened.
+    coracle_testkit::need("nft", "nftables");
     let closed = hosts[2].command("sh").args(["-c", "nft add table ip closed && nft 'add chain ip closed in { type filter hook input priority -10; }' && nft add rule ip closed in iifname eth0 tcp dport 10250 drop"]).status();
     assert!(closed.expect("nft starts").success());
     assert!(get_inside(&hosts[0], "on-n3", "http://127.0.0.1:8080/"), "exec through the tunnel");

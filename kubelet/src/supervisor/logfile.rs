@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+/// Time in the name of a rotated file.
+const NAME_FORMAT: &str = "%Y%m%d-%H%M%S.%9f";
+
 /// When a log is rotated and how much of it is kept.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Limits {
@@ -105,15 +108,19 @@ impl LogFile {
 
     /// Renames the current file to `<n>.log.<yyyymmdd-hhmmss.nanoseconds>`, makes a new one and removes the oldest beyond the limit.
     fn rotate(&mut self) -> io::Result<()> {
-        // Nanoseconds keep names apart and in order, however often it is rotated.
-        let target = loop {
-            let mut name = self.path.clone().into_os_string();
-            name.push(jiff::Timestamp::now().strftime(".%Y%m%d-%H%M%S.%9f").to_string());
-            let target = PathBuf::from(name);
-            if !target.exists() {
-                break target;
-            }
+        let mut name = self.path.clone().into_os_string();
+        name.push(".");
+        let prefix = name.as_encoded_bytes().len();
+        let time_of = |path: &PathBuf| {
+            let time = std::str::from_utf8(path.as_os_str().as_encoded_bytes().get(prefix..)?).ok()?;
+            jiff::civil::DateTime::strptime(NAME_FORMAT, time).ok()?.to_zoned(jiff::tz::TimeZone::UTC).ok()
         };
+        // Names keep the order in which files were written, also when the clock was set back.
+        let newest = self.rotated()?.last().and_then(time_of).map(|time| time.timestamp());
+        let after_newest = newest.and_then(|time| time.checked_add(jiff::SignedDuration::from_nanos(1)).ok());
+        let time = after_newest.map_or_else(jiff::Timestamp::now, |time| time.max(jiff::Timestamp::now()));
+        name.push(time.strftime(NAME_FORMAT).to_string());
+        let target = PathBuf::from(name);
         fs::rename(&self.path, &target)?;
         self.reopen()?;
         let mut older = self.rotated()?;
@@ -164,5 +171,21 @@ mod tests {
         text += &fs::read_to_string(&path).expect("read");
         let numbers: Vec<u32> = text.lines().map(|l| l.parse().expect("number")).collect();
         assert_eq!(numbers, (4..12).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn rotated_files_stay_in_order_when_the_clock_is_set_back() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("0.log");
+        let future = folder.path().join("0.log.29991231-235959.999999999");
+        fs::write(&future, "").expect("a file of the time before");
+        let mut log = LogFile::open(&path, Limits { max_size_bytes: 1, max_files: 3 }).expect("open");
+        for line in ["a\n", "b\n", "c\n"] {
+            log.prepare(line.len()).expect("prepare");
+            log.append(line.as_bytes()).expect("append");
+        }
+        let rotated = log.rotated().expect("list");
+        let texts: Vec<_> = rotated.iter().map(|path| fs::read_to_string(path).expect("read")).collect();
+        assert_eq!(texts, ["a\n", "b\n"]);
     }
 }

@@ -60,6 +60,22 @@ pub fn number(name: &str) -> Option<u32> {
     NAMES.iter().position(|known| *known == bare).map(|position| position as u32)
 }
 
+/// Ambient capabilities that the kernel would refuse.
+pub fn left_out(wanted: Option<&LinuxCapabilities>) -> Vec<String> {
+    let Some(wanted) = wanted else { return Vec::new() };
+    let has =
+        |set: &Option<std::collections::HashSet<Capability>>, one| set.as_ref().is_some_and(|set| set.contains(one));
+    let mut names: Vec<String> = wanted
+        .ambient()
+        .iter()
+        .flatten()
+        .filter(|one| !has(wanted.permitted(), one) || !has(wanted.inheritable(), one))
+        .map(|one| format!("CAP_{one}"))
+        .collect();
+    names.sort();
+    names
+}
+
 /// The kernel's sets. What the host's kernel or this process cannot give is left out, as the specification asks
 /// ("must not fail"): a set never contains more than `available`.
 pub(crate) fn sets(wanted: Option<&LinuxCapabilities>, available: u64) -> Capabilities {

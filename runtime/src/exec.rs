@@ -5,7 +5,8 @@ use crate::child::{self, Failure, Message, Program, Surroundings};
 use crate::error::{Result, Step, StepResult};
 use crate::hooks::StateTemplate;
 use crate::plan::{Options, Plan};
-use crate::spawn::{Init, OwnNamespaces, Stdio, Story, Streams, procfs, set_oom_score, usher};
+use crate::spawn::{Init, Stdio, Story, Streams, procfs, set_oom_score};
+use crate::usher::{OwnPids, usher};
 use coracle_sys::process::{self, CloneRequest};
 use coracle_sys::{channel, identity, namespace, path};
 use oci_spec::runtime::{Process, Spec};
@@ -40,9 +41,9 @@ pub fn spawn(
     // A user without privileges may join the other namespaces only from within the user namespace that owns them.
     let through_user = has_user && !nix::unistd::geteuid().is_root();
     let own = if all & libc::CLONE_NEWPID as u64 != 0 && !through_user {
-        OwnNamespaces::enter_pid_of(target.pidfd)?
+        OwnPids::enter_those_of(target.pidfd)?
     } else {
-        OwnNamespaces::none()
+        OwnPids::stay()
     };
     let early = if through_user { libc::CLONE_NEWUSER | libc::CLONE_NEWPID } else { libc::CLONE_NEWPID };
     let joined = all as i32 & !early;

@@ -7,10 +7,11 @@ use coracle_sys::process::{self, CloneRequest, StringArray};
 use coracle_sys::{channel, namespace, path};
 use oci_spec::runtime::{Hook, Hooks};
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// As much of what a failed hook printed is shown.
@@ -75,26 +76,29 @@ pub(crate) fn run_runtime(story: &Story, pid: i32) -> Result<()> {
 /// `createContainer`: when the root is built but not entered, in the container's namespaces.
 pub(crate) fn run_create_container(story: &Story, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
     let state = story.state.json("creating", pid);
-    let place = Some((pidfd, container_namespaces(story.namespaces)));
-    run("createContainer", list(story.hooks.create_container()), &state, place.map(|(fd, flags)| (fd, flags, pid)))
+    let place = Some((pidfd, container_namespaces(story.namespaces), pid));
+    run("createContainer", list(story.hooks.create_container()), &state, place)
 }
 
 /// `startContainer`: before the program, inside the container.
 pub(crate) fn run_start_container(story: &Story, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
-    start_container(&story.hooks, &story.state, pid, pidfd, story.namespaces)
+    start_container(&story.hooks, &story.state, pid, pidfd, story.namespaces, &story.environment)
 }
 
-/// The same for a container that another process created.
+/// The same for a container that another process created. A hook that names no environment has the program's, since it
+/// is one of the container's own programs.
 pub fn start_container(
     hooks: &Hooks,
     state: &StateTemplate,
     pid: i32,
     pidfd: BorrowedFd<'_>,
     namespaces: u64,
+    environment: &[CString],
 ) -> Result<()> {
-    let place = Some((pidfd, container_namespaces(namespaces)));
-    let place = place.map(|(fd, flags)| (fd, flags, pid));
-    run("startContainer", list(hooks.start_container()), &state.json("created", pid), place)
+    let place = Some((pidfd, container_namespaces(namespaces), pid));
+    let state = state.json("created", pid);
+    let hooks = list(hooks.start_container());
+    hooks.iter().try_for_each(|hook| run_one("startContainer", hook, &state, place, Some(environment)))
 }
 
 /// `poststart`: after the program was executed.
@@ -124,7 +128,7 @@ fn run(
     state: &serde_json::Value,
     place: Option<(BorrowedFd<'_>, i32, i32)>,
 ) -> Result<()> {
-    hooks.iter().try_for_each(|hook| run_one(kind, hook, state, place))
+    hooks.iter().try_for_each(|hook| run_one(kind, hook, state, place, None))
 }
 
 fn run_one(
@@ -132,6 +136,7 @@ fn run_one(
     hook: &Hook,
     state: &serde_json::Value,
     place: Option<(BorrowedFd<'_>, i32, i32)>,
+    environment: Option<&[CString]>,
 ) -> Result<()> {
     let fail = |reason: String| Error::Hook { kind, path: hook.path().clone(), reason };
     let io = |source: std::io::Error| fail(format!("cannot be run: {source}"));
@@ -140,10 +145,11 @@ fn run_one(
         None | Some([]) => vec![file.clone()],
         Some(arguments) => arguments.iter().map(|text| c_string("hooks.args", text)).collect::<Result<_>>()?,
     };
-    let environment = match hook.env() {
-        Some(entries) => entries.iter().map(|text| c_string("hooks.env", text)).collect::<Result<Vec<_>>>()?,
-        None => std::env::vars_os()
-            .filter_map(|(name, value)| std::ffi::CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok())
+    let environment = match (hook.env(), environment) {
+        (Some(entries), _) => entries.iter().map(|text| c_string("hooks.env", text)).collect::<Result<Vec<_>>>()?,
+        (None, Some(own)) => own.to_vec(),
+        (None, None) => std::env::vars_os()
+            .filter_map(|(name, value)| CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok())
             .collect(),
     };
     let (arguments, environment) = (StringArray::new(arguments), StringArray::new(environment));
@@ -207,21 +213,20 @@ fn memory_file(name: &std::ffi::CStr) -> std::io::Result<std::fs::File> {
 /// Tells a seccomp agent of a new container and gives it the descriptor of notifications, as the specification's
 /// "container process state".
 pub(crate) fn hand_over_listener(
-    story: &Story,
+    state: &StateTemplate,
+    status: &str,
     pid: i32,
-    agent: &Path,
-    metadata: &str,
+    (agent, metadata): &(PathBuf, String),
     listener: BorrowedFd<'_>,
 ) -> Result<()> {
-    let status = if story.starts_itself { "running" } else { "creating" };
     let message = serde_json::json!({
-        "ociVersion": story.state.version,
+        "ociVersion": state.version,
         "fds": ["seccompFd"],
         "pid": pid,
         "metadata": metadata,
-        "state": story.state.json(status, pid),
+        "state": state.json(status, pid),
     });
-    let io = |source| Error::Write { path: agent.to_path_buf(), source };
+    let io = |source| Error::Write { path: agent.clone(), source };
     let socket = std::os::unix::net::UnixStream::connect(agent).map_err(io)?;
     channel::send(socket.as_fd(), message.to_string().as_bytes(), Some(listener))
         .step(Step::SeccompListener, agent.display())

@@ -2,10 +2,20 @@
 
 use crate::error::{Error, Result};
 use oci_spec::runtime::LinuxIdMapping;
+use std::ffi::CString;
 use std::fmt::Write;
 
 /// More lines than this the kernel refuses (`UID_GID_MAP_MAX_EXTENTS`).
 const MAX_EXTENTS: usize = 340;
+
+/// Where the maps of an id-mapped mount come from.
+#[derive(Clone, Debug)]
+pub(crate) enum Maps {
+    /// The specification, in the text that the kernel takes.
+    Listed { uid_map: String, gid_map: String },
+    /// The user namespace of this path, which the container joins.
+    OfNamespace(CString),
+}
 
 /// The text that `uid_map` and `gid_map` take.
 pub(crate) fn text(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {

@@ -25,18 +25,13 @@ mod spawn;
 pub mod spec;
 pub mod state;
 pub mod systemd;
+mod usher;
 
 pub use cgroup::Cgroup;
 pub use coracle_sys::process::Exit;
 pub use error::{Error, Result, Step};
 pub use plan::{Gate, Options, Plan};
-pub use spawn::{Given, Init, Stage, Stdio, spawn, spawn_gated};
-
-/// Reads the failure that a container waiting behind [`Gate::Listener`] answers with.
-pub fn decode_failure(message: &[u8]) -> Error {
-    child::Message::decode(message)
-        .map_or_else(|| Error::Died("it sent an unknown message".into()), |m| spawn::failed(&m))
-}
+pub use spawn::{Given, Init, Stage, Stdio, spawn, spawn_gated, start_waiting};
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};

@@ -1,14 +1,16 @@
 //! Cloning a container's first process and following it to the running program.
 
 use crate::cgroup::Cgroup;
-use crate::child::{self, Failure, MESSAGE_BYTES, Message, Note, Prepared, Program, Word};
+use crate::child::{self, MESSAGE_BYTES, Message, Note, Prepared, Program, Word};
 use crate::error::{Error, Result, Step, StepResult};
 use crate::hooks;
+use crate::idmap::Maps;
 use crate::net_device::{self, NetDevice};
 use crate::plan::{Gate, IdMap, Plan, Source, UserNamespace};
+use crate::usher::{self, open_namespace};
 use coracle_sys::mount::{self, Attributes, MOUNT_ATTR_IDMAP};
 use coracle_sys::process::{self, CLONE_NEWTIME, Child, CloneRequest, Exit};
-use coracle_sys::{Errno, channel, namespace, path};
+use coracle_sys::{Errno, channel, path};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -42,7 +44,6 @@ pub struct Init {
     ended: Option<Exit>,
     story: Story,
     console: Option<OwnedFd>,
-    seccomp: Option<OwnedFd>,
 }
 
 /// What the parent needs of the plan while the child sets itself up.
@@ -54,6 +55,8 @@ pub(crate) struct Story {
     pub listener: Option<(std::path::PathBuf, String)>,
     pub net_devices: Vec<NetDevice>,
     pub namespaces: u64,
+    /// Environment of `startContainer` hooks that name none.
+    pub environment: Vec<std::ffi::CString>,
     /// An exec'd process starts without waiting for a word.
     pub starts_itself: bool,
 }
@@ -81,6 +84,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
     let streams = Streams::new(stdio)?;
     let (sync, theirs) = channel::pair().step(Step::Channel, "")?;
     let procfs = procfs()?;
+    let entry = usher::entry(plan)?;
     let (root, privileged) = root(plan)?;
     let mut prepared = Prepared {
         sync: theirs,
@@ -91,7 +95,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
         sources: sources(plan, cgroup, privileged)?,
         made: plan.mounts.iter().map(|_| None).collect(),
         nodes: nodes(plan, privileged)?,
-        joins: joins(plan)?,
+        joins: entry.later,
         listener,
         program: Program { arguments: plan.process.arguments.clone(), environment: plan.process.environment.clone() },
         runtime_hooks: hooks::has_runtime_hooks(&plan.hooks) || !plan.net_devices.is_empty(),
@@ -101,26 +105,19 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
     };
     let flags = plan.namespaces.new & !(libc::CLONE_NEWCGROUP as u64) & !CLONE_NEWTIME;
     let request = CloneRequest { flags, cgroup: cgroup.map(Cgroup::as_fd) };
-    let own = OwnNamespaces::enter(plan)?;
-    let cloned = match &plan.namespaces.user {
-        UserNamespace::Joined(file) => clone_through_usher(file, request, plan, &mut prepared),
-        _ => process::clone3(request, || child::run(plan, &mut prepared)).step(Step::Clone, ""),
-    };
-    // Also after a failure: the caller's next process must not land in this container's namespaces.
-    own.restore()?;
+    let cloned = usher::clone(&entry.before, request, || child::run(plan, &mut prepared))?;
     let id_maps = match &plan.namespaces.user {
         UserNamespace::New { uid_map, gid_map } => Some((uid_map.clone(), gid_map.clone())),
         _ => None,
     };
     let init = Init {
-        child: cloned?,
+        child: cloned,
         sync,
         stage: Stage::SettingUp,
         started: plan.options.gate == Gate::Open,
         finished: false,
         ended: None,
         console: None,
-        seccomp: None,
         story: Story {
             id_maps,
             hooks: plan.hooks.clone(),
@@ -128,6 +125,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
             listener: plan.process.seccomp.as_ref().and_then(|filter| filter.listener.clone()),
             net_devices: plan.net_devices.clone(),
             namespaces: plan.namespaces.own_flags(),
+            environment: plan.hook_environment.clone(),
             starts_itself: false,
         },
     };
@@ -135,6 +133,28 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
         set_oom_score(prepared.procfs.as_fd(), init.pid(), score)?;
     }
     Ok(init)
+}
+
+/// Says the word to a container that waits behind [`Gate::Listener`], over a connection to its socket, and follows it until
+/// its program is executed.
+pub fn start_waiting(connection: BorrowedFd<'_>, plan: &Plan, state: &hooks::StateTemplate, pid: i32) -> Result<()> {
+    channel::send(connection, &[Word::Start as u8], None).step(Step::Synchronize, "")?;
+    loop {
+        let mut bytes = [0; MESSAGE_BYTES];
+        let (length, fd) = match channel::receive(connection, &mut bytes, true) {
+            // The end of the channel is the beginning of the program.
+            Ok((0, _)) | Err(Errno::ECONNRESET) => return Ok(()),
+            other => other.step(Step::Synchronize, "")?,
+        };
+        let message =
+            Message::decode(&bytes[..length]).ok_or_else(|| Error::Died("it sent an unknown message".into()))?;
+        match (message.note, fd, plan.process.seccomp.as_ref().and_then(|filter| filter.listener.as_ref())) {
+            (Note::SeccompListener, Some(fd), Some(agent)) => {
+                hooks::hand_over_listener(state, "created", pid, agent, fd.as_fd())?;
+            }
+            _ => return Err(failed(&message)),
+        }
+    }
 }
 
 /// The host's procfs, checked to be one, so that nothing mounted over it can swallow or fake what is written.
@@ -179,7 +199,7 @@ fn sources(plan: &Plan, cgroup: Option<&Cgroup>, privileged: bool) -> Result<Vec
     let mut trees = Vec::with_capacity(plan.mounts.len());
     for step in &plan.mounts {
         let (tree, name) = match &step.source {
-            Source::Bind { path, recursive } if early || step.id_map.is_some() => {
+            Source::Bind { path, recursive, .. } if early || step.id_map.is_some() => {
                 let name = path.to_string_lossy().into_owned();
                 (mount::clone_tree(None, path, *recursive).step(Step::OpenSource, &name)?, name)
             }
@@ -211,8 +231,17 @@ fn sources(plan: &Plan, cgroup: Option<&Cgroup>, privileged: bool) -> Result<Vec
     Ok(trees)
 }
 
-/// Gives a detached mount the id map of a user namespace made for that alone.
+/// Gives a detached mount the id map of a user namespace: one that exists, or one made for that alone.
 fn map_ids(tree: BorrowedFd<'_>, map: &IdMap, name: &str) -> Result<()> {
+    let give = |userns: BorrowedFd<'_>| {
+        let attributes =
+            Attributes { set: MOUNT_ATTR_IDMAP, userns_fd: userns.as_raw_fd() as u64, ..Attributes::default() };
+        mount::set_attributes(tree, &attributes, map.recursive).step(Step::IdMapMount, name)
+    };
+    let (uid_map, gid_map) = match &map.maps {
+        Maps::OfNamespace(file) => return give(open_namespace(file)?.as_fd()),
+        Maps::Listed { uid_map, gid_map } => (uid_map, gid_map),
+    };
     let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
     let request = CloneRequest { flags: libc::CLONE_NEWUSER as u64, cgroup: None };
     let holder = process::clone3(request, || {
@@ -223,12 +252,10 @@ fn map_ids(tree: BorrowedFd<'_>, map: &IdMap, name: &str) -> Result<()> {
     })
     .step(Step::IdMapMount, name)?;
     drop(theirs);
-    let mapped = write_id_maps(holder.pid, &map.uid_map, &map.gid_map).and_then(|()| {
+    let mapped = write_id_maps(holder.pid, uid_map, gid_map).and_then(|()| {
         let file = format!("/proc/{}/ns/user", holder.pid);
         let userns = std::fs::File::open(&file).map_err(|source| Error::Read { path: file.into(), source })?;
-        let attributes =
-            Attributes { set: MOUNT_ATTR_IDMAP, userns_fd: userns.as_raw_fd() as u64, ..Attributes::default() };
-        mount::set_attributes(tree, &attributes, map.recursive).step(Step::IdMapMount, name)
+        give(userns.as_fd())
     });
     drop(ours);
     process::wait(holder.pidfd.as_fd(), true).step(Step::IdMapMount, name)?;
@@ -296,115 +323,7 @@ fn nodes(plan: &Plan, privileged: bool) -> Result<Vec<Option<OwnedFd>>> {
         .collect()
 }
 
-fn joins(plan: &Plan) -> Result<Vec<(OwnedFd, i32)>> {
-    let mut files = Vec::new();
-    for join in plan.namespaces.joined.iter().filter(|join| join.flag != libc::CLONE_NEWPID) {
-        files.push((open_namespace(&join.path)?, join.flag));
-    }
-    if let Some(path) = &plan.namespaces.joined_time {
-        files.insert(0, (open_namespace(path)?, CLONE_NEWTIME as i32));
-    }
-    Ok(files)
-}
-
-fn open_namespace(path: &CStr) -> Result<OwnedFd> {
-    path::open(path, libc::O_RDONLY).step(Step::OpenNamespace, path.to_string_lossy())
-}
-
-/// Namespaces that a process can only get by being cloned by somebody who has set them for its children.
-pub(crate) struct OwnNamespaces {
-    saved: Vec<(OwnedFd, i32)>,
-}
-
-impl OwnNamespaces {
-    fn enter(plan: &Plan) -> Result<Self> {
-        let mut own = Self { saved: Vec::new() };
-        if let Some(join) = plan.namespaces.joined.iter().find(|join| join.flag == libc::CLONE_NEWPID) {
-            own.save(c"/proc/self/ns/pid", libc::CLONE_NEWPID)?;
-            let name = join.path.to_string_lossy();
-            namespace::setns(open_namespace(&join.path)?.as_fd(), libc::CLONE_NEWPID)
-                .step(Step::JoinNamespace, name)?;
-        }
-        if plan.namespaces.new & CLONE_NEWTIME != 0 {
-            own.save(c"/proc/self/ns/time", CLONE_NEWTIME as i32)?;
-            namespace::unshare(CLONE_NEWTIME as i32).step(Step::Unshare, "time")?;
-            if let Some(offsets) = &plan.namespaces.time_offsets {
-                let path = std::path::PathBuf::from("/proc/self/timens_offsets");
-                if let Err(source) = std::fs::write(&path, offsets) {
-                    own.restore()?;
-                    return Err(Error::Write { path, source });
-                }
-            }
-        }
-        Ok(own)
-    }
-
-    /// For children in the PID namespace of the process behind a pidfd.
-    pub(crate) fn enter_pid_of(pidfd: BorrowedFd<'_>) -> Result<Self> {
-        let mut own = Self { saved: Vec::new() };
-        own.save(c"/proc/self/ns/pid", libc::CLONE_NEWPID)?;
-        namespace::setns(pidfd, libc::CLONE_NEWPID).step(Step::JoinNamespace, "pid")?;
-        Ok(own)
-    }
-
-    pub(crate) fn none() -> Self {
-        Self { saved: Vec::new() }
-    }
-
-    fn save(&mut self, file: &CStr, flag: i32) -> Result<()> {
-        self.saved.push((open_namespace(file)?, flag));
-        Ok(())
-    }
-
-    pub(crate) fn restore(self) -> Result<()> {
-        for (file, flag) in &self.saved {
-            namespace::setns(file.as_fd(), *flag).step(Step::JoinNamespace, "of the runtime itself")?;
-        }
-        Ok(())
-    }
-}
-
-/// A user namespace must be joined before the other namespaces are made, for it shall own them.
-fn clone_through_usher(file: &CStr, request: CloneRequest<'_>, plan: &Plan, prepared: &mut Prepared) -> Result<Child> {
-    let user = open_namespace(file)?;
-    let enter = || {
-        namespace::setns(user.as_fd(), libc::CLONE_NEWUSER)
-            .map_err(|errno| Failure::new(Step::JoinUserNamespace, file, errno))
-    };
-    usher(enter, request, || child::run(plan, prepared))
-}
-
-/// A process that enters where the caller must not or may not go, and clones another one as its own sibling, which makes
-/// that one a child of the caller.
-pub(crate) fn usher(
-    enter: impl FnOnce() -> std::result::Result<(), Failure>,
-    request: CloneRequest<'_>,
-    child: impl FnOnce() -> i32,
-) -> Result<Child> {
-    let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
-    let usher = process::clone3(CloneRequest::default(), || {
-        let made = enter().and_then(|()| {
-            process::clone3_sibling(request, child).map_err(|errno| Failure::new(Step::Clone, c"", errno))
-        });
-        let message = match made {
-            Ok(pid) => Message::pid(pid),
-            Err(failure) => Message::failed(&failure),
-        };
-        i32::from(channel::send(theirs.as_fd(), &message.encode(), None).is_err())
-    })
-    .step(Step::Clone, "")?;
-    let exit = process::wait(usher.pidfd.as_fd(), true).step(Step::Clone, "")?;
-    let message = receive(&ours)?.ok_or_else(|| Error::Died(format!("{exit:?}")))?;
-    match message.note {
-        Note::Pid => {
-            let pidfd = process::pidfd_open(message.number).step(Step::Clone, "")?;
-            Ok(Child { pid: message.number, pidfd })
-        }
-        _ => Err(failed(&message)),
-    }
-}
-
-fn receive(channel: &OwnedFd) -> Result<Option<Message>> {
+pub(crate) fn receive(channel: &OwnedFd) -> Result<Option<Message>> {
     let mut bytes = [0; MESSAGE_BYTES];
     let (length, _) = channel::receive(channel.as_fd(), &mut bytes, false).step(Step::Synchronize, "")?;
     Ok(Message::decode(&bytes[..length]))
@@ -452,7 +371,6 @@ impl Init {
             ended: None,
             story,
             console: None,
-            seccomp: None,
         }
     }
 
@@ -584,10 +502,11 @@ impl Init {
             Note::Created => self.stage = Stage::Created,
             Note::Terminal => self.console = fd,
             Note::SeccompListener => {
-                if let (Some(fd), Some((path, metadata))) = (&fd, &self.story.listener) {
-                    hooks::hand_over_listener(&self.story, self.child.pid, path, metadata, fd.as_fd())?;
+                // Not kept: when the agent ends, nobody else may hold calls back that it will never answer.
+                if let (Some(fd), Some(agent)) = (fd, &self.story.listener) {
+                    let status = if self.story.starts_itself { "running" } else { "creating" };
+                    hooks::hand_over_listener(&self.story.state, status, self.child.pid, agent, fd.as_fd())?;
                 }
-                self.seccomp = fd;
             }
             Note::Failed => {
                 let error = failed(&message);

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use oci_spec::runtime::{Linux, Mount, Process, Root, Spec};
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// A longer configuration is refused.
@@ -26,35 +27,45 @@ pub fn parse<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Resul
     serde_json::from_slice(bytes).map_err(|source| Error::Json { path: path.to_path_buf(), source })
 }
 
-/// Reads a specification or a process from JSON. Capabilities that nobody knows are left out, as the specification wants
-/// it; what was left out is handed back to be told.
-pub fn parse_with_capabilities<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<(T, Vec<String>)> {
-    match parse(path, bytes) {
-        Ok(value) => Ok((value, Vec::new())),
-        Err(error) => {
-            let mut document: serde_json::Value = parse(path, bytes)?;
-            let mut unknown = Vec::new();
-            let process = if document.get("process").is_some() { &mut document["process"] } else { &mut document };
-            let sets = process.get_mut("capabilities").and_then(serde_json::Value::as_object_mut);
-            for set in sets.into_iter().flat_map(|sets| sets.values_mut()).filter_map(serde_json::Value::as_array_mut) {
-                set.retain(|name| {
-                    let known = name.as_str().is_none_or(|name| crate::capability::number(name).is_some());
-                    if !known {
-                        unknown.extend(name.as_str().map(String::from));
-                    }
-                    known
-                });
+/// Reads a specification or a process from JSON, and puts right what the types that it is read into have otherwise than
+/// the specification. Capabilities that nobody knows are left out, as the specification wants it; they are handed back to
+/// be told.
+pub fn parse_leniently<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<(T, Vec<String>)> {
+    let error = match parse(path, bytes) {
+        Ok(value) => return Ok((value, Vec::new())),
+        Err(error) => error,
+    };
+    let mut document: Value = parse(path, bytes)?;
+    let process = if document.get("process").is_some() { &mut document["process"] } else { &mut document };
+    let Some(process) = process.as_object_mut() else { return Err(error) };
+    let mut unknown = Vec::new();
+    let sets = process.get_mut("capabilities").and_then(Value::as_object_mut);
+    for set in sets.into_iter().flat_map(|sets| sets.values_mut()).filter_map(Value::as_array_mut) {
+        set.retain(|name| {
+            let known = name.as_str().is_none_or(|name| crate::capability::number(name).is_some());
+            if !known {
+                unknown.extend(name.as_str().map(String::from));
             }
-            if unknown.is_empty() {
-                return Err(error);
-            }
-            let value =
-                serde_json::from_value(document).map_err(|source| Error::Json { path: path.to_path_buf(), source })?;
-            unknown.sort();
-            unknown.dedup();
-            Ok((value, unknown))
+            known
+        });
+    }
+    process.entry("user").or_insert_with(|| json!({"uid": 0, "gid": 0}));
+    if let Some(priority) = process.get_mut("ioPriority").and_then(Value::as_object_mut) {
+        priority.entry("priority").or_insert_with(|| 0.into());
+    }
+    let flags =
+        process.get_mut("scheduler").and_then(|scheduler| scheduler.get_mut("flags")).and_then(Value::as_array_mut);
+    for flag in flags.into_iter().flatten() {
+        match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => *flag = "SCHED_RESET_ON_FORK".into(),
+            Some("SCHED_FLAG_DL_OVERRUN") => *flag = "SCHED_FLAG_D_L_OVERRUN".into(),
+            _ => {}
         }
     }
+    let value = serde_json::from_value(document).map_err(|source| Error::Json { path: path.to_path_buf(), source })?;
+    unknown.sort();
+    unknown.dedup();
+    Ok((value, unknown))
 }
 
 /// The capabilities of a container by default: those that programs of an image expect, as container engines give them.

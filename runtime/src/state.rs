@@ -139,7 +139,7 @@ impl Folder {
     pub fn load_spec(&self) -> Result<Spec> {
         let file = self.path.join(CONFIG_FILE);
         // What was left out at the creation was told then.
-        Ok(spec::parse_with_capabilities(&file, &spec::read_bounded(&file)?)?.0)
+        Ok(spec::parse_leniently(&file, &spec::read_bounded(&file)?)?.0)
     }
 
     /// The specification as the JSON that it was given in.

@@ -10,13 +10,14 @@ mod root;
 use crate::error::Step;
 use crate::plan::{Gate, Plan};
 use coracle_sys::path;
+use coracle_sys::process::CLONE_NEWTIME;
 use coracle_sys::{channel, identity, namespace};
 pub(crate) use devices::open_terminal;
 use message::{At, listen};
 pub(crate) use message::{Failure, MESSAGE_BYTES, Message, Note, Word};
 pub(crate) use process::{Program, Surroundings, finish};
 pub(crate) use root::{apply, root_tree};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// Everything that the new process needs beside the plan, opened by its parent.
 pub(crate) struct Prepared {
@@ -71,6 +72,10 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
         tell(sync, Note::NeedsIdMaps)?;
         listen(sync, Word::Go)?;
     }
+    if plan.namespaces.new & CLONE_NEWTIME != 0 {
+        // While the files in procfs are still this process's own: becoming another user takes them away.
+        enter_new_time(plan, prepared.procfs.as_fd())?;
+    }
     if plan.namespaces.has_user() {
         match identity::set_groups(&[]) {
             // An unprivileged user's group map goes with giving up to change groups.
@@ -118,7 +123,7 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
     root::enter(plan, prepared)?;
     settings(plan, prepared)?;
     let stdio = terminal.as_ref().map_or(prepared.stdio, |terminal| {
-        let fd = std::os::fd::AsRawFd::as_raw_fd(terminal);
+        let fd = terminal.as_raw_fd();
         [fd, fd, fd]
     });
     let announce = || match plan.options.gate {
@@ -130,11 +135,15 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
         }
         Gate::Listener => {
             identity::set_parent_death_signal(0).at(Step::AnnounceCreated)?;
-            tell(prepared.sync.as_fd(), Note::Created)?;
             let listener = prepared
                 .listener
                 .as_ref()
                 .ok_or_else(|| Failure::new(Step::AnnounceCreated, c"listener", coracle_sys::Errno::EBADF))?;
+            // It may wait for long, and whoever made it may have handed down descriptors without knowing.
+            let kept =
+                [prepared.sync.as_raw_fd(), listener.as_raw_fd(), terminal.as_ref().map_or(-1, AsRawFd::as_raw_fd)];
+            coracle_sys::process::close_from(plan.process.first_closed(), kept).at(Step::CloseDescriptors)?;
+            tell(prepared.sync.as_fd(), Note::Created)?;
             loop {
                 let starter = channel::accept(listener.as_fd()).at(Step::AnnounceCreated)?;
                 // Whoever goes away without the word has changed its mind; the next one may say it.
@@ -155,6 +164,16 @@ fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
         },
         announce,
     )
+}
+
+/// A process gets into a new time namespace by joining the one that it has made for its children.
+fn enter_new_time(plan: &Plan, procfs: BorrowedFd<'_>) -> Result<(), Failure> {
+    namespace::unshare(CLONE_NEWTIME as i32).on(Step::Unshare, c"time")?;
+    if let Some(offsets) = &plan.namespaces.time_offsets {
+        process::write_procfs(procfs, c"self/timens_offsets", offsets).at(Step::TimeOffsets)?;
+    }
+    let new = path::openat(procfs, c"self/ns/time_for_children", libc::O_RDONLY, 0).on(Step::OpenNamespace, c"time")?;
+    namespace::setns(new.as_fd(), CLONE_NEWTIME as i32).on(Step::JoinNamespace, c"time")
 }
 
 fn tell(sync: BorrowedFd<'_>, note: Note) -> Result<(), Failure> {

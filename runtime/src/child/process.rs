@@ -65,16 +65,23 @@ pub(crate) fn finish(
         return Err(Failure::new(Step::WorkingDirectoryOutside, &plan.cwd, Errno::EXDEV));
     }
     path::umask(plan.umask.unwrap_or(DEFAULT_UMASK));
+    if plan.uid != 0 {
+        // Becoming another user has put the rights away with which the program itself will be executed.
+        let permitted = identity::permitted().at(Step::Capabilities)?;
+        let effective = plan.capabilities.effective & permitted;
+        identity::set_capabilities(&Capabilities { effective, permitted, ..Capabilities::default() })
+            .at(Step::Capabilities)?;
+    }
     let executable = find_program(plan)?;
     process::reset_signals().at(Step::Signals)?;
-    let first = 3 + i32::try_from(plan.preserve_fds).unwrap_or(i32::MAX - 3);
-    process::close_on_exec_from(first).at(Step::CloseDescriptors)?;
+    process::close_on_exec_from(plan.first_closed()).at(Step::CloseDescriptors)?;
     if plan.no_new_privileges {
         identity::no_new_privileges().at(Step::NoNewPrivileges)?;
     }
     identity::set_parent_death_signal(0).at(Step::Signals)?;
     let starter = announce()?;
-    let last = last_steps(plan, program, around, executable, home);
+    let sync = starter.as_ref().map_or(around.sync, AsFd::as_fd);
+    let last = last_steps(plan, program, sync, executable, home);
     match (last, &starter) {
         (Err(failure), Some(starter)) => {
             report(starter.as_fd(), &failure);
@@ -88,7 +95,7 @@ pub(crate) fn finish(
 fn last_steps(
     plan: &ProcessPlan,
     program: &mut Program,
-    around: &Surroundings<'_>,
+    sync: BorrowedFd<'_>,
     executable: &CStr,
     home: Option<(usize, &CStr)>,
 ) -> Result<(), Failure> {
@@ -97,13 +104,13 @@ fn last_steps(
     }
     if plan.no_new_privileges {
         take_capabilities(&plan.capabilities)?;
-        install_filter(plan, around)?;
+        install_filter(plan, sync)?;
     } else {
         if plan.seccomp.is_some() {
             let all = identity::permitted().at(Step::Seccomp)?;
             let raised = Capabilities { effective: all, permitted: all, ..Capabilities::default() };
             identity::set_capabilities(&raised).at(Step::Seccomp)?;
-            install_filter(plan, around)?;
+            install_filter(plan, sync)?;
         }
         take_capabilities(&plan.capabilities)?;
     }
@@ -167,12 +174,12 @@ fn take_capabilities(wanted: &Capabilities) -> Result<(), Failure> {
     identity::set_ambient(wanted.ambient).at(Step::Capabilities)
 }
 
-fn install_filter(plan: &ProcessPlan, around: &Surroundings<'_>) -> Result<(), Failure> {
+fn install_filter(plan: &ProcessPlan, sync: BorrowedFd<'_>) -> Result<(), Failure> {
     let Some(filter) = &plan.seccomp else { return Ok(()) };
     let listener = seccomp::install(&filter.program, filter.flags).at(Step::Seccomp)?;
     if let Some(listener) = listener {
         let message = Message::note(Note::SeccompListener).encode();
-        channel::send(around.sync, &message, Some(listener.as_fd())).at(Step::SeccompListener)?;
+        channel::send(sync, &message, Some(listener.as_fd())).at(Step::SeccompListener)?;
     }
     Ok(())
 }

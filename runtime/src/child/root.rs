@@ -48,7 +48,13 @@ pub(super) fn build(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure>
     mount::attach(prepared.root.as_fd(), top.as_fd()).on(Step::AttachRoot, &plan.root)?;
     for (index, step) in plan.mounts.iter().enumerate() {
         let source = match (prepared.sources[index].take(), &step.source) {
-            (None, Source::Bind { path, recursive }) => Some(open_source(step, path, *recursive)?),
+            (None, Source::Bind { path, within_root, recursive }) => {
+                let found = within_root
+                    .as_deref()
+                    .map(|below| resolve::find(prepared.root.as_fd(), below).on(Step::OpenSource, path))
+                    .transpose()?;
+                Some(open_source(step, found, path, *recursive)?)
+            }
             (source, _) => source,
         };
         let made = mount_one(prepared.root.as_fd(), step, source)?;
@@ -87,9 +93,18 @@ pub(crate) fn apply(step: &MountStep, tree: BorrowedFd<'_>) -> coracle_sys::Resu
     })
 }
 
-/// A copy of a bind source in this process's mount namespace, and whether it is a folder.
-fn open_source(step: &MountStep, path: &CStr, recursive: bool) -> Result<(OwnedFd, bool), Failure> {
-    let tree = mount::clone_tree(None, path, recursive).on(Step::OpenSource, path)?;
+/// A copy of a bind source in this process's mount namespace, or of what was found in the root, and whether it is a folder.
+fn open_source(
+    step: &MountStep,
+    found: Option<OwnedFd>,
+    path: &CStr,
+    recursive: bool,
+) -> Result<(OwnedFd, bool), Failure> {
+    let tree = match &found {
+        Some(found) => mount::clone_tree(Some(found.as_fd()), c"", recursive),
+        None => mount::clone_tree(None, path, recursive),
+    }
+    .on(Step::OpenSource, path)?;
     apply(step, tree.as_fd()).on(Step::MountAttributes, path)?;
     let kind = path::stat(tree.as_fd()).on(Step::OpenSource, path)?.st_mode & libc::S_IFMT;
     Ok((tree, kind == libc::S_IFDIR))
@@ -107,6 +122,10 @@ fn mount_one(
         _ => Kind::Folder,
     };
     let relative = below_root(&step.target);
+    let covered = match &step.source {
+        Source::New { options, .. } if step.is_filesystem(b"tmpfs") => mode_to_keep(root, relative, options),
+        _ => None,
+    };
     let target = if is_proc || step.is_filesystem(b"sysfs") {
         // A symlink here could make masked paths and security labels refer to another place than this mount.
         match resolve::find_plain(root, relative) {
@@ -127,7 +146,7 @@ fn mount_one(
             Ok(None)
         }
         (Source::New { filesystem, options }, None) => {
-            let made = new_filesystem(filesystem, options, step)?;
+            let made = new_filesystem(filesystem, options, covered, step)?;
             if step.copy_up {
                 copy_up::copy(target.as_fd(), made.as_fd()).on(Step::CopyUp, &step.target)?;
             }
@@ -142,9 +161,28 @@ fn mount_one(
     }
 }
 
+type Options = [(std::ffi::CString, Option<std::ffi::CString>)];
+
+/// The mode of a folder that a tmpfs covers, for the tmpfs to have, too, unless its options name one.
+fn mode_to_keep(root: BorrowedFd<'_>, place: &CStr, options: &Options) -> Option<u32> {
+    if options.iter().any(|(key, _)| key.as_c_str() == c"mode") {
+        return None;
+    }
+    // What is not there yet is made with the file system's own default.
+    let stat = path::stat(resolve::find(root, place).ok()?.as_fd()).ok()?;
+    Some(stat.st_mode & 0o7777)
+}
+
+/// A number of four octal digits, without anything being allocated.
+fn octal(number: u32) -> [u8; 5] {
+    let digit = |shift: u32| b'0' + ((number >> shift) & 7) as u8;
+    [digit(9), digit(6), digit(3), digit(0), 0]
+}
+
 fn new_filesystem(
     filesystem: &CStr,
-    options: &[(std::ffi::CString, Option<std::ffi::CString>)],
+    options: &Options,
+    mode: Option<u32>,
     step: &MountStep,
 ) -> Result<OwnedFd, Failure> {
     let context = Context::new(filesystem).on(Step::MakeFilesystem, filesystem)?;
@@ -154,6 +192,10 @@ fn new_filesystem(
             None => context.flag(key),
         }
         .on(Step::MountOption, key)?;
+    }
+    if let Some(text) = mode.map(octal) {
+        let value = CStr::from_bytes_until_nul(&text).unwrap_or(c"0755");
+        context.string(c"mode", value).on(Step::MountOption, c"mode")?;
     }
     let made = context.mount(step.attributes.set).on(Step::MakeFilesystem, filesystem)?;
     if !step.recursive_attributes.is_empty() {

@@ -112,6 +112,8 @@ pub struct Plan {
     pub(crate) domainname: Option<CString>,
     pub(crate) process: ProcessPlan,
     pub(crate) hooks: Hooks,
+    /// Environment of hooks inside the container that name none.
+    pub(crate) hook_environment: Vec<CString>,
     pub(crate) resources: Option<LinuxResources>,
     pub(crate) cgroups_path: Option<PathBuf>,
     pub(crate) annotations: std::collections::HashMap<String, String>,
@@ -127,6 +129,7 @@ impl Plan {
         let linux = spec.linux().clone().unwrap_or_default_empty();
         let process = spec.process().as_ref().ok_or_else(|| Error::config("process", "is missing"))?;
         let root = spec.root().as_ref().ok_or_else(|| Error::config("root", "is missing"))?;
+        let root_path = bundle.join(root.path());
         let namespaces = Namespaces::compile(&linux)?;
         if linux.intel_rdt().is_some() && !Path::new("/sys/fs/resctrl/schemata").exists() {
             return Err(Error::unsupported("linux.intelRdt", "no resctrl file system is mounted at /sys/fs/resctrl"));
@@ -146,7 +149,7 @@ impl Plan {
         }
         let mounts = wanted_mounts
             .iter()
-            .map(|mount| MountStep::compile(mount, bundle, root_propagation, &namespaces))
+            .map(|mount| MountStep::compile(mount, (bundle, &root_path), root_propagation, &namespaces))
             .collect::<Result<Vec<_>>>()?;
         let own_dev = !mounts.iter().any(|mount| mount.target.as_c_str() == c"/dev" && mount.is_bind());
         let set = |value: &Option<String>, field: &str, needed: i32| match value.as_deref() {
@@ -159,7 +162,7 @@ impl Plan {
         let plan = Self {
             options: options.clone(),
             bundle: bundle.to_path_buf(),
-            root: c_path("root.path", &bundle.join(root.path()))?,
+            root: c_path("root.path", &root_path)?,
             root_readonly: root.readonly().unwrap_or(false),
             root_propagation,
             devices: devices(&linux, own_dev)?,
@@ -173,6 +176,7 @@ impl Plan {
             domainname: set(spec.domainname(), "domainname", libc::CLONE_NEWUTS)?,
             process: ProcessPlan::compile(process, &linux, options)?,
             hooks: spec.hooks().clone().unwrap_or_default(),
+            hook_environment: hook_environment(process)?,
             resources: linux.resources().clone(),
             cgroups_path: linux.cgroups_path().clone(),
             annotations: spec.annotations().clone().unwrap_or_default(),
@@ -235,6 +239,11 @@ impl Plan {
     /// The specification's hooks.
     pub fn hooks(&self) -> &Hooks {
         &self.hooks
+    }
+
+    /// Environment of the program as hooks inside the container get it.
+    pub fn hook_environment(&self) -> &[CString] {
+        &self.hook_environment
     }
 
     /// Whether the program starts without a word of the caller's.
@@ -306,16 +315,17 @@ pub(crate) fn container_path(field: &str, path: &Path) -> Result<CString> {
 }
 
 fn paths(field: &str, paths: Option<&[String]>) -> Result<Vec<CString>> {
-    paths
-        .unwrap_or_default()
-        .iter()
-        .map(|path| {
-            if !path.starts_with('/') {
-                return Err(Error::config(field, format!("{path:?} is not absolute")));
-            }
-            container_path(field, Path::new(path))
-        })
-        .collect()
+    let mut found: Vec<CString> = Vec::new();
+    for path in paths.unwrap_or_default() {
+        if !path.starts_with('/') {
+            return Err(Error::config(field, format!("{path:?} is not absolute")));
+        }
+        let path = container_path(field, Path::new(path))?;
+        if !found.contains(&path) {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 fn devices(linux: &oci_spec::runtime::Linux, own_dev: bool) -> Result<Vec<DeviceStep>> {
@@ -422,6 +432,15 @@ fn net_devices(linux: &oci_spec::runtime::Linux, namespaces: &Namespaces) -> Res
         return Err(Error::config("linux.netDevices", format!("two interfaces would be called {name}")));
     }
     Ok(devices)
+}
+
+fn hook_environment(process: &Process) -> Result<Vec<CString>> {
+    let listed = process.env().as_deref().unwrap_or_default();
+    let mut strings = listed.iter().map(|entry| c_string("process.env", entry)).collect::<Result<Vec<_>>>()?;
+    if !listed.iter().any(|entry| entry.starts_with("HOME=")) {
+        strings.push(c"HOME=/".into());
+    }
+    Ok(strings)
 }
 
 fn check_hooks(hooks: &Hooks) -> Result<()> {

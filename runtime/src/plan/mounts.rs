@@ -1,8 +1,8 @@
 //! Mounts: options into attributes, sources into what the kernel's descriptor interface takes.
 
-use super::{Namespaces, c_path, c_string, container_path};
+use super::{Namespaces, UserNamespace, c_path, c_string, container_path};
 use crate::error::{Error, Result};
-use crate::idmap;
+use crate::idmap::{self, Maps};
 use coracle_sys::mount::{
     Attributes, MOUNT_ATTR__ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_NOEXEC,
     MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY, MOUNT_ATTR_RELATIME, MOUNT_ATTR_STRICTATIME,
@@ -17,17 +17,16 @@ const MAX_OPTION_BYTES: usize = 255;
 /// Where a mount comes from.
 #[derive(Clone, Debug)]
 pub(crate) enum Source {
-    /// A copy of an existing mount; opened by the caller before the clone.
-    Bind { path: CString, recursive: bool },
+    /// A copy of an existing mount. One within the container's root is found there, also when an earlier mount brings it.
+    Bind { path: CString, within_root: Option<CString>, recursive: bool },
     /// A new instance of a file system with its options.
     New { filesystem: CString, options: Vec<(CString, Option<CString>)> },
 }
 
-/// Maps of an id-mapped mount, or those of the container's own user namespace when empty.
+/// Maps of an id-mapped mount.
 #[derive(Clone, Debug)]
 pub(crate) struct IdMap {
-    pub uid_map: String,
-    pub gid_map: String,
+    pub maps: Maps,
     pub recursive: bool,
 }
 
@@ -152,7 +151,7 @@ pub(super) fn root_propagation(wanted: Option<&str>) -> Result<(u64, bool)> {
 impl MountStep {
     pub(super) fn compile(
         mount: &Mount,
-        bundle: &Path,
+        (bundle, root): (&Path, &Path),
         root_propagation: (u64, bool),
         namespaces: &Namespaces,
     ) -> Result<Self> {
@@ -205,7 +204,18 @@ impl MountStep {
             if source.as_os_str().is_empty() {
                 return Err(Error::config(field, "a bind mount needs a source"));
             }
-            step.source = Source::Bind { path: c_path(&field, &bundle.join(source))?, recursive };
+            let source = bundle.join(source);
+            let within_root = source
+                .strip_prefix(root)
+                .ok()
+                .filter(|below| {
+                    namespaces.has_own(libc::CLONE_NEWNS)
+                        && below.components().all(|part| matches!(part, std::path::Component::Normal(_)))
+                        && !below.as_os_str().is_empty()
+                })
+                .map(|below| c_path(&field, below))
+                .transpose()?;
+            step.source = Source::Bind { path: c_path(&field, &source)?, within_root, recursive };
             // Without a word on propagation a bind mount follows the container's root, as the copy of a mount does.
             if step.propagation.is_empty() {
                 step.propagation.push((root_propagation.0, true));
@@ -261,17 +271,18 @@ impl MountStep {
         if option.is_none() && uid.is_empty() && gid.is_empty() {
             return Ok(None);
         }
+        let recursive = option.unwrap_or(false);
         // Without maps of its own, the mount uses those of the container's user namespace.
-        let (uid, gid) = if uid.is_empty() && gid.is_empty() {
-            (&namespaces.uid_mappings[..], &namespaces.gid_mappings[..])
-        } else {
-            (uid, gid)
+        let (uid, gid) = match &namespaces.user {
+            _ if !uid.is_empty() || !gid.is_empty() => (uid, gid),
+            UserNamespace::Joined(file) => return Ok(Some(IdMap { maps: Maps::OfNamespace(file.clone()), recursive })),
+            _ => (&namespaces.uid_mappings[..], &namespaces.gid_mappings[..]),
         };
-        Ok(Some(IdMap {
+        let maps = Maps::Listed {
             uid_map: idmap::text(&format!("{field}.uidMappings"), uid)?,
             gid_map: idmap::text(&format!("{field}.gidMappings"), gid)?,
-            recursive: option.unwrap_or(false),
-        }))
+        };
+        Ok(Some(IdMap { maps, recursive }))
     }
 
     pub(crate) fn is_bind(&self) -> bool {

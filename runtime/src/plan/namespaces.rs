@@ -1,6 +1,6 @@
 //! Which namespaces are new, which are joined, which stay those of the caller.
 
-use super::{c_path, id_maps};
+use super::{c_path, c_string, id_maps};
 use crate::error::{Error, Result};
 use coracle_sys::process::CLONE_NEWTIME;
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
@@ -34,7 +34,7 @@ pub(crate) struct Namespaces {
     pub uid_mappings: Vec<LinuxIdMapping>,
     pub gid_mappings: Vec<LinuxIdMapping>,
     /// What `timens_offsets` takes.
-    pub time_offsets: Option<String>,
+    pub time_offsets: Option<CString>,
     /// A time namespace to join.
     pub joined_time: Option<CString>,
 }
@@ -109,7 +109,7 @@ impl Namespaces {
                 let (seconds, nanoseconds) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
                 text.push_str(&format!("{clock} {seconds} {nanoseconds}\n"));
             }
-            namespaces.time_offsets = Some(text);
+            namespaces.time_offsets = Some(c_string("linux.timeOffsets", &text)?);
         }
         Ok(namespaces)
     }

@@ -57,6 +57,11 @@ pub(crate) struct ProcessPlan {
 }
 
 impl ProcessPlan {
+    /// The first descriptor that the program does not inherit.
+    pub(crate) fn first_closed(&self) -> i32 {
+        3 + i32::try_from(self.preserve_fds).unwrap_or(i32::MAX - 3)
+    }
+
     pub(super) fn compile(process: &Process, linux: &Linux, options: &Options) -> Result<Self> {
         let arguments = process.args().as_deref().unwrap_or_default();
         let program = arguments.first().ok_or_else(|| Error::config("process.args", "is empty"))?;

@@ -218,6 +218,19 @@ pub fn close_on_exec_from(first: RawFd) -> Result<()> {
     Ok(())
 }
 
+/// Closes every descriptor from `first` on but the kept ones (negative ones are none).
+pub fn close_from<const N: usize>(mut first: RawFd, mut kept: [RawFd; N]) -> Result<()> {
+    kept.sort_unstable();
+    for fd in kept.into_iter().chain([RawFd::MAX]).filter(|fd| *fd >= 0) {
+        if first < fd {
+            // SAFETY: for a fresh child, in which nobody uses the descriptors of its maker any more.
+            check(unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) })?;
+        }
+        first = first.max(fd.saturating_add(1));
+    }
+    Ok(())
+}
+
 /// Makes `to` a copy of `from` that survives exec.
 pub fn dup_onto(from: RawFd, to: RawFd) -> Result<()> {
     // SAFETY: the runtime uses this in a fresh child only, to place the standard streams; whatever `to` was before is

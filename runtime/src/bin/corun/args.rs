@@ -216,19 +216,35 @@ pub(crate) struct Invocation {
     pub command: Option<&'static Command>,
     pub flags: Flags,
     pub words: Vec<String>,
+    /// The command that help was asked for.
+    pub topic: Option<&'static Command>,
+}
+
+impl Invocation {
+    fn without_command(global: Flags, topic: Option<&'static Command>) -> Self {
+        Self { global, command: None, flags: Flags::default(), words: Vec::new(), topic }
+    }
+}
+
+fn find(name: String) -> Result<&'static Command> {
+    Ok(COMMANDS.iter().find(|command| command.name == name).ok_or(UnknownCommand(name))?)
 }
 
 pub(crate) fn parse(mut line: Vec<String>) -> Result<Invocation> {
     line.reverse();
     let global = flags(GLOBAL, &mut line)?;
     if global.has("version") || global.has("help") || line.is_empty() {
-        return Ok(Invocation { global, command: None, flags: Flags::default(), words: Vec::new() });
+        return Ok(Invocation::without_command(global, None));
     }
     let name = line.pop().unwrap_or_default();
     if name == "help" {
-        return Ok(Invocation { global, command: None, flags: Flags::default(), words: Vec::new() });
+        let topic = line.pop().map(find).transpose()?;
+        return Ok(Invocation::without_command(global, topic));
     }
-    let command = COMMANDS.iter().find(|command| command.name == name).ok_or(UnknownCommand(name))?;
+    let command = find(name)?;
+    if line.last().is_some_and(|word| ["-h", "--help", "-help"].contains(&word.as_str())) {
+        return Ok(Invocation::without_command(global, Some(command)));
+    }
     let mut given = flags(command.flags, &mut line)?;
     let mut words: Vec<String> = line.pop().into_iter().collect();
     // Commands with one word take flags behind it, too, as people type them.
@@ -237,7 +253,7 @@ pub(crate) fn parse(mut line: Vec<String>) -> Result<Invocation> {
         given.0.extend(later.0);
     }
     words.extend(line.into_iter().rev());
-    Ok(Invocation { global, command: Some(command), flags: given, words })
+    Ok(Invocation { global, command: Some(command), flags: given, words, topic: None })
 }
 
 /// Takes flags off the (reversed) line.
@@ -271,21 +287,25 @@ fn flags(known: &[Flag], line: &mut Vec<String>) -> Result<Flags> {
     Ok(found)
 }
 
+pub(crate) fn help_on(command: &Command) -> String {
+    let Command { name, usage, about, flags } = command;
+    let mut text = format!("corun {name}: {about}\n\nUsage: corun {name} [FLAGS] {usage}\n");
+    for (names, value) in *flags {
+        let names: Vec<_> =
+            names.iter().map(|name| format!("{}{name}", if name.len() == 1 { "-" } else { "--" })).collect();
+        text.push_str(&format!("  {}{}\n", names.join(", "), if *value { " VALUE" } else { "" }));
+    }
+    text
+}
+
 pub(crate) fn help() -> String {
     let mut text = String::from(
         "corun: an OCI container runtime\n\nUsage: corun [GLOBAL FLAGS] COMMAND [FLAGS] [WORDS]\n\nCommands:\n",
     );
     for command in COMMANDS {
-        let flags: Vec<String> = command
-            .flags
-            .iter()
-            .map(|(names, value)| format!("--{}{}", names[0], if *value { " VALUE" } else { "" }))
-            .collect();
         text.push_str(&format!("  {:<10} {:<22} {}\n", command.name, command.usage, command.about));
-        if !flags.is_empty() {
-            text.push_str(&format!("             [{}]\n", flags.join("] [")));
-        }
     }
+    text.push_str("\ncorun COMMAND --help lists the flags of a command.\n");
     text.push_str("\nGlobal flags:\n  --root FOLDER (/run/corun)  --log FILE  --log-format text|json  --debug  --systemd-cgroup  --version  --help\n");
     text
 }

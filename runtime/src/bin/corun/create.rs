@@ -4,7 +4,7 @@ use crate::{Context, console};
 use anyhow::{Context as _, Result, bail};
 use coracle_runtime::state::{self, Folder, State};
 use coracle_runtime::systemd::{Holder, Scope};
-use coracle_runtime::{Cgroup, Gate, Given, Init, Options, Plan, Stdio, hooks, sealed, spawn_gated, spec};
+use coracle_runtime::{Cgroup, Gate, Given, Init, Options, Plan, Stdio, capability, hooks, sealed, spawn_gated, spec};
 use oci_spec::runtime::Spec;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -56,9 +56,14 @@ fn make<'folder>(
     };
     let config = bundle.join("config.json");
     let bytes = spec::read_bounded(&config)?;
-    let (mut specification, unknown): (Spec, _) = spec::parse_with_capabilities(&config, &bytes)?;
+    let (mut specification, unknown): (Spec, _) = spec::parse_leniently(&config, &bytes)?;
     for name in unknown {
         context.warn(&format!("capability {name} is not known and was left out"));
+    }
+    for name in
+        capability::left_out(specification.process().as_ref().and_then(|process| process.capabilities().as_ref()))
+    {
+        context.warn(&format!("ambient capability {name} is not permitted and inheritable, too, and was left out"));
     }
     let inherited = pass_activation(&mut specification)?;
     let process = specification.process().as_ref();
@@ -112,7 +117,9 @@ fn make<'folder>(
         annotations: specification.annotations().clone().unwrap_or_default(),
     };
     folder.save(&state)?;
+    context.debug(&format!("process {} sets itself up in cgroup {}", state.pid, state.cgroup.display()));
     init.wait_created()?;
+    context.debug("the container is set up");
     Ok(Made { init, undo, state, plan })
 }
 

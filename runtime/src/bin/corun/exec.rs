@@ -11,7 +11,7 @@ use std::path::Path;
 fn process(context: &Context, specification: &oci_spec::runtime::Spec) -> Result<Process> {
     if let Some(path) = context.flags.value("process") {
         let path = Path::new(path);
-        let (process, unknown) = spec::parse_with_capabilities(path, &spec::read_bounded(path)?)?;
+        let (process, unknown) = spec::parse_leniently(path, &spec::read_bounded(path)?)?;
         for name in unknown {
             context.warn(&format!("capability {name} is not known and was left out"));
         }
@@ -55,9 +55,18 @@ fn process(context: &Context, specification: &oci_spec::runtime::Spec) -> Result
     if context.flags.has("no-new-privs") {
         json["noNewPrivileges"] = true.into();
     }
-    // Never inheritable or ambient: a program without privileges would hand them on (CVE-2022-29162).
     for capability in context.flags.values("cap") {
-        for set in ["bounding", "effective", "permitted"] {
+        // Never inheritable, nor ambient unless the container's own processes may hand it on already: a program without
+        // privileges would do so (CVE-2022-29162).
+        let number = coracle_runtime::capability::number(capability);
+        let inheritable = json["capabilities"]["inheritable"].as_array().is_some_and(|listed| {
+            listed
+                .iter()
+                .filter_map(serde_json::Value::as_str)
+                .any(|name| coracle_runtime::capability::number(name) == number)
+        });
+        let ambient: &[&str] = if inheritable { &["ambient"] } else { &[] };
+        for set in ["bounding", "effective", "permitted"].iter().chain(ambient) {
             match json["capabilities"][set].as_array_mut() {
                 Some(list) if list.iter().any(|known| known == capability) => {}
                 Some(list) => list.push(capability.clone().into()),
@@ -83,6 +92,9 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     let cgroup = match context.flags.value("cgroup") {
         None => state.cgroup(),
         Some(below) => {
+            if Path::new(below).components().any(|part| part == std::path::Component::ParentDir) {
+                bail!("--cgroup: {below:?} leads out of the container's cgroup");
+            }
             state.need_cgroup()?;
             Some(Cgroup::open(&state.cgroup.join(below.trim_start_matches('/')))?)
         }
@@ -99,6 +111,7 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };
     let mut init = exec::spawn(&target, &process, cgroup.as_ref(), stdio, &options)?;
     init.wait_running()?;
+    context.debug(&format!("process {} was added to container {:?}", init.pid(), state.id));
     if let Some(socket) = context.flags.value("pidfd-socket") {
         console::hand_over_pidfd(Path::new(socket), &init)?;
     }

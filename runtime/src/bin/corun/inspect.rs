@@ -6,31 +6,47 @@ use coracle_runtime::cgroup;
 use coracle_runtime::state::{Folder, State, Status};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use serde::Serialize;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-fn describe(folder: &Folder, state: &State) -> Value {
+/// What `state` and `list` tell, in the order in which others tell it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Description {
+    oci_version: String,
+    id: String,
+    pid: i32,
+    status: String,
+    bundle: PathBuf,
+    rootfs: PathBuf,
+    created: String,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<String, String>,
+    owner: String,
+}
+
+fn describe(folder: &Folder, state: State) -> Description {
     let status = state.status(folder);
-    let mut document = json!({
-        "ociVersion": state.oci_version,
-        "id": state.id,
-        "pid": if status == Status::Stopped { 0 } else { state.pid },
-        "status": status.to_string(),
-        "bundle": state.bundle,
-        "rootfs": state.rootfs,
-        "created": state.created,
-        "owner": state.owner,
-    });
-    if !state.annotations.is_empty() {
-        document["annotations"] = json!(state.annotations);
+    Description {
+        pid: if status == Status::Stopped { 0 } else { state.pid },
+        status: status.to_string(),
+        oci_version: state.oci_version,
+        id: state.id,
+        bundle: state.bundle,
+        rootfs: state.rootfs,
+        created: state.created,
+        annotations: state.annotations.into_iter().collect(),
+        owner: state.owner,
     }
-    document
 }
 
 pub(crate) fn state(context: &Context) -> Result<i32> {
     let (folder, state) = context.container()?;
-    println!("{:#}", describe(&folder, &state));
+    println!("{}", serde_json::to_string_pretty(&describe(&folder, state))?);
     Ok(0)
 }
 
@@ -38,7 +54,7 @@ pub(crate) fn list(context: &Context) -> Result<i32> {
     let mut rows = Vec::new();
     for folder in Folder::list(&context.root)? {
         match folder.load() {
-            Ok(state) => rows.push(describe(&folder, &state)),
+            Ok(state) => rows.push(describe(&folder, state)),
             // In the making, or just deleted.
             Err(coracle_runtime::Error::NoContainer(_)) => {}
             Err(error) => eprintln!("corun: {error}"),
@@ -46,24 +62,19 @@ pub(crate) fn list(context: &Context) -> Result<i32> {
     }
     if context.flags.has("quiet") {
         for row in &rows {
-            println!("{}", row["id"].as_str().unwrap_or_default());
+            println!("{}", row.id);
         }
         return Ok(0);
     }
     match context.flags.value("format").unwrap_or("table") {
-        "json" => println!("{}", Value::Array(rows)),
+        "json" => println!("{}", serde_json::to_string(&rows)?),
         "table" => {
             println!("{:<24} {:<10} {:<10} {:<40} {:<32} OWNER", "ID", "PID", "STATUS", "BUNDLE", "CREATED");
             for row in &rows {
-                let text = |key: &str| row[key].as_str().unwrap_or_default().to_string();
+                let bundle = row.bundle.display();
                 println!(
                     "{:<24} {:<10} {:<10} {:<40} {:<32} {}",
-                    text("id"),
-                    row["pid"].to_string(),
-                    text("status"),
-                    text("bundle"),
-                    text("created"),
-                    text("owner")
+                    row.id, row.pid, row.status, bundle, row.created, row.owner
                 );
             }
         }
@@ -168,11 +179,8 @@ pub(crate) fn events(context: &Context) -> Result<i32> {
     }
     let group = state.need_cgroup()?;
     let show = |kind: &str, data: Value| {
-        let mut event = json!({"type": kind, "id": state.id});
-        if !data.is_null() {
-            event["data"] = data;
-        }
-        println!("{event}");
+        let data = if data.is_null() { String::new() } else { format!(",\"data\":{data}") };
+        println!("{{\"type\":{kind:?},\"id\":{}{data}}}", json!(state.id));
     };
     if context.flags.has("stats") {
         show("stats", usage(&group.stats()));

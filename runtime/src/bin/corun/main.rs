@@ -31,6 +31,7 @@ pub(crate) struct Context {
     pub rootless: Option<bool>,
     /// `--systemd-cgroup`: systemd makes the cgroup.
     pub systemd: bool,
+    debug: bool,
     log: Option<PathBuf>,
     format: String,
 }
@@ -39,6 +40,13 @@ impl Context {
     /// Tells of something that is done otherwise than asked for.
     pub(crate) fn warn(&self, message: &str) {
         tell("warning", message, self.log.as_deref(), &self.format);
+    }
+
+    /// Tells of a step that was done, to those who asked for it by `--debug`.
+    pub(crate) fn debug(&self, message: &str) {
+        if self.debug {
+            tell("debug", message, self.log.as_deref(), &self.format);
+        }
     }
 
     /// The container that the command is about.
@@ -63,7 +71,7 @@ fn main() {
     let invocation = match args::parse(line) {
         Ok(invocation) => invocation,
         Err(error) => {
-            eprintln!("corun: {error:#}");
+            eprintln!("corun: {}", words(&error));
             let unknown = error.downcast_ref::<args::UnknownCommand>().is_some();
             std::process::exit(if unknown { NO_SUCH_COMMAND } else { FAILED });
         }
@@ -74,22 +82,36 @@ fn main() {
     );
     let failed = if invocation.command.is_some_and(|command| command.name == "exec") { EXEC_FAILED } else { FAILED };
     let status = run(invocation).unwrap_or_else(|error| {
-        tell("error", &format!("{error:#}"), log.as_deref(), &format);
+        tell("error", &words(&error), log.as_deref(), &format);
         failed
     });
     std::process::exit(status);
 }
 
+/// An error with its causes, but for those that it has told itself.
+fn words(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
+        "" => cause,
+        all if all.ends_with(&cause) => told,
+        all => format!("{all}: {cause}"),
+    })
+}
+
 /// Tells the user, and the log file that an engine reads.
 fn tell(level: &str, message: &str, log: Option<&Path>, format: &str) {
-    eprintln!("corun: {}{message}", if level == "error" { "" } else { "warning: " });
-    let Some(log) = log else { return };
     let time = state::now();
     let line = if format == "json" {
         serde_json::json!({"level": level, "msg": message, "time": time}).to_string()
     } else {
         format!("time={time:?} level={level} msg={message:?}")
     };
+    match level {
+        "error" => eprintln!("corun: {message}"),
+        "debug" if log.is_none() => eprintln!("{line}"),
+        "debug" => {}
+        _ => eprintln!("corun: {level}: {message}"),
+    }
+    let Some(log) = log else { return };
     let written =
         std::fs::OpenOptions::new().append(true).create(true).open(log).and_then(|mut file| writeln!(file, "{line}"));
     if let Err(error) = written {
@@ -106,9 +128,11 @@ fn default_root() -> PathBuf {
 }
 
 fn run(invocation: Invocation) -> Result<i32> {
-    let Invocation { global, command, flags, words } = invocation;
+    let Invocation { global, command, flags, words, topic } = invocation;
     let Some(command) = command else {
-        if global.has("version") {
+        if let Some(topic) = topic {
+            print!("{}", args::help_on(topic));
+        } else if global.has("version") {
             println!("corun version {}\nspec: 1.3.0", env!("CARGO_PKG_VERSION"));
         } else {
             print!("{}", args::help());
@@ -128,9 +152,11 @@ fn run(invocation: Invocation) -> Result<i32> {
         words,
         rootless,
         systemd: global.has("systemd-cgroup"),
+        debug: global.has("debug"),
         log: global.value("log").map(PathBuf::from),
         format: global.value("log-format").unwrap_or("text").to_string(),
     };
+    context.debug(&format!("corun {} {}", env!("CARGO_PKG_VERSION"), command.name));
     match command.name {
         "create" => create::create(&context),
         "run" => create::run(&context),

@@ -3,13 +3,10 @@
 use crate::Context;
 use anyhow::{Context as _, Result, anyhow, bail};
 use coracle_runtime::state::{Folder, State, Status};
-use coracle_runtime::{Error, Options, Plan, hooks};
+use coracle_runtime::{Cgroup, Error, Options, Plan, hooks, start_waiting};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use std::os::fd::{AsFd, AsRawFd};
 
-/// The word that a waiting container understands, and the longest answer it gives.
-const START: [u8; 1] = [0x53];
-const ANSWER_BYTES: usize = 256;
 /// How long a killed container may take to end.
 const END_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -28,21 +25,22 @@ pub(crate) fn start(context: &Context) -> Result<i32> {
     let specification = folder.load_spec()?;
     let options = Options { id: state.id.clone(), ..Options::default() };
     let plan = Plan::compile(&specification, &state.bundle, &options)?;
-    hooks::start_container(plan.hooks(), &state.template(), state.pid, pidfd.as_fd(), plan.namespace_flags())?;
+    let environment = plan.hook_environment();
+    hooks::start_container(
+        plan.hooks(),
+        &state.template(),
+        state.pid,
+        pidfd.as_fd(),
+        plan.namespace_flags(),
+        environment,
+    )?;
     let place = std::fs::File::open(&folder.path)?;
     let address = UnixAddr::new(format!("/proc/self/fd/{}/start.sock", place.as_raw_fd()).as_str())?;
     let stream = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     connect(stream.as_raw_fd(), &address).context("the container does not wait to be started")?;
-    coracle_sys::channel::send(stream.as_fd(), &START, None).context("the container does not wait to be started")?;
-    let mut answer = [0; ANSWER_BYTES];
-    // The end of the channel is the beginning of the program; a message says why there is none.
-    let answered = coracle_sys::channel::receive(stream.as_fd(), &mut answer, true);
+    let started = start_waiting(stream.as_fd(), &plan, &state.template(), state.pid);
     std::fs::remove_file(folder.start_socket()).context("cannot remove the start socket")?;
-    match answered {
-        Ok((0, _)) | Err(coracle_sys::Errno::ECONNRESET) => {}
-        Ok((length, _)) => return Err(coracle_runtime::decode_failure(&answer[..length]).into()),
-        Err(errno) => return Err(errno).context("the container does not answer"),
-    }
+    started?;
     if let Err(error) = hooks::poststart(plan.hooks(), &state.template(), state.pid) {
         // The container ends with its hook, as the specification's life cycle goes on with its end.
         coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL).context("cannot end the container")?;
@@ -62,6 +60,11 @@ fn signal_number(text: &str) -> Result<i32> {
     Ok(signal as i32)
 }
 
+/// In the words by which engines know that a container has ended by itself, which is no failure of theirs.
+fn not_running(id: &str) -> anyhow::Error {
+    anyhow!("container not running: {id:?} has ended")
+}
+
 pub(crate) fn kill(context: &Context) -> Result<i32> {
     // `--all` is accepted wherever it stands.
     let is_flag = |word: &String| ["--all", "-a", "--"].contains(&word.as_str());
@@ -72,16 +75,19 @@ pub(crate) fn kill(context: &Context) -> Result<i32> {
     let state = folder.load()?;
     let signal = signal_number(words.get(1).map_or("TERM", String::as_str))?;
     let status = state.status(&folder);
-    if status == Status::Stopped && !all {
-        bail!("container {:?} is not running", state.id);
-    }
     let own_pids = folder.load_spec()?.linux().as_ref().is_some_and(|linux| {
         linux.namespaces().iter().flatten().any(|namespace| {
             namespace.typ() == oci_spec::runtime::LinuxNamespaceType::Pid && namespace.path().is_none()
         })
     });
+    // Where the first process does not take the others with it, they are a container still when it is gone.
+    let outlived = |cgroup: &Cgroup| Ok::<_, Error>(!own_pids && !cgroup.processes()?.is_empty());
+    let cgroup = state.cgroup();
+    if status == Status::Stopped && !all && !cgroup.as_ref().map_or(Ok(false), outlived)? {
+        return Err(not_running(&state.id));
+    }
     if all || (!own_pids && signal == libc::SIGKILL) {
-        let Some(cgroup) = state.cgroup() else { return Ok(0) };
+        let Some(cgroup) = cgroup else { return Ok(0) };
         if signal == libc::SIGKILL {
             cgroup.kill()?;
         } else {
@@ -94,7 +100,7 @@ pub(crate) fn kill(context: &Context) -> Result<i32> {
         }
         return Ok(0);
     }
-    let pidfd = state.pidfd().ok_or_else(|| anyhow!("container {:?} is not running", state.id))?;
+    let pidfd = state.pidfd().ok_or_else(|| not_running(&state.id))?;
     coracle_sys::process::pidfd_send_signal(pidfd.as_fd(), signal)
         .with_context(|| format!("cannot send signal {signal} to container {:?}", state.id))?;
     if signal == libc::SIGKILL && status == Status::Paused {

@@ -20,7 +20,8 @@ pub(crate) async fn evict(call: &mut Call, sub: &Subresource, body: ReqBody) -> 
     if object::name(&eviction) != name {
         return Err(Status::bad_request("name in URL does not match name in Eviction object"));
     }
-    let options = handlers::Options::parse(call, eviction.get("deleteOptions").cloned().unwrap_or_else(|| json!({})))?;
+    let mut options =
+        handlers::Options::parse(call, eviction.get("deleteOptions").cloned().unwrap_or_else(|| json!({})))?;
     let pod = call
         .api
         .get(&call.kind, &call.route.namespace, &name)
@@ -32,11 +33,47 @@ pub(crate) async fn evict(call: &mut Call, sub: &Subresource, body: ReqBody) -> 
     if !free {
         charge(call, &pod).await?;
     }
+    if !call.dry_run {
+        mark(call, &mut options).await?;
+    }
     handlers::delete_pod(call, &options).await?;
     Ok(json_response(
         201,
         &json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}),
     ))
+}
+
+/// Says in the pod's status why it goes (condition `DisruptionTarget`, KEP-3329): Jobs may not count such an end as a failure.
+async fn mark(call: &Call, options: &mut handlers::Options) -> Result<(), Status> {
+    let name = call.route.name.clone();
+    let key = call.key();
+    for _ in 0..TRIES {
+        let entry = call.api.store.get(&key).await?.ok_or_else(|| Status::not_found(&call.kind, &name))?;
+        let mut pod = call.decode(&entry.value).await?;
+        handlers::preconditions(&call.kind, &name, options, &pod)?;
+        let mut condition = json!({
+            "type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "lastProbeTime": null,
+            "message": "Eviction API: evicting", "lastTransitionTime": crate::time::seconds(call.now),
+        });
+        if let Some(generation) = pod.pointer("/metadata/generation") {
+            condition["observedGeneration"] = generation.clone();
+        }
+        let status = object::members(&mut pod).entry("status").or_insert_with(|| json!({}));
+        let conditions = object::members(status).entry("conditions").or_insert_with(|| json!([]));
+        let Some(conditions) = conditions.as_array_mut() else { return Ok(()) };
+        conditions.retain(|held| object::text(held, "/type") != "DisruptionTarget");
+        conditions.push(condition);
+        let draft = coracle_store::Draft::encode(&pod).map_err(Status::internal)?;
+        match call.api.store.put(&key, draft, coracle_store::Precondition::Revision(entry.revision)).await {
+            Ok(marked) => {
+                options.revision = options.revision.as_ref().map(|_| marked.revision.to_string());
+                return Ok(());
+            }
+            Err(coracle_store::Error::Conflict { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Err(Status::modified(&call.kind, &name))
 }
 
 /// Takes one disruption from the pod's budget; 429 when there is none left.

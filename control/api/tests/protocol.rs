@@ -5,7 +5,7 @@ mod common;
 use common::Server;
 use futures::{AsyncBufReadExt as _, TryStreamExt as _};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, ServiceAccount};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
@@ -97,6 +97,52 @@ async fn lists_come_in_pages_and_selections() {
 }
 
 #[tokio::test]
+async fn field_selectors_name_fields_of_the_version_asked_for() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let path = "/apis/events.k8s.io/v1/namespaces/default/events";
+    for (name, controller) in [("a", "mine"), ("b", "other")] {
+        let event = json!({"metadata": {"name": name}, "regarding": {"namespace": "default", "kind": "Pod"}, "action": "Do",
+            "eventTime": "2026-01-01T00:00:00.000000Z", "reason": "Test", "type": "Normal", "note": "n",
+            "reportingController": controller, "reportingInstance": "i"});
+        let request = http::Request::post(path).header("content-type", "application/json");
+        let made: Value = client
+            .request(request.body(serde_json::to_vec(&event).expect("JSON")).expect("a request"))
+            .await
+            .expect("an event");
+        assert_eq!(made["reportingController"], controller);
+    }
+    for (selector, count) in [
+        ("reportingController=mine", 1),
+        ("reportingController!=mine,regarding.kind=Pod", 1),
+        ("regarding.kind=Node", 0),
+    ] {
+        let (_, list) = json_of(&client, &format!("{path}?fieldSelector={selector}")).await;
+        assert_eq!(list["items"].as_array().map(Vec::len), Some(count), "{selector}");
+    }
+    let (_, list) = json_of(&client, "/api/v1/namespaces/default/events?fieldSelector=source=mine").await;
+    assert_eq!(list["items"].as_array().map(Vec::len), Some(1));
+    let request =
+        http::Request::get(format!("{path}?watch=1&fieldSelector=reportingController=other&timeoutSeconds=20"));
+    let mut lines =
+        client.request_stream(request.body(Vec::new()).expect("a request")).await.expect("a stream").lines();
+    let first: Value = serde_json::from_str(&lines.try_next().await.expect("a line").expect("a line")).expect("JSON");
+    assert_eq!(first["object"]["metadata"]["name"], "b");
+}
+
+#[tokio::test]
+async fn nodes_register_with_their_status() {
+    let server = Server::start().await;
+    let nodes: Api<Node> = Api::all(server.client().await);
+    let ready = json!({"type": "Ready", "status": "True", "reason": "Registered", "message": "here"});
+    let node = json!({"metadata": {"name": "n"}, "status": {"capacity": {"cpu": "2"}, "conditions": [ready]}});
+    nodes.create(&PostParams::default(), &serde_json::from_value(node).expect("a node")).await.expect("created");
+    let status = nodes.get("n").await.expect("a node").status.expect("a status");
+    assert_eq!(status.conditions.expect("conditions")[0].reason.as_deref(), Some("Registered"));
+    assert_eq!(status.allocatable.expect("what pods can have")["cpu"].0, "2");
+}
+
+#[tokio::test]
 async fn watches_have_initial_events_and_no_gap() {
     let server = Server::start().await;
     let client = server.client().await;
@@ -155,13 +201,20 @@ async fn pods_are_scaled_bound_and_evicted() {
     assert!(matches!(again, kube::Error::Api(s) if s.code == 409));
     let log = get(&client, &format!("/api/v1/namespaces/default/pods/{name}/log?tailLines=3"), "*/*").await;
     assert_eq!(log.1, format!("/containerLogs/default/{name}/c?tailLines=3"));
-    let deleted = pods
-        .delete(&name, &DeleteParams::default())
-        .await
-        .expect("an answer")
-        .left()
-        .expect("it waits for its grace period");
-    assert_eq!(deleted.metadata.deletion_grace_period_seconds, Some(30));
+    let uid = made.metadata.uid.expect("a uid");
+    let eviction = |uid: &str, revision: &Option<String>| {
+        json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name},
+            "deleteOptions": {"preconditions": {"uid": uid, "resourceVersion": revision}}})
+    };
+    let path = format!("/api/v1/namespaces/default/pods/{name}/eviction");
+    let revision = pods.get(&name).await.expect("the pod").metadata.resource_version;
+    client.request::<Value>(post(&path, &eviction("other", &None))).await.expect_err("another pod is meant");
+    let _: Value = client.request(post(&path, &eviction(&uid, &revision))).await.expect("evicted");
+    let evicted = pods.get(&name).await.expect("it waits for its grace period");
+    assert_eq!(evicted.metadata.deletion_grace_period_seconds, Some(30));
+    let conditions = evicted.status.and_then(|status| status.conditions).expect("conditions");
+    let target = conditions.iter().find(|condition| condition.type_ == "DisruptionTarget").expect("it says why");
+    assert_eq!((target.status.as_str(), target.reason.as_deref()), ("True", Some("EvictionByEvictionAPI")));
     pods.delete(&name, &DeleteParams::default().grace_period(0)).await.expect("deleted");
     assert!(pods.get_opt(&name).await.expect("an answer").is_none());
     let deployments: Api<Deployment> = Api::namespaced(client, "default");

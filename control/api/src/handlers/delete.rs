@@ -209,7 +209,13 @@ async fn attempt(
     }
 }
 
-fn preconditions(kind: &crate::kinds::Kind, name: &str, options: &Options, old: &Value) -> Result<(), Status> {
+/// Whether an object is the one that is meant.
+pub(crate) fn preconditions(
+    kind: &crate::kinds::Kind,
+    name: &str,
+    options: &Options,
+    old: &Value,
+) -> Result<(), Status> {
     let checks = [
         ("UID", &options.uid, object::uid(old)),
         ("ResourceVersion", &options.revision, object::text(old, "/metadata/resourceVersion")),

@@ -21,7 +21,7 @@ use http::header::{HeaderName, WWW_AUTHENTICATE};
 
 pub(crate) use answer::partial;
 pub(crate) use call::{Call, convert};
-pub(crate) use delete::Options;
+pub(crate) use delete::{Options, preconditions};
 pub(crate) use frames::Frames;
 pub(crate) use subresource::{body_kind, selector_text};
 

@@ -1,5 +1,7 @@
 //! GET of an object and LIST.
 
+use std::sync::Arc;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -8,8 +10,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::answer::{self, Outgoing};
-use super::call::{Call, to_version};
+use super::call::{Call, all_to_version, to_version};
 use crate::http::{Format, Response, Shape, bytes_response, stream};
+use crate::kinds::Kind;
 use crate::selector::{FieldSelector, LabelSelector};
 use crate::status::{Cause, Details, Status};
 use crate::{table, wire};
@@ -43,6 +46,7 @@ async fn revision_for_get(call: &Call) -> Result<(), Status> {
 
 /// The selectors of a list, watch or deletecollection.
 pub(super) struct Selection {
+    kind: Arc<Kind>,
     pub(super) labels: LabelSelector,
     pub(super) fields: FieldSelector,
     /// The one name that can match.
@@ -72,7 +76,7 @@ impl Selection {
             }
         }
         let fields = fields.without("metadata.name").without("metadata.namespace");
-        Ok(Self { labels, fields, name, namespace, nothing })
+        Ok(Self { kind: call.kind.clone(), labels, fields, name, namespace, nothing })
     }
 
     /// Scope in the store: one key when there is one object that can match.
@@ -95,29 +99,51 @@ impl Selection {
             && self.fields.matches_object(object)
     }
 
-    /// Whether stored bytes match; objects are looked into only as far as the selectors ask.
-    pub(super) fn matches_bytes(&self, bytes: &[u8]) -> Result<bool, Status> {
+    /// Which stored objects match, looked into only as far as the selectors ask. Fields are those of the version that was asked for,
+    /// which may have other names than the stored one.
+    pub(super) async fn matching(&self, stored: &[&[u8]]) -> Result<Vec<bool>, Status> {
         if self.takes_all() {
+            return Ok(vec![true; stored.len()]);
+        }
+        let heads = stored.iter().map(|bytes| self.matches_head(bytes));
+        let mut found = heads.collect::<Result<Vec<bool>, Status>>()?;
+        if self.fields.is_empty() {
+            return Ok(found);
+        }
+        let chosen = stored.iter().zip(&found).filter(|&(_, &chosen)| chosen);
+        let objects = chosen.map(|(bytes, _)| wire::parse_stored(bytes)).collect::<Result<Vec<_>, _>>()?;
+        let mut objects = all_to_version(&self.kind, objects).await?.into_iter();
+        for chosen in found.iter_mut().filter(|chosen| **chosen) {
+            *chosen = objects.next().is_some_and(|object| self.fields.matches_object(&object));
+        }
+        Ok(found)
+    }
+
+    /// The same for one.
+    pub(super) async fn matches_stored(&self, bytes: &[u8]) -> Result<bool, Status> {
+        Ok(self.matching(&[bytes]).await?.contains(&true))
+    }
+
+    /// Whether name and labels match.
+    fn matches_head(&self, bytes: &[u8]) -> Result<bool, Status> {
+        #[derive(Deserialize)]
+        struct Head {
+            metadata: Metadata,
+        }
+        #[derive(Deserialize)]
+        struct Metadata {
+            #[serde(default)]
+            name: String,
+            #[serde(default)]
+            labels: Option<std::collections::HashMap<String, String>>,
+        }
+        if self.labels.is_empty() && self.name.is_none() {
             return Ok(true);
         }
-        if self.fields.is_empty() {
-            #[derive(Deserialize)]
-            struct Head {
-                metadata: Metadata,
-            }
-            #[derive(Deserialize)]
-            struct Metadata {
-                #[serde(default)]
-                name: String,
-                #[serde(default)]
-                labels: Option<std::collections::HashMap<String, String>>,
-            }
-            let head: Head = serde_json::from_slice(bytes).map_err(Status::internal)?;
-            let labels = head.metadata.labels.unwrap_or_default();
-            return Ok(self.name.as_ref().is_none_or(|name| head.metadata.name == *name)
-                && self.labels.matches(|key| labels.get(key).map(String::as_str)));
-        }
-        Ok(self.matches(&wire::parse_stored(bytes)?))
+        let head: Head = serde_json::from_slice(bytes).map_err(Status::internal)?;
+        let labels = head.metadata.labels.unwrap_or_default();
+        Ok(self.name.as_ref().is_none_or(|name| head.metadata.name == *name)
+            && self.labels.matches(|key| labels.get(key).map(String::as_str)))
     }
 }
 
@@ -266,8 +292,10 @@ pub(super) async fn page(call: &Call, selection: &Selection) -> Result<Page, Sta
         revision = Some(listing.revision);
         let count = listing.entries.len();
         let mut full_at = None;
-        for (at, entry) in listing.entries.into_iter().enumerate() {
-            if all || selection.matches_bytes(&entry.value)? {
+        let stored: Vec<&[u8]> = listing.entries.iter().map(|entry| &*entry.value).collect();
+        let chosen = selection.matching(&stored).await?;
+        for (at, (entry, chosen)) in listing.entries.into_iter().zip(chosen).enumerate() {
+            if chosen {
                 entries.push(entry);
                 if limit > 0 && entries.len() == limit && (at + 1 != count || listing.more) {
                     full_at = Some(at);
@@ -333,7 +361,7 @@ pub(super) async fn list(call: &Call) -> Result<Response, Status> {
     for entry in &page.entries {
         items.push(wire::parse_stored(&entry.value)?);
     }
-    let items = super::call::all_to_version(&call.kind, items).await?;
+    let items = all_to_version(&call.kind, items).await?;
     list_of(call, items, metadata)
 }
 

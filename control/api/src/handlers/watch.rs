@@ -211,7 +211,7 @@ impl Watcher {
         while chunk.len() < CHUNK_BYTES
             && let Some(entry) = self.first.next()
         {
-            if self.selection.matches_bytes(&entry.value)? {
+            if self.selection.matches_stored(&entry.value).await? {
                 chunk.extend_from_slice(&self.view.frame(Change::Added, &entry, false).await?);
             }
         }
@@ -283,9 +283,12 @@ impl Watcher {
         let (before, now) = if self.selection.takes_all() {
             (event.prev.is_some(), event.kind == EventKind::Put)
         } else {
-            let before = event.prev.as_ref().map(|prev| self.selection.matches_bytes(&prev.value)).transpose()?;
-            let now = event.kind == EventKind::Put && self.selection.matches_bytes(&event.entry.value)?;
-            (before.unwrap_or(false), now)
+            let before = match &event.prev {
+                Some(prev) => self.selection.matches_stored(&prev.value).await?,
+                None => false,
+            };
+            let now = event.kind == EventKind::Put && self.selection.matches_stored(&event.entry.value).await?;
+            (before, now)
         };
         match (before, now) {
             (false, false) => Ok(None),

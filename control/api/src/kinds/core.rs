@@ -109,7 +109,6 @@ pub static ROWS: &[Row] = &[
                 unset(info, f, "");
             }
         },
-        create: |_, _| {},
         validate: check_node,
         change: change_node,
         sub_change: |_, new, _, e| {
@@ -119,6 +118,7 @@ pub static ROWS: &[Row] = &[
             }
         },
         status: "{}",
+        born_with_status: true,
         labels: &[("spec.unschedulable", "/spec/unschedulable")],
         ..Row::BASE
     },

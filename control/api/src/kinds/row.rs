@@ -46,6 +46,8 @@ pub struct Row {
     pub name: names::Check,
     /// Members that `status` always has, as JSON; empty when the kind has no status.
     pub status: &'static str,
+    /// Whether a new object keeps the status that it comes with, as nodes do that register themselves.
+    pub born_with_status: bool,
     pub generation: bool,
     /// Whether a status update leaves all metadata alone; by default labels, annotations and the like may come with it.
     pub status_alone: bool,
@@ -78,6 +80,7 @@ impl Row {
         sub_change: |_, _, _, _| {},
         name: names::dns1123_subdomain,
         status: "",
+        born_with_status: false,
         generation: false,
         status_alone: false,
         spec_changed: None,
@@ -152,7 +155,7 @@ impl Strategy for Rowed {
     }
 
     fn prepare_create(&self, ctx: &Context, object: &mut Value) {
-        if self.0.has_status() {
+        if self.0.has_status() && !self.0.born_with_status {
             edit::put(object, "status", self.0.initial_status());
         }
         (self.0.create)(ctx, object);

@@ -20,7 +20,7 @@ pub async fn publish(api: &Arc<ApiServer>, ip: &str, namespace: &str, service: &
             "ipaddress.kubernetes.io/ip-family": family,
             "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io",
         }},
-        "spec": {"parentRef": {"group": "", "resource": "services", "namespace": namespace, "name": service}},
+        "spec": {"parentRef": {"resource": "services", "namespace": namespace, "name": service}},
     });
     if let Err(error) = bootstrap::create(api.store.as_ref(), GROUP, RESOURCE, object).await {
         tracing::warn!(%ip, %error, "could not publish the address of a service");

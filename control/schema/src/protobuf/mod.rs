@@ -175,7 +175,7 @@ mod tests {
                 "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {},
                 "spec": {"group": "g", "names": {"kind": "K", "plural": "ks"}, "scope": "Namespaced", "versions": [{
                     "name": "v1", "served": true, "storage": false, "schema": {"openAPIV3Schema": {
-                        "type": "object", "default": {"a": [1]}, "minimum": 1.5,
+                        "type": "object", "default": {"a": [1]}, "minimum": 1.5, "maximum": 3,
                         "properties": {"a": {"type": "array", "items": {"type": "string"}}},
                         "additionalProperties": false
                     }}
@@ -196,7 +196,9 @@ mod tests {
             "items": [{"metadata": {"name": "x"}, "data": {"a": "b"}}]
         }));
         round(json!({"apiVersion": "v1", "kind": "Status", "metadata": {}, "code": 404, "status": "Failure"}));
-        round(json!({"apiVersion": "policy/v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}));
+        for version in ["policy/v1", "autoscaling/v2"] {
+            round(json!({"apiVersion": version, "kind": "DeleteOptions", "gracePeriodSeconds": 0}));
+        }
         round(json!({
             "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "metadata": {}, "spec": {},
             "status": {"user": {"username": "u", "extra": {"k": ["a", "b"]}}}

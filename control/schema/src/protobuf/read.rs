@@ -129,8 +129,8 @@ fn one(content: Content<'_>, schema: &Schema, budget: &mut Budget) -> Result<Val
         Kind::Bool => (content.int()? != 0).into(),
         Kind::Int32 | Kind::Int64 => content.int()?.into(),
         Kind::Float => match content {
-            Content::Fixed64(bits) => Number::from_f64(f64::from_bits(bits)).map_or(Value::Null, Value::Number),
-            Content::Fixed32(bits) => Number::from_f64(f32::from_bits(bits).into()).map_or(Value::Null, Value::Number),
+            Content::Fixed64(bits) => float(f64::from_bits(bits)),
+            Content::Fixed32(bits) => float(f32::from_bits(bits).into()),
             _ => {
                 return Err(ProtobufError::Malformed("wrong wireType for a double field"));
             }
@@ -220,4 +220,14 @@ fn schema_or(content: Content<'_>, schema: &Schema, budget: &mut Budget) -> Resu
         Ok(())
     })?;
     Ok(single.unwrap_or(if schema.kind == Kind::SchemaOrBool { allows.into() } else { Value::Array(list) }))
+}
+
+/// A number as JSON has it: a whole one without a fraction.
+fn float(value: f64) -> Value {
+    /// Up to here every whole number has a `f64` of its own.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    if value.fract() == 0.0 && value.abs() <= EXACT {
+        return (value as i64).into();
+    }
+    Number::from_f64(value).map_or(Value::Null, Value::Number)
 }

@@ -31,7 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
 
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta";
 
-/// Kinds that every group serves under its own version (`DeleteOptions` in `apps/v1` and so on).
+/// Kinds that every group serves under each of its versions (`DeleteOptions` in `apps/v1`, `autoscaling/v2` and so on).
 const IN_EVERY_GROUP: &[&str] = &[
     "CreateOptions",
     "DeleteOptions",
@@ -54,10 +54,9 @@ const IN_EVERY_GROUP: &[&str] = &[
 /// The definition name of a built-in kind: `("apps", "v1", "Deployment")` → `io.k8s.api.apps.v1.Deployment`.
 pub fn definition_for(group: &str, version: &str, kind: &str) -> Option<&'static str> {
     let package = PACKAGES.binary_search_by(|(name, _)| (*name).cmp(group)).ok().map(|at| PACKAGES[at].1);
-    package.and_then(|package| builtin::name(&format!("{package}.{version}.{kind}"))).or_else(|| {
-        let common = version == "v1" && IN_EVERY_GROUP.contains(&kind);
-        if common { builtin::name(&format!("{META}.v1.{kind}")) } else { None }
-    })
+    package
+        .and_then(|package| builtin::name(&format!("{package}.{version}.{kind}")))
+        .or_else(|| if IN_EVERY_GROUP.contains(&kind) { builtin::name(&format!("{META}.v1.{kind}")) } else { None })
 }
 
 /// Group and version of a definition: `io.k8s.api.apps.v1.Deployment` → `("apps", "v1")`.
@@ -82,6 +81,8 @@ mod tests {
         assert!(PACKAGES.is_sorted());
         assert_eq!(definition_for("apps", "v1", "Deployment"), Some("io.k8s.api.apps.v1.Deployment"));
         assert_eq!(definition_for("", "v1", "Status"), Some("io.k8s.apimachinery.pkg.apis.meta.v1.Status"));
+        let options = Some("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions");
+        assert_eq!(definition_for("autoscaling", "v2", "DeleteOptions"), options);
         assert_eq!(definition_for("apps", "v2", "Deployment"), None);
         assert_eq!(group_of("io.k8s.api.rbac.v1.Role"), Some(("rbac.authorization.k8s.io", "v1")));
     }

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use coracle_runtime::{Cgroup, Init, Options, Plan, Stdio, spawn};
 use coracle_sys::process::{self, Exit};
 use nix::fcntl::OFlag;
-use nix::unistd::pipe2;
+use nix::unistd::{Gid, Uid, fchown, pipe2};
+use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use super::frame::Stream;
 use super::journal::Journal;
@@ -81,7 +82,7 @@ fn step<'a>(step: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Err
 ///
 /// # Errors
 /// When there is none.
-pub fn read_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
+pub fn read_spec(bundle: &Path) -> Result<Spec, Error> {
     let path = bundle.join("config.json");
     let bytes = fs::read(&path).map_err(step("read", &path))?;
     serde_json::from_slice(&bytes).map_err(|e| Error::Spec { path, message: e.to_string() })
@@ -106,7 +107,7 @@ impl Container {
         let cgroup = Cgroup::create(&create.cgroup)?;
         let spawned = (|| {
             cgroup.apply(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
-            spawn_with_pipes(&plan, &cgroup, &create)
+            spawn_with_pipes(&plan, &cgroup, &create, owner(&spec, spec.process().as_ref()))
         })();
         let Spawned { init, sources, stdin } = match spawned {
             Ok(spawned) => spawned,
@@ -275,7 +276,19 @@ struct Spawned {
     stdin: Option<OwnedFd>,
 }
 
-fn spawn_with_pipes(plan: &Plan, cgroup: &Cgroup, create: &Create) -> Result<Spawned, Error> {
+/// Who owns a program's standard streams, in ids of the host: whoever it runs as, for it may open `/dev/stdout` anew.
+pub fn owner(spec: &Spec, process: Option<&oci_spec::runtime::Process>) -> (Uid, Gid) {
+    let linux = spec.linux().as_ref();
+    let outside = |id: u32, maps: Option<&Vec<LinuxIdMapping>>| {
+        let inside = |map: &&LinuxIdMapping| (map.container_id()..map.container_id() + map.size()).contains(&id);
+        maps.and_then(|maps| maps.iter().find(inside)).map_or(id, |map| map.host_id() + (id - map.container_id()))
+    };
+    let (uid, gid) = process.map_or((0, 0), |process| (process.user().uid(), process.user().gid()));
+    let uid = outside(uid, linux.and_then(|linux| linux.uid_mappings().as_ref()));
+    (Uid::from_raw(uid), Gid::from_raw(outside(gid, linux.and_then(|linux| linux.gid_mappings().as_ref()))))
+}
+
+fn spawn_with_pipes(plan: &Plan, cgroup: &Cgroup, create: &Create, (uid, gid): (Uid, Gid)) -> Result<Spawned, Error> {
     let null_path = Path::new("/dev/null");
     let null = File::options().read(true).write(true).open(null_path).map_err(step("open", null_path))?;
     if create.stdio.tty {
@@ -284,7 +297,11 @@ fn spawn_with_pipes(plan: &Plan, cgroup: &Cgroup, create: &Create) -> Result<Spa
         let init = spawn(plan, Some(cgroup), stdio)?;
         return Ok(Spawned { init, sources: [None, None], stdin: None });
     }
-    let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|e| step("make a pipe for", &create.bundle)(e.into()));
+    let pipe = || {
+        // Both ends are one file.
+        let made = pipe2(OFlag::O_CLOEXEC).and_then(|ends| fchown(&ends.0, Some(uid), Some(gid)).map(|()| ends));
+        made.map_err(|e| step("make a pipe for", &create.bundle)(e.into()))
+    };
     let (stdout, stderr) = (pipe()?, pipe()?);
     let stdin = if create.stdio.stdin { Some(pipe()?) } else { None };
     let stdio = Stdio {

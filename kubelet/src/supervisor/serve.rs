@@ -11,7 +11,7 @@ use coracle_runtime::{Init, Stage, Stdio, exec};
 use coracle_sys::packet;
 use coracle_sys::ring::{Interest, Ready, Ring};
 
-use super::container::{Container, Process, now, options, read_spec};
+use super::container::{Container, Process, now, options, owner, read_spec};
 use super::link::{Fds, Link, Received, receive};
 use super::protocol::{Answer, Event, Failure, FdKind, Message, Request, Verb};
 use super::stream::{Attached, Pump, Source, Turn};
@@ -580,6 +580,10 @@ impl Supervisor {
             let spec = read_spec(&container.report.create.bundle).map_err(|e| e.to_string())?;
             let null = fs::File::options().read(true).write(true).open("/dev/null").map_err(|e| e.to_string())?;
             let [stdin, stdout, stderr] = [FdKind::Stdin, FdKind::Stdout, FdKind::Stderr].map(|kind| fds.take(kind));
+            let (uid, gid) = owner(&spec, Some(&process));
+            for stream in [&stdin, &stdout, &stderr].into_iter().flatten() {
+                nix::unistd::fchown(stream, Some(uid), Some(gid)).map_err(|e| e.to_string())?;
+            }
             let or_null = |fd: &Option<OwnedFd>| -> io::Result<OwnedFd> {
                 fd.as_ref().map_or_else(|| null.as_fd().try_clone_to_owned(), OwnedFd::try_clone)
             };

@@ -113,6 +113,16 @@ impl ImageStore {
         }
     }
 
+    /// The containers that have a snapshot, or an unfinished one.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn snapshot_names(&self) -> Result<Vec<String>, ImageError> {
+        let root = self.layout.snapshots();
+        let entries = fs::read_dir(&root).step("read folder", &root)?;
+        entries.map(|entry| Ok(entry.step("read folder", &root)?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
     /// The containers that have a snapshot, each with its image's ID.
     ///
     /// # Errors

@@ -217,9 +217,12 @@ impl Native {
     fn mount_root(&self, id: &ContainerId, image: &Image, rootfs: &Path) -> Result<()> {
         // Left by an attempt that was killed here: seen through and made again.
         namespaces::unmount(rootfs).map_err(RuntimeError::io("unmount", rootfs))?;
-        let snapshot =
-            self.inner.images.snapshot(id.as_str(), image).map_err(|e| RuntimeError::Invalid(e.to_string()))?;
-        let options = snapshot.mount_options();
+        let images = &self.inner.images;
+        let snapshot = images.remove_snapshot(id.as_str()).and_then(|()| images.snapshot(id.as_str(), image));
+        let snapshot = snapshot.map_err(|e| RuntimeError::Invalid(e.to_string()))?;
+        // A container's own files do not outlive the host's boot, so nothing has to reach the disk. Otherwise each unmount
+        // would write out all that waits in the whole file system below, the cluster's state included.
+        let options = format!("{},volatile", snapshot.mount_options());
         if options.len() > MOUNT_OPTIONS_LIMIT {
             return Err(RuntimeError::Invalid(format!(
                 "image has too many layers ({}) for one overlay mount",

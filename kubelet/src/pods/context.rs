@@ -183,8 +183,7 @@ impl Context {
         }
         let suffix = format!("{}_{}_", key.name, key.namespace);
         for link in fs::read_dir(&layout.container_logs).into_iter().flatten().flatten() {
-            let dangling = !link.path().exists();
-            if dangling && link.file_name().to_string_lossy().starts_with(&suffix) {
+            if link.file_name().to_string_lossy().starts_with(&suffix) && !link.path().exists() {
                 fs::remove_file(link.path())?;
             }
         }

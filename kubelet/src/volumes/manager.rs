@@ -282,12 +282,16 @@ impl Volumes {
         self.0.tokens.forget(uid);
         // Before anything that drivers mounted is touched otherwise.
         let subpaths = self.0.config.layout.pod(uid).join("volume-subpaths");
-        blocking(move || mounts::unmount_all(&subpaths)).await?;
+        blocking(move || if subpaths.exists() { mounts::unmount_all(&subpaths) } else { Ok(()) }).await?;
         self.0.config.csi.unpublish_all(uid).await?;
         let pod = self.0.config.layout.pod(uid);
         blocking(move || {
             for name in ["volume-subpaths", "volumes", "volumeDevices"] {
                 let folder = pod.join(name);
+                // Most pods have one of these at most, and the table of mounts is long.
+                if !folder.exists() {
+                    continue;
+                }
                 mounts::unmount_all(&folder)?;
                 if let Some(left) = mounts::below(&folder)?.first() {
                     return Err(std::io::Error::from(nix::errno::Errno::EBUSY)).step("unmount", left);
@@ -302,10 +306,8 @@ impl Volumes {
         })
         .await?;
         let prefix = super::image::snapshot_id(uid, "");
-        for (snapshot, _) in self.0.config.images.snapshots()? {
-            if snapshot.starts_with(&prefix) {
-                self.0.config.images.remove_snapshot(&snapshot)?;
-            }
+        for snapshot in self.0.config.images.snapshot_names()?.iter().filter(|name| name.starts_with(&prefix)) {
+            self.0.config.images.remove_snapshot(snapshot)?;
         }
         Ok(())
     }

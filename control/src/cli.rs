@@ -181,6 +181,12 @@ pub(crate) struct NodeOptions {
     /// Sysctls that pods may set besides the safe ones, such as `kernel.msg*`
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     pub(crate) allowed_unsafe_sysctls: Vec<String>,
+    /// Percent of the disk in use from which on images that nobody uses are removed
+    #[arg(long, default_value_t = 85, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) image_gc_high_threshold: u8,
+    /// Percent of the disk in use down to which they are
+    #[arg(long, default_value_t = 80, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) image_gc_low_threshold: u8,
     /// What the host must keep free, or pods are evicted, such as `memory.available<100Mi,nodefs.available<1Gi`
     #[arg(long, value_delimiter = ',', value_name = "THRESHOLDS")]
     pub(crate) eviction_hard: Vec<coracle_kubelet::config::Threshold>,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use coracle_kubelet::certificates::NodeCertificate;
 use coracle_kubelet::config::Threshold;
+use coracle_kubelet::images::GcPolicy;
 use coracle_kubelet::node::{Facts, NodeAgent};
 use coracle_kubelet::server::ServerConfig;
 use coracle_kubelet::{Config, Kubelet, Layout};
@@ -61,6 +62,16 @@ fn soft_thresholds(options: &NodeOptions) -> anyhow::Result<Vec<(Threshold, Dura
     options.eviction_soft.iter().map(with_grace).collect()
 }
 
+/// When unused images are removed.
+fn image_gc(options: &NodeOptions) -> anyhow::Result<GcPolicy> {
+    let (high, low) = (options.image_gc_high_threshold, options.image_gc_low_threshold);
+    anyhow::ensure!(
+        low <= high,
+        "--image-gc-low-threshold {low} is above --image-gc-high-threshold {high}: images could never be removed that far"
+    );
+    Ok(GcPolicy { high_percent: high.into(), low_percent: low.into(), ..GcPolicy::default() })
+}
+
 /// Registers the node and starts it; returns when it can run pods, with the port of its own API and its pod ranges.
 pub(crate) async fn start(
     options: &NodeOptions,
@@ -86,6 +97,7 @@ pub(crate) async fn start(
             options.eviction_hard.clone()
         },
         eviction_soft: soft_thresholds(options)?,
+        image_gc: image_gc(options)?,
         eviction_max_pod_grace_period: Duration::from_secs(options.eviction_max_pod_grace_period),
         node_ips: ips.clone(),
         node_labels: host::labels(&options.node_label)?,

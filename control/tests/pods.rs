@@ -94,6 +94,15 @@ fn endings() -> Vec<(&'static str, Value, &'static str, &'static str)> {
             "5 7 8",
         ),
         (
+            "streams",
+            main(
+                "echo there >/dev/stdout; echo too >>/proc/self/fd/2",
+                json!({"securityContext": {"runAsUser": 1001}}),
+            ),
+            "Succeeded",
+            "there\ntoo",
+        ),
+        (
             "readonly",
             main("touch /x || echo refused", json!({"securityContext": {"readOnlyRootFilesystem": true}})),
             "Succeeded",
@@ -372,6 +381,118 @@ fn running_pods_are_resized_debugged_probed_and_refused() {
         host.get(&["get", "pods"]),
         host.log()
     );
+    let left = host.take_down();
+    assert!(left.is_empty(), "left behind: {left:#?}");
+}
+
+#[test]
+fn pods_have_users_of_their_own() {
+    let mut host = Host::new("users");
+    host.start();
+    host.import(&Image::busybox(IMAGE));
+    let mount = |name: &str| json!({"name": name, "mountPath": format!("/{name}")});
+    let names = ["disk", "memory", "map", "secret", "image"];
+    let mounts: Vec<Value> = names.iter().map(|name| mount(name)).collect();
+    let idle = "trap 'exit 0' TERM; while :; do sleep 0.2; done";
+    let spec = json!({
+        "hostUsers": false,
+        "hostname": "own",
+        "securityContext": {"fsGroup": 2000},
+        "volumes": [
+            {"name": "disk", "emptyDir": {}},
+            {"name": "memory", "emptyDir": {"medium": "Memory"}},
+            {"name": "map", "configMap": {"name": "text"}},
+            {"name": "secret", "secret": {"secretName": "word", "defaultMode": 0o400}},
+            {"name": "image", "image": {"reference": IMAGE, "pullPolicy": "Never"}},
+        ],
+        "containers": [
+            with(shell(&format!("echo ready >/dev/stdout; {idle}")), json!({"volumeMounts": mounts})),
+            with(shell(idle), json!({"name": "other", "volumeMounts": mounts, "securityContext": {"runAsUser": 1000}})),
+        ],
+    });
+    create(
+        &host,
+        &[
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "text"}, "data": {"key": "value"}}),
+            json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "word"}, "stringData": {"key": "hush"}}),
+            pod("one", spec.clone()),
+            pod("two", with(spec, json!({"shareProcessNamespace": true}))),
+        ],
+    );
+    let ready = |pod: &str| condition(&status(&host, pod), "Ready").as_deref() == Some("True");
+    for pod in ["one", "two"] {
+        assert_eventually!(PATIENCE_S, ready(pod), "{pod}: {:#}\n{}", status(&host, pod), host.log());
+    }
+    let run = |pod: &str, container: &str, script: &str| {
+        host.get(&["exec", pod, "-c", container, "--", "/bin/sh", "-c", script])
+    };
+    // Where a pod's ids begin outside: what root in it is there.
+    let base = |pod: &str| -> u32 {
+        let map = run(pod, "main", "cat /proc/self/uid_map; cat /proc/self/gid_map");
+        let numbers: Vec<u32> = map.split_whitespace().map(|number| number.parse().expect("a number")).collect();
+        assert_eq!((numbers[0], numbers[2]), (0, 65_536), "{map}");
+        assert_eq!(numbers[..3], numbers[3..], "{map}");
+        numbers[1]
+    };
+    let (one, two) = (base("one"), base("two"));
+    assert!(one >= 65_536 && one.abs_diff(two) >= 65_536, "{one} {two}");
+    for pod in ["one", "two"] {
+        // Root inside owns what it should, and is no root outside.
+        let owners = run(
+            pod,
+            "main",
+            "touch /disk/file /memory/file /root-file && stat -L -c %u:%g /disk/file /memory/file /root-file /bin/busybox /image/bin/busybox /map/key /etc/hosts /etc/resolv.conf /dev/shm",
+        );
+        assert_eq!(
+            owners.lines().collect::<Vec<_>>(),
+            ["0:2000", "0:2000", "0:0", "0:0", "0:0", "0:2000", "0:0", "0:0", "0:0"],
+            "{pod}"
+        );
+        assert_eq!(
+            run(
+                pod,
+                "main",
+                "cat /map/key /secret/key; echo >>/etc/hosts && hostname; cat /sys/class/net/eth0/operstate"
+            ),
+            "valuehushown\nup"
+        );
+        assert_eq!(
+            run(pod, "other", "id -u; touch /disk/other && stat -c %u:%g /disk/other; cat /map/key"),
+            "1000\n1000:2000\nvalue"
+        );
+        assert_eq!(
+            run(pod, "main", "echo 1 >/proc/sys/kernel/sysrq || mount -t tmpfs x /mnt || echo refused"),
+            "refused"
+        );
+        assert!(host.get(&["logs", pod, "-c", "main"]).contains("ready"));
+    }
+    assert!(run("two", "main", "cat /proc/1/comm").contains("pause"));
+    let uid = |pod: &str| host.get(&["get", "pod", pod, "-o", "jsonpath={.metadata.uid}"]);
+    let file = host.path("data/kubelet/pods").join(uid("one")).join("volumes/kubernetes.io~empty-dir/disk/file");
+    let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(&file).expect("the file that the pod made"));
+    assert_eq!(owner, 0, "on disk files belong to the same ids as without a user namespace");
+    let id = status(&host, "one")["containerStatuses"][0]["containerID"].as_str().expect("an id").to_owned();
+    let state = host.path("run/containers").join(id.rsplit('/').next().expect("an id")).join("state.json");
+    let state: Value = serde_json::from_slice(&std::fs::read(state).expect("state")).expect("JSON");
+    let outside = std::fs::read_to_string(format!("/proc/{}/status", state["pid"])).expect("the pod's process");
+    assert!(outside.contains(&format!("Uid:\t{one}\t{one}")), "{outside}");
+
+    // A new daemon keeps the ranges apart, and what runs goes on.
+    host.kill_server();
+    host.start();
+    create(&host, &[pod("three", json!({"hostUsers": false, "containers": [shell(idle)]}))]);
+    let ready = |pod: &str| condition(&status(&host, pod), "Ready").as_deref() == Some("True");
+    assert_eventually!(PATIENCE_S, ready("three"), "{:#}\n{}", status(&host, "three"), host.log());
+    let run = |pod: &str, script: &str| host.get(&["exec", pod, "-c", "main", "--", "/bin/sh", "-c", script]);
+    let first = |pod: &str| run(pod, "cat /proc/self/uid_map").split_whitespace().nth(1).map(str::to_owned);
+    assert_eq!((first("one"), first("two")), (Some(one.to_string()), Some(two.to_string())));
+    assert!(first("three") != first("one") && first("three") != first("two"));
+    assert_eq!(run("one", "stat -c %u /disk/file"), "0");
+    let features =
+        host.get(&["get", "node", "n1", "-o", "jsonpath={.status.runtimeHandlers[0].features.userNamespaces}"]);
+    assert_eq!(features, "true");
+    host.get(&["delete", "pods", "--all", "--wait=false"]);
+    assert_eventually!(PATIENCE_S, host.get(&["get", "pods"]).is_empty(), "{}", host.log());
     let left = host.take_down();
     assert!(left.is_empty(), "left behind: {left:#?}");
 }

@@ -21,12 +21,13 @@ use crate::devices::Devices;
 use crate::dra::Dra;
 use crate::events::Events;
 use crate::images::ImageStore;
+use crate::metrics::Metrics;
 use crate::names::PodKey;
 use crate::native::Native;
 use crate::native::network::{PodNetwork, PodNetworks};
 use crate::node::status::condition;
 use crate::node::{Facts, Health, NodeAgent};
-use crate::pods::{Context, PodManager, PodTable};
+use crate::pods::{Context, IdRanges, PodManager, PodTable};
 use crate::server::{NodeServer, NodeState, ServerConfig};
 use crate::supervisor::client::{Client as Supervisor, Launch};
 use crate::supervisor::logfile::Limits;
@@ -116,7 +117,7 @@ impl Kubelet {
             .map_err(host("make the cgroup of all pods (coracle check tells what lacks)"))?;
         let launch = Launch { executable: config.executable.clone(), arguments: config.supervisor_arguments.clone() };
         let supervisor = Supervisor::start(layout.clone(), launch).await?;
-        let folder = layout.data.join("images");
+        let folder = layout.images();
         let options = config.images.clone();
         let images = tokio::task::spawn_blocking(move || ImageStore::open(&folder, options))
             .await
@@ -124,7 +125,11 @@ impl Kubelet {
         let limits =
             Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
         let networks = Arc::new(Networks(network.clone()));
-        let native = Native::new(layout.clone(), limits, supervisor, images.clone(), networks, cgroups.clone())?;
+        let metrics = Arc::new(Metrics::default());
+        let (pool, groups) = (images.clone(), cgroups.clone());
+        let native = Native::new(layout.clone(), limits, supervisor, pool, networks, groups, metrics.clone())?;
+        let id_ranges = IdRanges::open(config.max_pods, &native.list_pod_sandboxes().await?)
+            .map_err(host("find ids for pods with hostUsers: false"))?;
         let runtime: Arc<dyn ContainerRuntime> = Arc::new(native);
         crate::volumes::ensure_shared(&layout.kubelet)
             .map_err(|error| host("prepare the folder of pods")(std::io::Error::other(error)))?;
@@ -159,11 +164,13 @@ impl Kubelet {
             cgroups,
             facts: facts.clone(),
             events: Events::new(client.clone(), &config.node_name),
+            id_ranges,
             pressure: Default::default(),
             services,
             pulls: Semaphore::new(MAX_PULLS),
             image_ids: Default::default(),
             probes: Default::default(),
+            metrics,
             config: config.clone(),
         });
         let parts = cri_v1::Parts {
@@ -289,6 +296,10 @@ impl NodeState for State {
 
     fn volumes(&self) -> Option<Volumes> {
         Some(self.0.volumes.clone())
+    }
+
+    fn metrics(&self) -> String {
+        self.0.metrics.text()
     }
 
     fn probe_metrics(&self) -> String {

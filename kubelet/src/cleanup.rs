@@ -28,11 +28,19 @@ pub async fn cleanup(config: &Config, network: Arc<Network>) -> Result<(), Agent
     let launch = Launch { executable: config.executable.clone(), arguments: config.supervisor_arguments.clone() };
     fs::create_dir_all(&layout.run).map_err(host("make the run folder"))?;
     let supervisor = Supervisor::start(layout.clone(), launch).await?;
-    let images = ImageStore::open(&layout.data.join("images"), StoreOptions::default())?;
+    let images = ImageStore::open(&layout.images(), StoreOptions::default())?;
     let limits =
         Limits { max_size_bytes: config.container_log_max_size_bytes, max_files: config.container_log_max_files };
     let networks = Arc::new(Networks(network.clone()));
-    let native = Native::new(layout.clone(), limits, supervisor.clone(), images.clone(), networks, cgroups.clone())?;
+    let native = Native::new(
+        layout.clone(),
+        limits,
+        supervisor.clone(),
+        images.clone(),
+        networks,
+        cgroups.clone(),
+        Arc::default(),
+    )?;
     for sandbox in native.list_pod_sandboxes().await? {
         native.stop_pod_sandbox(&sandbox.id).await?;
         native.remove_pod_sandbox(&sandbox.id).await?;

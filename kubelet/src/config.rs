@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::images::StoreOptions;
+use crate::images::{GcPolicy, StoreOptions};
 use crate::names::Layout;
 
 /// Below what a resource of the host counts as short: `memory.available<100Mi`, `nodefs.available<5%` (`evictionHard`).
@@ -69,6 +69,8 @@ pub struct Config {
     pub layout: Layout,
     /// Mirrors, credentials and certificates of registries, and programs that know credentials.
     pub images: StoreOptions,
+    /// When images that nobody uses are removed.
+    pub image_gc: GcPolicy,
     /// Folder of static pod manifests, if any.
     pub static_pod_path: Option<PathBuf>,
     /// The executable that is started again as the supervisor, with [`Self::supervisor_arguments`].
@@ -125,6 +127,7 @@ impl Config {
             register_with_taints: Vec::new(),
             layout: Layout::default(),
             images: StoreOptions::default(),
+            image_gc: GcPolicy::default(),
             static_pod_path: None,
             executable: "/proc/self/exe".into(),
             supervisor_arguments: vec!["supervisor".into()],

@@ -33,6 +33,7 @@ pub mod volumes;
 mod agent;
 mod cleanup;
 mod events;
+mod metrics;
 
 pub use agent::{AgentError, Kubelet};
 pub use cleanup::cleanup;

@@ -114,6 +114,11 @@ impl Layout {
         }
     }
 
+    /// The image store.
+    pub fn images(&self) -> PathBuf {
+        self.data.join("images")
+    }
+
     /// The supervisor's seqpacket socket.
     pub fn supervisor_socket(&self) -> PathBuf {
         self.run.join("supervisor.sock")

@@ -354,7 +354,7 @@ impl Inner {
         let pin = self.pin(&record.key.uid);
         std::thread::scope(|scope| {
             let worker = std::thread::Builder::new().name("pod-netns".into()).spawn_scoped(scope, || {
-                pods::enter_new(&pin)?;
+                pods::enter(record.net.namespace.as_deref(), &pin)?;
                 let mut batch = Batch::default();
                 route::set_up(&mut batch, LOOPBACK_INDEX);
                 Ok::<(), Error>(Socket::route()?.execute(&batch)?)

@@ -185,6 +185,9 @@ impl Step {
             (Self::Clone, Errno::ENOSPC) => " (raise user.max_*_namespaces)",
             (Self::Clone, Errno::EAGAIN) => " (a limit on processes is reached)",
             (Self::Clone, Errno::EINVAL) => " (Linux 6.1 or newer with all namespaces is needed)",
+            (Self::IdMapMount, Errno::EINVAL) => {
+                " (its file system cannot be id-mapped on this kernel: ext4, xfs and btrfs can, tmpfs from Linux 6.3 on, overlayfs and NFS cannot)"
+            }
             (Self::OomScore, Errno::EACCES) => " (lowering it needs CAP_SYS_RESOURCE)",
             (Self::Rlimit, Errno::EPERM) => " (raising a hard limit needs CAP_SYS_RESOURCE)",
             (Self::FindProgram, Errno::ENOENT) => " (not in the container's PATH)",

@@ -98,7 +98,7 @@ impl Server {
         let Config { socket, layout, launch, cgroup_root, streaming_address, network, images: options } = config;
         let cgroups = Hierarchy::open(&cgroup_root)
             .map_err(host("make the cgroup of all pods (coracle check tells what lacks)"))?;
-        let folder = layout.data.join("images");
+        let folder = layout.images();
         let images = tokio::task::spawn_blocking(move || ImageStore::open(&folder, options))
             .await
             .map_err(|error| host("open the image store")(io::Error::other(error)))??;
@@ -107,7 +107,15 @@ impl Server {
             host("make the pod network of this host (coracle check tells what lacks)")(io::Error::other(error))
         })?;
         let supervisor = Supervisor::start(layout.clone(), launch).await?;
-        let native = Native::new(layout.clone(), NO_ROTATION, supervisor, images.clone(), network.clone(), cgroups)?;
+        let native = Native::new(
+            layout.clone(),
+            NO_ROTATION,
+            supervisor,
+            images.clone(),
+            network.clone(),
+            cgroups,
+            Arc::default(),
+        )?;
         let parts = Parts { verbs: Arc::new(native), images, network, layout, cgroup_root, resolv_conf };
         Self::listen(&socket, streaming_address, parts).await
     }
@@ -120,7 +128,7 @@ impl Server {
             .map_err(host(format!("listen on {streaming} for exec, attach and port-forward")))?;
         let runtime = Runtime {
             events: Events::new(parts.verbs.clone(), parts.images.clone()),
-            images: Images { store: parts.images, folder: parts.layout.data.join("images") },
+            images: Images { store: parts.images, folder: parts.layout.images() },
             verbs: parts.verbs,
             streaming,
             network: parts.network,

@@ -16,6 +16,7 @@ use super::{api, seen, wanted};
 use crate::cri::{ContainerRuntime, ContainerState, ContainerStatus, NamespaceMode, RuntimeError, SandboxStatus};
 use crate::names::{ContainerId, RUNTIME_NAME};
 use crate::native::HANDLERS;
+use crate::native::namespaces::user_namespaces_work;
 use crate::streaming::Request;
 
 /// The version of the interface.
@@ -139,7 +140,8 @@ impl Runtime {
             condition("RuntimeReady", listed.err().map(|error| error.to_string())),
             condition("NetworkReady", self.network.trouble()),
         ];
-        let features = api::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
+        let features =
+            api::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: user_namespaces_work() };
         let mut info = BTreeMap::new();
         if request.verbose {
             let config = json!({
@@ -199,9 +201,6 @@ impl Runtime {
         }
         let config = request.config.ok_or_else(|| Status::invalid_argument("no configuration of the sandbox"))?;
         let config = wanted::sandbox(config, &request.runtime_handler, &self.cgroup_root, &self.resolv_conf)?;
-        if !config.id_mappings.is_empty() {
-            return Err(Status::unimplemented("user namespaces of pods are not supported"));
-        }
         if !config.log_directory.as_os_str().is_empty() {
             std::fs::create_dir_all(&config.log_directory)
                 .map_err(|error| Status::unknown(format!("create {}: {error}", config.log_directory.display())))?;

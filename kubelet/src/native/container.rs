@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -13,12 +15,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 use super::spec::{self, ImageDefaults, Input, PodPaths};
-use super::{Native, blocking, namespaces, refused, user};
+use super::{Native, blocking, idmap, namespaces, refused, user};
 use crate::cri::{
     ContainerConfig, ContainerStatus, ContainerUser, ImageMount, NamespaceMode, Resources, Result, RuntimeError,
     SandboxStatus, SecurityProfile,
 };
-use crate::images::Image;
+use crate::images::{Image, Snapshot};
 use crate::names::{ContainerId, Layout, PodKey};
 use crate::supervisor::protocol::{Create, Event, Report};
 
@@ -132,20 +134,24 @@ impl Native {
             .ok_or_else(|| RuntimeError::Invalid(format!("image {} is not present", config.image)))?;
         let rootfs = folder.join("rootfs");
         fs::create_dir_all(&rootfs).map_err(RuntimeError::io("create", &rootfs))?;
-        self.mount_root(&id, &image, &rootfs)?;
+        let user = self.user_namespace(sandbox);
+        let root = sandbox.config.id_mappings.first().map(|map| map.host_id);
+        self.mount_root(&id, &image, &rootfs, user.as_deref().zip(root))?;
         for (index, mount) in config.mounts.iter_mut().enumerate() {
             if let Some(source) = &mount.image {
-                mount.host_path = self.mount_image(&id, index, source)?;
+                mount.host_path = self.mount_image(&id, index, source, user.as_deref())?;
+                // Its layers are, where there is need.
+                mount.id_mapped = false;
             }
         }
         let (defaults, image_user, image_stop) = image_defaults(&image);
-        let user = user::resolve(&rootfs, &config.security, &image_user)?;
+        let user_of_process = user::resolve(&rootfs, &config.security, &image_user)?;
         let cgroup = Path::new("/").join(&sandbox.config.cgroup_parent).join(id.as_str());
         let mut spec = spec::build(&Input {
             sandbox: &sandbox.config,
             container: &config,
             image: &defaults,
-            user: &user,
+            user: &user_of_process,
             rootfs: &rootfs,
             paths: &self.pod_paths(sandbox, &config)?,
             cgroup: &cgroup,
@@ -167,7 +173,11 @@ impl Native {
             pod,
             cgroup: cgroup.clone(),
             config,
-            user: ContainerUser { uid: user.uid, gid: user.gid, supplemental_groups: user.groups.clone() },
+            user: ContainerUser {
+                uid: user_of_process.uid,
+                gid: user_of_process.gid,
+                supplemental_groups: user_of_process.groups.clone(),
+            },
         };
         for (name, value) in
             [("config.json", serde_json::to_vec(&spec)), ("container.json", serde_json::to_vec(&record))]
@@ -188,7 +198,7 @@ impl Native {
     }
 
     /// Mounts an image read-only beside the container's root and returns what of it is wanted.
-    fn mount_image(&self, id: &ContainerId, index: usize, source: &ImageMount) -> Result<PathBuf> {
+    fn mount_image(&self, id: &ContainerId, index: usize, source: &ImageMount, user: Option<&Path>) -> Result<PathBuf> {
         let invalid = |error: crate::images::ImageError| RuntimeError::Invalid(error.to_string());
         let missing = || RuntimeError::Invalid(format!("image {} of a mount is not present", source.image));
         let image = self.inner.images.resolve(&source.image_id).map_err(invalid)?.ok_or_else(missing)?;
@@ -197,7 +207,8 @@ impl Native {
         let snapshot = self.inner.images.snapshot(&image_snapshot(id, &name), &image).map_err(invalid)?;
         let target = self.inner.layout.container(id).join("images").join(name);
         fs::create_dir_all(&target).map_err(RuntimeError::io("create", &target))?;
-        crate::volumes::ensure_layers(&target, &snapshot).map_err(|e| RuntimeError::Invalid(e.to_string()))?;
+        crate::volumes::ensure_layers(&target, &snapshot, &self.inner.layout.images(), user)
+            .map_err(|e| RuntimeError::Invalid(e.to_string()))?;
         if source.sub_path.as_os_str().is_empty() {
             return Ok(target);
         }
@@ -214,23 +225,41 @@ impl Native {
         }
     }
 
-    fn mount_root(&self, id: &ContainerId, image: &Image, rootfs: &Path) -> Result<()> {
+    /// The user namespace that a sandbox has of its own.
+    fn user_namespace(&self, sandbox: &SandboxStatus) -> Option<PathBuf> {
+        (!sandbox.config.id_mappings.is_empty()).then(|| self.inner.layout.sandbox(&sandbox.id).join("user"))
+    }
+
+    /// `user` is the user namespace of the pod's own, with the id that its root has outside.
+    fn mount_root(&self, id: &ContainerId, image: &Image, rootfs: &Path, user: Option<(&Path, u32)>) -> Result<()> {
         // Left by an attempt that was killed here: seen through and made again.
         namespaces::unmount(rootfs).map_err(RuntimeError::io("unmount", rootfs))?;
         let images = &self.inner.images;
         let snapshot = images.remove_snapshot(id.as_str()).and_then(|()| images.snapshot(id.as_str(), image));
         let snapshot = snapshot.map_err(|e| RuntimeError::Invalid(e.to_string()))?;
-        // A container's own files do not outlive the host's boot, so nothing has to reach the disk. Otherwise each unmount
-        // would write out all that waits in the whole file system below, the cluster's state included.
-        let options = format!("{},volatile", snapshot.mount_options());
-        if options.len() > MOUNT_OPTIONS_LIMIT {
-            return Err(RuntimeError::Invalid(format!(
-                "image has too many layers ({}) for one overlay mount",
-                snapshot.lowerdirs.len()
-            )));
-        }
-        mount(Some("overlay"), rootfs, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-            .map_err(|e| RuntimeError::io("mount overlay at", rootfs)(e.into()))
+        let overlay = |snapshot: &Snapshot| {
+            // A container's own files do not outlive the host's boot, so nothing has to reach the disk. Otherwise each unmount
+            // would write out all that waits in the whole file system below, the cluster's state included.
+            let options = format!("{},volatile", snapshot.mount_options());
+            if options.len() > MOUNT_OPTIONS_LIMIT {
+                let layers = snapshot.lowerdirs.len();
+                return Err(io::Error::other(format!("image has too many layers ({layers}) for one overlay mount")));
+            }
+            Ok(mount(Some("overlay"), rootfs, Some("overlay"), MsFlags::empty(), Some(options.as_str()))?)
+        };
+        let mounted = match user {
+            None => overlay(&snapshot),
+            Some((user, root)) => {
+                let aside = self.inner.layout.container(id).join("layers");
+                // The root folder is the upper layer's, which belongs to the one whom the image names.
+                let owned = snapshot.lowerdirs.first().map_or(Ok(()), |top| {
+                    let of = fs::metadata(top)?;
+                    chown(&snapshot.upper, root.checked_add(of.uid()), root.checked_add(of.gid()))
+                });
+                owned.and_then(|()| idmap::with_layers(&self.inner.layout.images(), &snapshot, user, &aside, overlay))
+            }
+        };
+        mounted.map_err(RuntimeError::io("mount overlay at", rootfs))
     }
 
     fn pod_paths(&self, sandbox: &SandboxStatus, config: &ContainerConfig) -> Result<PodPaths> {
@@ -248,6 +277,7 @@ impl Native {
             None => None,
         };
         Ok(PodPaths {
+            user: self.user_namespace(sandbox),
             network: sandbox.network_namespace.clone(),
             ipc: own(sandbox.config.ipc, "ipc"),
             uts: own(sandbox.config.network, "uts"),

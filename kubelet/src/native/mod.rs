@@ -6,6 +6,7 @@
 pub mod cdi;
 mod container;
 mod exec;
+pub(crate) mod idmap;
 mod init;
 pub mod namespaces;
 pub mod network;
@@ -30,6 +31,7 @@ use crate::cri::{
     Resources, Result, RuntimeError, SandboxConfig, SandboxStatus, Stats, Streams,
 };
 use crate::images::ImageStore;
+use crate::metrics::Metrics;
 use crate::names::{ContainerId, Layout};
 use crate::supervisor::client::{Client, ClientError};
 use crate::supervisor::logfile::Limits;
@@ -52,6 +54,7 @@ struct Inner {
     images: Arc<ImageStore>,
     network: Arc<dyn PodNetworks>,
     cgroups: Hierarchy,
+    metrics: Arc<Metrics>,
     sandboxes: Mutex<HashMap<ContainerId, Arc<SandboxStatus>>>,
     containers: Mutex<HashMap<ContainerId, Arc<container::Record>>>,
     events: broadcast::Sender<ContainerEvent>,
@@ -69,6 +72,7 @@ impl Native {
         images: Arc<ImageStore>,
         network: Arc<dyn PodNetworks>,
         cgroups: Hierarchy,
+        metrics: Arc<Metrics>,
     ) -> Result<Self> {
         let sandboxes = sandbox::read_all(&layout)?;
         let containers = container::read_all(&layout)?;
@@ -80,6 +84,7 @@ impl Native {
             images,
             network,
             cgroups,
+            metrics,
             sandboxes: Mutex::new(sandboxes),
             containers: Mutex::new(containers),
             events,
@@ -145,15 +150,15 @@ fn refused(id: &ContainerId, wanted: &'static str) -> impl FnOnce(ClientError) -
 #[async_trait]
 impl ContainerRuntime for Native {
     async fn run_pod_sandbox(&self, config: SandboxConfig) -> Result<SandboxStatus> {
-        self.run_sandbox(config).await
+        self.inner.metrics.operation("run_podsandbox", self.run_sandbox(config)).await
     }
 
     async fn stop_pod_sandbox(&self, id: &ContainerId) -> Result<()> {
-        self.stop_sandbox(id).await
+        self.inner.metrics.operation("stop_podsandbox", self.stop_sandbox(id)).await
     }
 
     async fn remove_pod_sandbox(&self, id: &ContainerId) -> Result<()> {
-        self.remove_sandbox(id).await
+        self.inner.metrics.operation("remove_podsandbox", self.remove_sandbox(id)).await
     }
 
     async fn list_pod_sandboxes(&self) -> Result<Vec<SandboxStatus>> {
@@ -175,19 +180,20 @@ impl ContainerRuntime for Native {
     }
 
     async fn create_container(&self, sandbox: &ContainerId, config: ContainerConfig) -> Result<ContainerId> {
-        self.create(sandbox, config).await
+        self.inner.metrics.operation("create_container", self.create(sandbox, config)).await
     }
 
     async fn start_container(&self, id: &ContainerId) -> Result<()> {
-        self.inner.supervisor.start_container(id).await.map_err(refused(id, "created"))
+        let started = async { self.inner.supervisor.start_container(id).await.map_err(refused(id, "created")) };
+        self.inner.metrics.operation("start_container", started).await
     }
 
     async fn stop_container(&self, id: &ContainerId, timeout: Duration) -> Result<()> {
-        self.stop(id, timeout).await
+        self.inner.metrics.operation("stop_container", self.stop(id, timeout)).await
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<()> {
-        self.remove(id).await
+        self.inner.metrics.operation("remove_container", self.remove(id)).await
     }
 
     async fn list_containers(&self) -> Result<Vec<ContainerStatus>> {
@@ -223,15 +229,15 @@ impl ContainerRuntime for Native {
     }
 
     async fn exec_sync(&self, id: &ContainerId, command: &[String], timeout: Option<Duration>) -> Result<ExecOutput> {
-        self.exec_and_collect(id, command, timeout).await
+        self.inner.metrics.operation("exec_sync", self.exec_and_collect(id, command, timeout)).await
     }
 
     async fn exec(&self, id: &ContainerId, request: ExecRequest) -> Result<ExecSession> {
-        self.exec_with_streams(id, request).await
+        self.inner.metrics.operation("exec", self.exec_with_streams(id, request)).await
     }
 
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Streams> {
-        self.attach_streams(id, stdin).await
+        self.inner.metrics.operation("attach", self.attach_streams(id, stdin)).await
     }
 
     async fn close_stdin(&self, id: &ContainerId) -> Result<()> {

@@ -44,12 +44,32 @@ pub fn pin(folder: &Path, hostname: Option<&str>, ipc: bool) -> io::Result<()> {
     thread.join().map_err(|_| io::Error::other("the thread that makes namespaces panicked"))?
 }
 
-/// Undoes [`pin`].
+/// Pins namespaces of a process, by their names in `/proc/PID/ns`, in a folder.
+///
+/// # Errors
+/// The step that failed.
+pub fn pin_of(pid: i32, folder: &Path, names: &[&str]) -> io::Result<()> {
+    for name in names {
+        let target = folder.join(name);
+        File::create(&target)?;
+        let source = PathBuf::from(format!("/proc/{pid}/ns/{name}"));
+        mount(Some(&source), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    }
+    Ok(())
+}
+
+/// Whether pods can have user namespaces of their own on this host.
+pub fn user_namespaces_work() -> bool {
+    let limit = fs::read_to_string("/proc/sys/user/max_user_namespaces");
+    limit.ok().and_then(|limit| limit.trim().parse::<u64>().ok()).is_some_and(|limit| limit > 0)
+}
+
+/// Undoes [`pin`] and [`pin_of`].
 ///
 /// # Errors
 /// When a mount cannot be taken away.
 pub fn unpin(folder: &Path) -> io::Result<()> {
-    for name in ["ipc", "uts", "pid"] {
+    for name in ["ipc", "uts", "pid", "net", "user"] {
         unmount(&folder.join(name))?;
     }
     Ok(())

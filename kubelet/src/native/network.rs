@@ -53,6 +53,7 @@ pub fn request(config: &SandboxConfig) -> Result<PodNet> {
         ingress_bandwidth_bits: bandwidth(&config.annotations, "kubernetes.io/ingress-bandwidth")?,
         egress_bandwidth_bits: bandwidth(&config.annotations, "kubernetes.io/egress-bandwidth")?,
         labels: config.labels.clone(),
+        namespace: None,
     })
 }
 

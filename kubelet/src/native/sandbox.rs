@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::chown;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,6 +59,12 @@ impl Native {
                 config.runtime_handler, HANDLERS[1]
             )));
         }
+        let mapped = !config.id_mappings.is_empty();
+        if mapped && !namespaces::user_namespaces_work() {
+            return Err(RuntimeError::Invalid(
+                "this host has no user namespaces, which pods with hostUsers: false need: raise user.max_user_namespaces, or boot a kernel with CONFIG_USER_NS".into(),
+            ));
+        }
         let id = ContainerId::derive(&pod.uid, "", config.attempt);
         if let Ok(known) = self.sandbox(&id)
             && self.as_seen(&known).ready
@@ -82,15 +89,25 @@ impl Native {
             if status.config.network == NamespaceMode::Node {
                 return Ok(None);
             }
-            let wanted = network::request(&status.config)?;
+            let mut wanted = network::request(&status.config)?;
+            wanted.namespace = mapped.then(|| self.inner.layout.sandbox(&id).join("net"));
             self.inner.network.setup(&pod, wanted).await.map(Some)
         };
-        let ((), net) = tokio::try_join!(files, net)?;
+        let net = if mapped {
+            // All namespaces of the pod belong to its user namespace, so that one comes first.
+            files.await?;
+            self.start_init(&status).await?;
+            net.await?
+        } else {
+            tokio::try_join!(files, net)?.1
+        };
         if let Some(net) = net {
             status.ips = net.ips;
             status.network_namespace = Some(net.namespace);
         }
-        self.start_init(&status).await?;
+        if !mapped {
+            self.start_init(&status).await?;
+        }
         status.ready = true;
         self.note_sandbox(&status)?;
         Ok(status)
@@ -117,20 +134,29 @@ impl Native {
             .make(&config.cgroup_parent)
             .and_then(|()| self.inner.cgroups.limit(&config.cgroup_parent, &config.resources))
             .map_err(RuntimeError::io("create cgroup", &config.cgroup_parent))?;
-        let hostname = (config.network != NamespaceMode::Node).then_some(config.hostname.as_str());
-        namespaces::pin(&folder, hostname, config.ipc != NamespaceMode::Node)
-            .map_err(RuntimeError::io("make namespaces in", &folder))?;
+        let root = config.id_mappings.first().map(|map| map.host_id);
+        let made = if root.is_some() {
+            // What an attempt left that was killed here may belong to another user namespace than what is made now.
+            namespaces::unpin(&folder)
+        } else {
+            let hostname = (config.network != NamespaceMode::Node).then_some(config.hostname.as_str());
+            namespaces::pin(&folder, hostname, config.ipc != NamespaceMode::Node)
+        };
+        made.map_err(RuntimeError::io("make namespaces in", &folder))?;
         for (name, content) in
             [("hostname", format!("{}\n", config.hostname)), ("resolv.conf", config.resolv_conf.clone())]
         {
             let path = folder.join(name);
-            fs::write(&path, content).map_err(RuntimeError::io("write", &path))?;
+            let written = fs::write(&path, content).and_then(|()| chown(&path, root, root));
+            written.map_err(RuntimeError::io("write", &path))?;
         }
         let shm = folder.join("shm");
         if config.ipc != NamespaceMode::Node && !shm.exists() {
             fs::create_dir(&shm).map_err(RuntimeError::io("create", &shm))?;
             let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-            mount(Some("shm"), &shm, Some("tmpfs"), flags, Some(SHM_OPTIONS))
+            let root = root.unwrap_or_default();
+            let options = format!("{SHM_OPTIONS},uid={root},gid={root}");
+            mount(Some("shm"), &shm, Some("tmpfs"), flags, Some(options.as_str()))
                 .map_err(|e| RuntimeError::io("mount", &shm)(e.into()))?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::user::User;
 use crate::cri::{
-    ContainerConfig, NamespaceMode, Propagation, Resources, RuntimeError, SandboxConfig, SecurityProfile,
+    ContainerConfig, IdMapping, NamespaceMode, Propagation, Resources, RuntimeError, SandboxConfig, SecurityProfile,
 };
 
 /// `PATH` of a process whose image sets none.
@@ -31,6 +31,8 @@ pub struct ImageDefaults {
 /// Where a pod's pinned namespaces and files are.
 #[derive(Clone, Debug, Default)]
 pub struct PodPaths {
+    /// User namespace; `None`: the node's.
+    pub user: Option<PathBuf>,
     /// Network namespace; `None`: the node's.
     pub network: Option<PathBuf>,
     /// IPC namespace; `None`: the node's.
@@ -110,6 +112,9 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
         input.paths.uts.as_ref(),
     );
     namespace("pid", pid_mode(sandbox, container), input.paths.pid.as_ref());
+    if let Some(path) = &input.paths.user {
+        namespaces.push(json!({"type": "user", "path": path}));
+    }
 
     let capabilities = capabilities(container);
     // A process of another user than root starts without effective capabilities, as with execve(2) of a plain program.
@@ -143,6 +148,11 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
         "sysctl": sandbox.sysctls,
         "devices": [],
     });
+    if input.paths.user.is_some() {
+        // Mounts of the container take theirs from here.
+        let ids = id_mappings(sandbox);
+        (linux["uidMappings"], linux["gidMappings"]) = (ids.clone(), ids);
+    }
     let propagation =
         if container.mounts.iter().any(|m| m.propagation == Propagation::Bidirectional) { "shared" } else { "slave" };
     linux["rootfsPropagation"] = json!(propagation);
@@ -159,6 +169,12 @@ pub fn build(input: &Input<'_>) -> Result<Value, RuntimeError> {
         "linux": linux,
         "annotations": container.annotations,
     }))
+}
+
+/// The ids of a sandbox's user namespace.
+pub fn id_mappings(sandbox: &SandboxConfig) -> Value {
+    let range = |map: &IdMapping| json!({"containerID": map.container_id, "hostID": map.host_id, "size": map.length});
+    sandbox.id_mappings.iter().map(range).collect()
 }
 
 /// The PID namespace of a container: its own wish, or what its sandbox says.

@@ -122,7 +122,7 @@ fn facts_only(config: &Config, facts: &Facts) -> NodeStatus {
                     name: Some(name.into()),
                     features: Some(NodeRuntimeHandlerFeatures {
                         recursive_read_only_mounts: Some(true),
-                        user_namespaces: Some(false),
+                        user_namespaces: Some(crate::native::namespaces::user_namespaces_work()),
                     }),
                 })
                 .into(),

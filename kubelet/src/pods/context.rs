@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Container, ObjectReference, Pod, Service};
@@ -16,16 +17,18 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
 use super::eviction::Pressure;
+use super::id_ranges::IdRanges;
 use super::resolved;
 use super::table::PodTable;
 use crate::Config;
 use crate::cgroups::Hierarchy;
-use crate::cri::{ContainerRuntime, ContainerStatus, SandboxConfig};
+use crate::cri::{ContainerRuntime, ContainerStatus, SandboxConfig, SandboxStatus};
 use crate::csi::Csi;
 use crate::devices::Devices;
 use crate::dra::Dra;
 use crate::events::Events;
 use crate::images::ImageStore;
+use crate::metrics::Metrics;
 use crate::names::PodKey;
 use crate::node::Facts;
 use crate::volumes::{Allocatable, Volumes};
@@ -51,6 +54,7 @@ pub struct Context {
     pub cgroups: Hierarchy,
     pub facts: Facts,
     pub events: Events,
+    pub id_ranges: IdRanges,
     /// What the host runs short of.
     pub pressure: Pressure,
     pub services: Store<Service>,
@@ -59,6 +63,7 @@ pub struct Context {
     /// Digest references by image id, for statuses.
     pub image_ids: Mutex<HashMap<String, String>>,
     pub probes: crate::probes::Counts,
+    pub metrics: Arc<Metrics>,
 }
 
 impl Context {
@@ -112,10 +117,22 @@ impl Context {
     }
 
     /// The configuration of a pod's sandbox.
-    pub fn sandbox_config(&self, pod: &Pod, attempt: u32, runtime_handler: String) -> SandboxConfig {
+    ///
+    /// # Errors
+    /// When no ids are left for the pod's user namespace.
+    pub fn sandbox_config(&self, pod: &Pod, attempt: u32, runtime_handler: String) -> Result<SandboxConfig, String> {
         let host = fs::read_to_string(&self.config.resolv_conf).unwrap_or_default();
         let text = resolved::resolv_conf(&self.config, pod, &host);
-        SandboxConfig { runtime_handler, ..resolved::sandbox(&self.config, pod, attempt, text, &self.cgroups) }
+        let own_users = pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false);
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        let id_mappings = if own_users { vec![self.id_ranges.take(uid)?] } else { Vec::new() };
+        let usual = resolved::sandbox(&self.config, pod, attempt, text, &self.cgroups);
+        Ok(SandboxConfig { runtime_handler, id_mappings, ..usual })
+    }
+
+    /// The user namespace of a sandbox that has one of its own.
+    pub fn user_namespace(&self, sandbox: &SandboxStatus) -> Option<PathBuf> {
+        (!sandbox.config.id_mappings.is_empty()).then(|| self.config.layout.sandbox(&sandbox.id).join("user"))
     }
 
     /// Where a pod's /etc/hosts lies.

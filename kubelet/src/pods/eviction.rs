@@ -18,6 +18,7 @@ use super::status;
 use super::table::{PodEntry, Verdict};
 use crate::config::Threshold;
 use crate::images::GcPolicy;
+use crate::metrics::Counted;
 use crate::node::status::condition;
 use crate::volumes::Quantity;
 
@@ -130,7 +131,7 @@ pub async fn run(context: Arc<Context>) {
         }
         if collected.elapsed() >= IMAGE_GC_INTERVAL {
             collected = Instant::now();
-            collect_images(&context, GcPolicy::default()).await;
+            collect_images(&context, context.config.image_gc).await;
         }
         tokio::time::sleep(INTERVAL).await;
     }
@@ -155,7 +156,7 @@ async fn look(context: &Context) -> io::Result<()> {
     let of_disk = |(index, _): &Hit| matches!(SIGNALS[*index].1, Resource::Disk | Resource::Inodes);
     if hard.iter().chain(&soft).any(of_disk) {
         // Images that nobody uses go before any pod.
-        collect_images(context, GcPolicy { high_percent: 0, low_percent: 0, ..GcPolicy::default() }).await;
+        collect_images(context, GcPolicy { high_percent: 0, low_percent: 0, ..config.image_gc }).await;
         levels = self::levels(context)?;
         (hard, soft) = all(&levels);
     }
@@ -184,6 +185,7 @@ async fn look(context: &Context) -> io::Result<()> {
         );
         tracing::warn!(pod = victim.uid, message, "evicting a pod");
         let own = context.table.by_uid(&victim.uid).map(|entry| super::stop::grace(&entry.pod)).unwrap_or_default();
+        context.metrics.count(Counted::Evictions, SIGNALS[index].0);
         context.table.fail(&victim.uid, Verdict { reason: "Evicted".into(), message, grace: Some(own.min(most)) });
     }
     Ok(())

@@ -8,6 +8,7 @@ mod admit;
 mod backoff;
 mod context;
 mod hooks;
+mod id_ranges;
 mod mirror;
 mod monitor;
 mod report;
@@ -23,5 +24,6 @@ pub mod table;
 
 pub use context::Context;
 pub(crate) use context::allocatable;
+pub(crate) use id_ranges::IdRanges;
 pub use manager::PodManager;
 pub use table::PodTable;

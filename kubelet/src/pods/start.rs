@@ -14,6 +14,7 @@ use super::worker::Wanted;
 use super::{hooks, resolved};
 use crate::cri::{ContainerConfig, ContainerState, Mount, SandboxStatus, StdioMode};
 use crate::images::{Image, NoProgress};
+use crate::metrics::{Counted, Timed};
 use crate::names::{ContainerId, PodKey};
 use crate::volumes::{PodVolumes, Volumes, expand, service_environment};
 
@@ -126,6 +127,7 @@ async fn image(context: &Context, pod: &Pod, container: &Container) -> Result<Ar
         .pull(name, &keyring, Arc::new(NoProgress))
         .await
         .map_err(|error| Reason::new("ErrImagePull", "Failed", error))?;
+    context.metrics.observe(Timed::ImagePull, "", started.elapsed());
     let note = format!(
         "Successfully pulled image \"{name}\" in {:?}. Image size: {} bytes.",
         started.elapsed(),
@@ -133,6 +135,18 @@ async fn image(context: &Context, pod: &Pod, container: &Container) -> Result<Ar
     );
     context.event_of(pod, &container.name, EventType::Normal, "Pulled", note);
     Ok(image)
+}
+
+/// The kind of a container, as metrics call it.
+fn kind(pod: &Pod, name: &str) -> &'static str {
+    let Some(spec) = &pod.spec else { return "container" };
+    if spec.init_containers.iter().flatten().any(|known| known.name == name) {
+        "init_container"
+    } else if spec.containers.iter().any(|known| known.name == name) {
+        "container"
+    } else {
+        "ephemeral_container"
+    }
 }
 
 /// A container that is to start.
@@ -174,6 +188,7 @@ impl Start<'_> {
         let started = context.runtime.start_container(&id).await;
         started.map_err(|error| Reason::new("RunContainerError", "Failed", error))?;
         context.event_of(pod, name, EventType::Normal, "Started", format!("Container started: {name}"));
+        context.metrics.count(Counted::StartedContainers, kind(pod, name));
         let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.as_ref());
         let Some(hook) = hook else { return Ok(()) };
         let outcome = tokio::select! {
@@ -224,11 +239,13 @@ impl Start<'_> {
         mounts.extend(given.mounts);
         let blocks = Volumes::devices(volumes, container.volume_devices.as_deref().unwrap_or_default());
         given.devices.extend(blocks.map_err(|error| error.to_string())?);
+        let id_mapped = !sandbox.config.id_mappings.is_empty();
         let taken = |path: &str| wanted.iter().any(|mount| mount.mount_path == path);
         if !taken("/etc/hosts") {
             mounts.push(Mount {
                 container_path: "/etc/hosts".into(),
                 host_path: context.hosts_path(key),
+                id_mapped,
                 ..Mount::default()
             });
         }
@@ -238,7 +255,7 @@ impl Start<'_> {
             let made = last_words.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(&last_words, ""));
             made.and_then(|()| fs::set_permissions(&last_words, std::os::unix::fs::PermissionsExt::from_mode(0o666)))
                 .map_err(|error| format!("make {}: {error}", last_words.display()))?;
-            mounts.push(Mount { container_path: path.into(), host_path: last_words, ..Mount::default() });
+            mounts.push(Mount { container_path: path.into(), host_path: last_words, id_mapped, ..Mount::default() });
         }
         Ok(ContainerConfig {
             name: container.name.clone(),

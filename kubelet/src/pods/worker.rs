@@ -4,6 +4,7 @@
 //! It keeps no state that it could not find again: containers are found by their derived ids, files by the pod's UID.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use super::stop::{self, Stop};
 use super::table::PodEntry;
 use super::{mirror, start};
 use crate::cri::{ContainerState, ContainerStatus, RuntimeError, SandboxStatus};
+use crate::metrics::{Counted, Timed};
 use crate::names::PodKey;
 use crate::volumes::PodVolumes;
 
@@ -92,10 +94,14 @@ pub(super) struct Worker {
     told: Option<Arc<Pod>>,
     /// The last trouble that was published, so that the same is not published again and again.
     trouble: Option<String>,
+    /// When a pod came that had not run before; gone once it was seen to run.
+    came: Option<Instant>,
 }
 
 impl Worker {
     pub(super) fn new(context: Arc<Context>, key: PodKey, wanted: watch::Receiver<Wanted>, wake: Arc<Notify>) -> Self {
+        let new = matches!(&*wanted.borrow(), Wanted::Pod(pod) if is_pending(pod));
+        let came = new.then(Instant::now);
         Self {
             reporter: Reporter::new(context.clone(), key.clone()),
             monitors: Monitors::new(wake.clone()),
@@ -114,6 +120,7 @@ impl Worker {
             progress: None,
             told: None,
             trouble: None,
+            came,
         }
     }
 
@@ -121,15 +128,20 @@ impl Worker {
     pub(super) async fn run(mut self) {
         loop {
             let wanted = self.wanted.borrow_and_update().clone();
-            let next = match wanted {
-                Wanted::Gone(pod) => self.remove(&pod, true).await,
-                Wanted::Pod(pod) if pod.metadata.deletion_timestamp.is_some() => self.remove(&pod, false).await,
-                Wanted::Pod(pod) => self.sync(&pod).await,
+            let started = Instant::now();
+            let (operation, next) = match wanted {
+                Wanted::Gone(pod) => ("terminated", self.remove(&pod, true).await),
+                Wanted::Pod(pod) if pod.metadata.deletion_timestamp.is_some() => {
+                    ("terminating", self.remove(&pod, false).await)
+                }
+                Wanted::Pod(pod) => ("sync", self.sync(&pod).await),
             };
+            self.context.metrics.observe(Timed::PodWorker, operation, started.elapsed());
             let wait = match next {
                 Next::Finished => {
                     self.context.table.remove(&self.key.uid);
                     self.context.probes.forget(&self.key.uid);
+                    self.context.id_ranges.release(&self.key.uid);
                     return;
                 }
                 Next::Wait => None,
@@ -426,9 +438,18 @@ impl Worker {
         let spec = pod.spec.clone().unwrap_or_default();
         let count = spec.ephemeral_containers.as_ref().map_or(0, Vec::len);
         let known = self.volumes.as_ref().is_some_and(|(_, known)| *known == count);
-        let volumes = async { if known { Ok(None) } else { self.context.volumes.setup(pod).await.map(Some) } };
-        // Neither needs the other.
-        let (sandbox, volumes) = tokio::join!(self.ensure_sandbox(pod), volumes);
+        let volumes = async |user: Option<&Path>| {
+            if known { Ok(None) } else { self.context.volumes.setup(pod, user).await.map(Some) }
+        };
+        let (sandbox, volumes) = if spec.host_users == Some(false) {
+            let sandbox = self.ensure_sandbox(pod).await;
+            let user = sandbox.as_ref().ok().and_then(|sandbox| self.context.user_namespace(sandbox));
+            let volumes = if sandbox.is_ok() { volumes(user.as_deref()).await } else { Ok(None) };
+            (sandbox, volumes)
+        } else {
+            // Neither needs the other.
+            tokio::join!(self.ensure_sandbox(pod), volumes(None))
+        };
         let sandbox = match sandbox {
             Ok(sandbox) => sandbox,
             Err(message) => {
@@ -556,10 +577,6 @@ impl Worker {
     }
 
     async fn ensure_sandbox(&self, pod: &Arc<Pod>) -> Result<SandboxStatus, String> {
-        // Running it as the host's own users would be less than was asked for.
-        if pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false) {
-            return Err("this node does not support user namespaces (hostUsers: false) yet; remove the field".into());
-        }
         let known = self.sandbox().await;
         if let Some(ready) = known.as_ref().filter(|sandbox| sandbox.ready) {
             return Ok(ready.clone());
@@ -572,10 +589,25 @@ impl Worker {
         let attempt = known
             .map_or(0, |old| old.config.attempt + u32::from(!old.ready && old.created_at > 0 && !old.ips.is_empty()));
         let handler = self.context.runtime_handler(pod).await.map_err(|error| failed(&error))?;
-        let config = self.context.sandbox_config(pod, attempt, handler);
+        let config = self.context.sandbox_config(pod, attempt, handler).map_err(|error| failed(&error))?;
         let sandbox = self.context.runtime.run_pod_sandbox(config).await.map_err(|error| failed(&error))?;
         self.context.write_hosts(pod, &self.key, &sandbox.ips).map_err(|error| failed(&error))?;
         Ok(sandbox)
+    }
+
+    /// Notes how long the pod took to run, the first time that it is seen to.
+    fn time_start(&mut self, pod: &Pod) {
+        if is_pending(pod) {
+            return;
+        }
+        let Some(came) = self.came.take() else { return };
+        let metrics = &self.context.metrics;
+        metrics.count(Counted::StartedPods, "");
+        metrics.observe(Timed::PodStart, "", came.elapsed());
+        if let Some(created) = &pod.metadata.creation_timestamp {
+            let took = k8s_openapi::jiff::Timestamp::now().duration_since(created.0);
+            metrics.observe(Timed::PodStartTotal, "", took.unsigned_abs());
+        }
     }
 
     /// Tells the status to the table and, if it says something new, to the API.
@@ -584,6 +616,7 @@ impl Worker {
         let pod = &self.latest(pod);
         let wanted = status::of(pod, &observed, &self.context.config.node_ips);
         let current = Arc::new(Pod { status: Some(wanted), ..(**pod).clone() });
+        self.time_start(&current);
         let sandbox = self.sandbox().await.map(|sandbox| sandbox.id);
         let incarnations = self.incarnations().await.into_values().flatten();
         let containers = incarnations.map(|status| super::table::Incarnation {
@@ -608,6 +641,11 @@ impl Worker {
         }
         Next::Wait
     }
+}
+
+/// Whether a pod has not run yet.
+fn is_pending(pod: &Pod) -> bool {
+    matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), None | Some("Pending"))
 }
 
 fn all_ephemeral(pod: &Pod) -> impl Iterator<Item = String> + '_ {

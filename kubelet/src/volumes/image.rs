@@ -24,7 +24,7 @@ impl Plugin for ImageVolume {
         if reference.is_empty() {
             return Err(context.invalid("image.reference is required"));
         }
-        let mounted = Ready { read_only: true, ..Ready::at(&context.folder) };
+        let mounted = Ready { read_only: true, mapped: true, ..Ready::at(&context.folder) };
         if mounts::is_mount_point(&context.folder)? {
             return Ok(mounted);
         }
@@ -43,7 +43,7 @@ impl Plugin for ImageVolume {
         };
         // The snapshot keeps the image from being collected; its upper folder stays empty.
         let snapshot = store.snapshot(&snapshot_id(context.uid, &context.volume.name), &image)?;
-        mounts::ensure_layers(&context.folder, &snapshot)?;
+        mounts::ensure_layers(&context.folder, &snapshot, &context.manager.config.layout.images(), context.user)?;
         Ok(mounted)
     }
 }

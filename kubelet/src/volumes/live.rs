@@ -74,7 +74,7 @@ async fn refresh(manager: &Arc<Manager>, live: &LivePod, name: &str) {
     }
     let volumes = pod.spec.as_ref().and_then(|spec| spec.volumes.as_deref()).unwrap_or_default();
     let Some(volume) = volumes.iter().find(|volume| volume.name == name) else { return };
-    if let Err(error) = manager.refresh(live, &pod, volume).await {
+    if let Err(error) = manager.refresh(live, &pod, volume, None).await {
         // The old content stays, as a running container needs it.
         tracing::warn!(pod = pod.metadata.name, volume = name, %error, "cannot bring volume up to date");
         if let Some(volume) = live.volumes.lock().get_mut(name) {

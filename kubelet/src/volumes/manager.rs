@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Pod, Volume, VolumeDevice, VolumeMount};
@@ -50,6 +50,8 @@ pub struct MountedVolume {
     pub read_only: bool,
     /// Whether it is a device and no folder.
     pub block: bool,
+    /// Whether its owners are those of the pod's user namespace already.
+    pub mapped: bool,
 }
 
 /// What one volume takes.
@@ -139,11 +141,11 @@ impl Volumes {
     }
 
     /// Makes every volume that a container of the pod mounts. Idempotent: called again after a failure, after a restart of
-    /// the daemon, or when an ephemeral container came.
+    /// the daemon, or when an ephemeral container came. `user` is the user namespace of a pod that has one of its own.
     ///
     /// # Errors
     /// The first volume that cannot be made; those before it stay.
-    pub async fn setup(&self, pod: &Arc<Pod>) -> Result<PodVolumes, VolumeError> {
+    pub async fn setup(&self, pod: &Arc<Pod>, user: Option<&Path>) -> Result<PodVolumes, VolumeError> {
         let uid = uid_of(pod)?;
         let live = {
             let mut pods = self.0.pods.lock();
@@ -162,7 +164,7 @@ impl Volumes {
         let mut result = PodVolumes::default();
         let volumes = pod.spec.as_ref().and_then(|spec| spec.volumes.as_deref()).unwrap_or_default();
         for volume in volumes.iter().filter(|volume| used.contains(&volume.name.as_str())) {
-            let mounted = self.0.refresh(&live, pod, volume).await?;
+            let mounted = self.0.refresh(&live, pod, volume, user).await?;
             result.volumes.insert(volume.name.clone(), mounted);
         }
         Ok(result)
@@ -203,7 +205,7 @@ impl Volumes {
         environment: &[(String, String)],
     ) -> Result<Vec<Mount>, VolumeError> {
         let folder = self.0.config.layout.pod(uid_of(pod)?).join("volume-subpaths");
-        let id_mapped = pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false);
+        let own_users = pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false);
         let mut result = Vec::new();
         for (index, mount) in mounts.iter().enumerate() {
             let invalid = |reason: String| VolumeError::Invalid { volume: mount.name.clone(), reason };
@@ -242,7 +244,7 @@ impl Volumes {
                     Some("Bidirectional") => Propagation::Bidirectional,
                     _ => Propagation::Private,
                 },
-                id_mapped,
+                id_mapped: own_users && !volume.mapped,
                 image: None,
             });
         }
@@ -386,6 +388,7 @@ impl Manager {
         live: &LivePod,
         pod: &Arc<Pod>,
         volume: &Volume,
+        user: Option<&Path>,
     ) -> Result<MountedVolume, VolumeError> {
         let plugin = plugin_of(volume)?;
         let uid = uid_of(pod)?;
@@ -396,6 +399,7 @@ impl Manager {
             namespace: pod.metadata.namespace.as_deref().unwrap_or("default"),
             volume,
             folder: self.config.layout.pod(uid).join("volumes").join(plugin.folder()).join(&volume.name),
+            user,
         };
         let ready = plugin.setup(&context).await?;
         let scheduled = ready.refresh_at.is_some();
@@ -403,7 +407,7 @@ impl Manager {
         if scheduled {
             self.schedule.notify_one();
         }
-        Ok(MountedVolume { path: ready.path, read_only: ready.read_only, block: ready.block })
+        Ok(MountedVolume { path: ready.path, read_only: ready.read_only, block: ready.block, mapped: ready.mapped })
     }
 
     /// An object that a volume is made of. Without it, an optional volume is empty and another one fails.

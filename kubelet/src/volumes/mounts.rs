@@ -12,6 +12,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::error::{IoContext, VolumeError};
 use crate::images::Snapshot;
+use crate::native::idmap;
 
 /// Mount points below one pod; a pod cannot have more.
 const MAX_POD_MOUNTS: usize = 10_000;
@@ -63,8 +64,14 @@ pub(super) fn ensure_hugetlbfs(folder: &Path, page_bytes: Option<u64>) -> Result
     Ok(true)
 }
 
-/// Mounts an image's layers read-only at `folder` unless they are.
-pub(crate) fn ensure_layers(folder: &Path, snapshot: &Snapshot) -> Result<(), VolumeError> {
+/// Mounts an image's layers read-only at `folder` unless they are, with the ids of the user namespace at `user` if there is one.
+/// `store` is the image store.
+pub(crate) fn ensure_layers(
+    folder: &Path,
+    snapshot: &Snapshot,
+    store: &Path,
+    user: Option<&Path>,
+) -> Result<(), VolumeError> {
     if is_mount_point(folder)? {
         return Ok(());
     }
@@ -72,9 +79,16 @@ pub(crate) fn ensure_layers(folder: &Path, snapshot: &Snapshot) -> Result<(), Vo
     // With the empty upper folder as one more lower one there are always two, as overlayfs wants, and it is read-only.
     let mut layers = snapshot.clone();
     layers.lowerdirs.insert(0, snapshot.upper.clone());
-    let options = layers.lower_option();
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
-    mount(Some("overlay"), folder, Some("overlay"), flags, Some(options.as_str())).step("mount image at", folder)
+    let overlay = |layers: &Snapshot| {
+        let options = layers.lower_option();
+        mount(Some("overlay"), folder, Some("overlay"), flags, Some(options.as_str())).map_err(io::Error::from)
+    };
+    let mounted = match user {
+        None => overlay(&layers),
+        Some(user) => idmap::with_layers(store, &layers, user, &folder.with_extension("layers"), overlay),
+    };
+    mounted.step("mount image at", folder)
 }
 
 /// Binds `source` (a path through a descriptor, for instance) to `target`.

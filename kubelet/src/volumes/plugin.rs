@@ -19,6 +19,8 @@ pub(super) struct Context<'a> {
     pub(super) volume: &'a Volume,
     /// The folder that is this volume's own: `<pod>/volumes/kubernetes.io~<type>/<name>`; not made yet.
     pub(super) folder: PathBuf,
+    /// The user namespace of a pod that has one of its own.
+    pub(super) user: Option<&'a Path>,
 }
 
 impl Context<'_> {
@@ -43,6 +45,8 @@ pub(super) struct Ready {
     pub(super) read_only: bool,
     /// Whether it is a device, for `volumeDevices`, and no folder.
     pub(super) block: bool,
+    /// Whether its owners are those of the pod's user namespace already; others' mounts are id-mapped.
+    pub(super) mapped: bool,
     /// Objects it is made of; when one changes, [`Plugin::setup`] is called again.
     pub(super) uses: Vec<ObjectUse>,
     /// When it must be set up again even if nothing changes (a token's rotation).

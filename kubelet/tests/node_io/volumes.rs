@@ -81,7 +81,7 @@ fn files_follow_their_objects_within_two_seconds() {
             ],
             json!({}),
         );
-        let made = fixture.volumes.setup(&pod).await.expect("setup");
+        let made = fixture.volumes.setup(&pod, None).await.expect("setup");
         let at = |volume: &str, file: &str| made.volumes[volume].path.join(file);
         assert_eq!(
             (read(at("cm", "key")), read(at("items", "deep/path")), read(at("secret", "password"))),
@@ -136,14 +136,14 @@ fn tokens_are_projected_and_renewed() {
             ] } })],
             json!({ "runAsUser": 1234, "fsGroup": 4321 }),
         );
-        let made = fixture.volumes.setup(&pod).await.expect("setup");
+        let made = fixture.volumes.setup(&pod, None).await.expect("setup");
         let token = made.volumes["token"].path.join("token");
         assert_eq!(read(token.clone()), "builder-web-1");
         assert_eq!(read(made.volumes["token"].path.join("ca.crt")), "CA");
         assert_eq!(read(made.volumes["token"].path.join("namespace")), "ns");
         let meta = fs::metadata(&token).expect("meta");
         assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o777), (1234, 4321, 0o640));
-        fixture.volumes.setup(&pod).await.expect("again");
+        fixture.volumes.setup(&pod, None).await.expect("again");
         assert_eq!(fixture.api.tokens_issued(), 1, "a living token is kept");
         assert_eventually_async!(6, read(token.clone()) == "builder-web-2", "the token is renewed");
         fixture.volumes.teardown("uid-1").await.expect("teardown");
@@ -180,7 +180,7 @@ fn folders_claims_and_images() {
             ],
             json!({ "fsGroup": 4321 }),
         );
-        let made = fixture.volumes.setup(&pod).await.expect("setup");
+        let made = fixture.volumes.setup(&pod, None).await.expect("setup");
         let path = |name: &str| made.volumes[name].path.clone();
         let meta = fs::metadata(path("disk")).expect("meta");
         assert_eq!((meta.mode() & 0o7777, meta.gid()), (0o2777, 4321));
@@ -194,7 +194,7 @@ fn folders_claims_and_images() {
         // Set up again, as after a restart: nothing is lost.
         fs::write(path("disk").join("kept"), "x").expect("write");
         fs::write(path("memory").join("kept"), "x").expect("write");
-        fixture.volumes.setup(&pod).await.expect("again");
+        fixture.volumes.setup(&pod, None).await.expect("again");
         assert!(path("disk").join("kept").exists() && path("memory").join("kept").exists());
         let usage = fixture.volumes.usage("uid-1").await.expect("usage");
         assert_eq!(usage["memory"].capacity_bytes, 8 << 20);
@@ -249,7 +249,7 @@ async fn what_is_missing_is_named() {
         (json!({ "name": "v", "csi": { "driver": "x" } }), "CSI driver x does not support volumes that are Ephemeral"),
     ];
     for (volume, message) in cases {
-        let error: VolumeError = fixture.volumes.setup(&pod(&[volume], json!({}))).await.expect_err(message);
+        let error: VolumeError = fixture.volumes.setup(&pod(&[volume], json!({})), None).await.expect_err(message);
         assert!(error.to_string().contains(message), "{error}");
     }
 }

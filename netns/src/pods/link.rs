@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use parking_lot::Mutex;
 
 use super::identity::{host_link, mac};
-use super::namespace::{enter_new, unpin};
+use super::namespace::{enter, unpin};
 use super::record::Record;
 use crate::error::Error;
 use crate::netlink::route::{self, Inet4Setting, Route, VethEnd};
@@ -79,7 +79,7 @@ pub(crate) fn make(
     // A thread of its own changes namespace and ends, so no thread of the daemon is ever anywhere else than the others.
     let mut pod_socket = thread::scope(|scope| {
         let worker = thread::Builder::new().name("pod-netns".into()).spawn_scoped(scope, || {
-            enter_new(pin)?;
+            enter(record.net.namespace.as_deref(), pin)?;
             let mut socket = Socket::route()?;
             socket.execute(&inside)?;
             Ok::<Socket, Error>(socket)

@@ -11,6 +11,6 @@ pub(crate) use identity::{check_uid, host_link, mac};
 pub(crate) use ipam::Addresses;
 pub use ipam::IpamError;
 pub(crate) use link::{Host, host_links, make, remove, remove_links};
-pub(crate) use namespace::{enter_new, unpin};
+pub(crate) use namespace::{enter, unpin};
 pub use pod::{HostPort, PodKey, PodNet, PodNetwork};
 pub(crate) use record::{Record, Records};

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::error::{Error, PathExt};
 
@@ -14,9 +14,15 @@ use crate::error::{Error, PathExt};
 const SETTINGS: [(&str, &str); 2] =
     [("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"), ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")];
 
-/// Gives the calling thread a new network namespace and pins it at `path`. The thread must end afterwards: it is no longer where the process is.
-pub(crate) fn enter_new(path: &Path) -> Result<(), Error> {
-    unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Unshare { errno })?;
+/// Gives the calling thread a new network namespace, or the one at `given`, and pins it at `path`. The thread must end afterwards: it is no longer
+/// where the process is.
+pub(crate) fn enter(given: Option<&Path>, path: &Path) -> Result<(), Error> {
+    match given {
+        None => unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| Error::Unshare { errno })?,
+        Some(given) => File::open(given)
+            .and_then(|file| setns(file, CloneFlags::CLONE_NEWNET).map_err(io::Error::from))
+            .at("enter the network namespace at", given)?,
+    }
     for (file, value) in SETTINGS {
         fs::write(file, value).at("write", Path::new(file))?;
     }

@@ -27,6 +27,9 @@ pub struct PodNet {
     /// `metadata.labels`: policies know the pod by them from its first packet on.
     #[serde(default)]
     pub labels: Labels,
+    /// A network namespace that waits for the pod, such as one that its user namespace owns; without it a new one is made.
+    #[serde(default)]
+    pub namespace: Option<PathBuf>,
 }
 
 /// A port of the host that leads to a pod.

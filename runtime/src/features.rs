@@ -39,7 +39,7 @@ pub fn document() -> Value {
             },
             "apparmor": {"enabled": true},
             "selinux": {"enabled": true},
-            "intelRdt": {"enabled": false},
+            "intelRdt": {"enabled": true, "schemata": true, "monitoring": true},
             "memoryPolicy": {
                 "modes": [
                     "MPOL_BIND", "MPOL_DEFAULT", "MPOL_INTERLEAVE", "MPOL_LOCAL", "MPOL_PREFERRED",
@@ -50,6 +50,7 @@ pub fn document() -> Value {
             "mountExtensions": {"idmap": {"enabled": true}},
             "netDevices": {"enabled": true}
         },
+        "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."],
         "annotations": {"io.coracle.corun.version": env!("CARGO_PKG_VERSION")},
     })
 }

@@ -18,6 +18,7 @@ pub mod hooks;
 mod idmap;
 mod net_device;
 mod plan;
+pub mod resctrl;
 mod resolve;
 pub mod sealed;
 pub mod seccomp;

@@ -7,6 +7,7 @@ use crate::hooks;
 use crate::idmap::Maps;
 use crate::net_device::{self, NetDevice};
 use crate::plan::{Gate, IdMap, Plan, Source, UserNamespace};
+use crate::resctrl;
 use crate::usher::{self, open_namespace};
 use coracle_sys::mount::{self, Attributes, MOUNT_ATTR_IDMAP};
 use coracle_sys::process::{self, CLONE_NEWTIME, Child, CloneRequest, Exit};
@@ -54,6 +55,7 @@ pub(crate) struct Story {
     pub state: hooks::StateTemplate,
     pub listener: Option<(std::path::PathBuf, String)>,
     pub net_devices: Vec<NetDevice>,
+    pub resctrl: Option<resctrl::Group>,
     pub namespaces: u64,
     /// Environment of `startContainer` hooks that name none.
     pub environment: Vec<std::ffi::CString>,
@@ -73,11 +75,16 @@ pub struct Given {
     pub listener: Option<OwnedFd>,
     /// What [`crate::sealed::ensure`] gave.
     pub own_mount: Option<OwnedFd>,
+    /// What [`Plan::create_resctrl_group`] gave.
+    pub resctrl: Option<resctrl::Group>,
 }
 
 /// The same with what a caller of another kind has to give.
 pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given: Given) -> Result<Init> {
-    let Given { listener, own_mount } = given;
+    let Given { listener, own_mount, resctrl } = given;
+    if plan.resctrl.is_some() != resctrl.is_some() {
+        return Err(Error::unsupported("linux.intelRdt", "the caller has made no group for the container"));
+    }
     if (plan.options.gate == Gate::Listener) != listener.is_some() {
         return Err(Error::config("gate", "a listener goes with the gate that needs it"));
     }
@@ -98,7 +105,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
         joins: entry.later,
         listener,
         program: Program { arguments: plan.process.arguments.clone(), environment: plan.process.environment.clone() },
-        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks) || !plan.net_devices.is_empty(),
+        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks) || !plan.net_devices.is_empty() || resctrl.is_some(),
         own_mount,
         container_hooks: plan.hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty()),
         procfs,
@@ -124,6 +131,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
             state: hooks::StateTemplate::new(plan),
             listener: plan.process.seccomp.as_ref().and_then(|filter| filter.listener.clone()),
             net_devices: plan.net_devices.clone(),
+            resctrl,
             namespaces: plan.namespaces.own_flags(),
             environment: plan.hook_environment.clone(),
             starts_itself: false,
@@ -491,6 +499,9 @@ impl Init {
                     let name = std::ffi::CString::new(format!("/proc/{}/ns/net", self.child.pid))
                         .map_err(|_| Error::config("pid", "is not a number"))?;
                     net_device::move_all(&self.story.net_devices, open_namespace(&name)?.as_fd())?;
+                }
+                if let Some(group) = &self.story.resctrl {
+                    group.take(self.child.pid)?;
                 }
                 hooks::run_runtime(&self.story, self.child.pid)?;
                 self.go()?;

@@ -6,6 +6,7 @@
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::hooks::StateTemplate;
+use crate::resctrl;
 use crate::spec;
 use coracle_sys::process;
 use oci_spec::runtime::Spec;
@@ -40,6 +41,9 @@ pub struct State {
     /// The unit of systemd that the cgroup belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
+    /// Its groups of Intel RDT.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resctrl: Option<resctrl::Group>,
     /// The mount that the root lay on, where the container's mounts are stacked upon it on the host itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mounted_over: Option<u64>,
@@ -231,9 +235,11 @@ impl State {
         Cgroup::open(&self.cgroup)
     }
 
-    /// Takes away what a container without a mount namespace has mounted on the host.
-    pub fn unmount(&self) -> Result<()> {
-        self.mounted_over.map_or(Ok(()), |below| unmount_above(&self.rootfs, below))
+    /// Takes away what a container has on the host beside its cgroup: mounts, where it has no mount namespace, and groups of
+    /// Intel RDT.
+    pub fn clear(&self) -> Result<()> {
+        self.mounted_over.map_or(Ok(()), |below| unmount_above(&self.rootfs, below))?;
+        self.resctrl.as_ref().map_or(Ok(()), resctrl::Group::remove)
     }
 
     pub fn template(&self) -> StateTemplate {

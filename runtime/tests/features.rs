@@ -160,6 +160,66 @@ fn what_nobody_can_give_is_told_or_refused() {
     }
 }
 
+/// On a tree of ordinary files in place of the resctrl file system: its groups bring no files along and keep those that
+/// were written.
+#[test]
+fn a_container_gets_its_share_of_caches_and_bandwidth() {
+    if !is_corun() {
+        return;
+    }
+    let tree = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| tree.path().join(name);
+    let read = |name: &str| std::fs::read_to_string(path(name)).expect(name);
+    let mut bundle = Bundle::new("exec sleep 100");
+    bundle.environment = vec![("CORUN_RESCTRL".into(), tree.path().display().to_string())];
+    let id = bundle.id.clone();
+    let schemata = json!(["L3:0=f0;1=f", "L2:0=f"]);
+    bundle.spec["linux"]["intelRdt"] =
+        json!({"l3CacheSchema": "L3:0=f", "memBwSchema": "MB:0=20", "schemata": schemata});
+    bundle.ok(&["run", "-d", &id]);
+    let pid = bundle.state()["pid"].to_string();
+    assert_eq!((read(&format!("{id}/tasks")), read(&format!("{id}/schemata"))), (pid.clone(), "L2:0=f\n".into()));
+    bundle.ok(&["exec", &id, "true"]);
+    assert_ne!(read(&format!("{id}/tasks")), pid, "what is added comes in, too");
+    bundle.ok(&["update", "--l3-cache-schema", "L3:0=3", &id]);
+    assert_eq!(read(&format!("{id}/schemata")), "L3:0=3\n");
+    let event: Value = serde_json::from_str(&bundle.ok(&["events", "--stats", &id])).expect("JSON");
+    assert_eq!(event["data"]["intel_rdt"]["l3_cache_schema"], "L3:0=3");
+    for file in ["tasks", "schemata"] {
+        std::fs::remove_file(path(&format!("{id}/{file}"))).expect("removes");
+    }
+    bundle.ok(&["delete", "-f", &id]);
+    assert!(!path(&id).exists(), "the class made for it goes with it");
+
+    std::fs::create_dir_all(path("class/mon_groups")).expect("a class");
+    std::fs::write(path("class/schemata"), "    L3:0=0f0;1=fff\n    MB:0=100\n").expect("writes");
+    bundle.spec["linux"]["intelRdt"] = json!({"closID": "class", "l3CacheSchema": "L3:0=f0", "enableMonitoring": true});
+    bundle.ok(&["run", "-d", &id]);
+    let tasks = (read("class/tasks"), read(&format!("class/mon_groups/{id}/tasks")));
+    let pid = bundle.state()["pid"].to_string();
+    assert_eq!(tasks, (pid.clone(), pid));
+    std::fs::remove_file(path(&format!("class/mon_groups/{id}/tasks"))).expect("removes");
+    bundle.ok(&["delete", "-f", &id]);
+    assert!(path("class").exists() && !path(&format!("class/mon_groups/{id}")).exists());
+
+    for (rdt, word) in [
+        (json!({"closID": "class", "l3CacheSchema": "L3:0=f"}), "another value of L3 for cache 0"),
+        (json!({"closID": "class", "schemata": ["L2:0=f"]}), "another value of L2"),
+        (json!({"closID": "missing"}), "there is no class"),
+        (json!({"closID": "../x"}), "closID"),
+        (json!({"memBwSchema": "L3:0=f"}), "memBwSchema"),
+        (json!({"schemata": ["L3:0=f\nMB:0=10"]}), "schemata"),
+    ] {
+        bundle.spec["linux"]["intelRdt"] = rdt;
+        let (status, _, err) = bundle.run();
+        assert!(status == 1 && err.contains(word), "{word}: {err}");
+        bundle.assert_gone();
+    }
+    assert_eq!(std::fs::read_dir(tree.path()).expect("a folder").count(), 1, "nothing but the class is left");
+    let features: Value = serde_json::from_str(&bundle.ok(&["features"])).expect("JSON");
+    assert_eq!(features["linux"]["intelRdt"]["enabled"], true);
+}
+
 /// With programs of the user's own, below a folder that the user may reach.
 #[test]
 fn an_unprivileged_user_runs_containers() {

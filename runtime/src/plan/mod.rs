@@ -9,6 +9,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::idmap;
 use crate::net_device::NetDevice;
+use crate::resctrl;
 pub(crate) use mounts::{IdMap, MountStep, Source, option_names as mount_option_names};
 pub(crate) use namespaces::{Namespaces, UserNamespace};
 use oci_spec::runtime::{Hooks, LinuxResources, Process, Spec};
@@ -115,6 +116,7 @@ pub struct Plan {
     /// Environment of hooks inside the container that name none.
     pub(crate) hook_environment: Vec<CString>,
     pub(crate) resources: Option<LinuxResources>,
+    pub(crate) resctrl: Option<resctrl::Wanted>,
     pub(crate) cgroups_path: Option<PathBuf>,
     pub(crate) annotations: std::collections::HashMap<String, String>,
     pub(crate) spec_version: String,
@@ -131,11 +133,6 @@ impl Plan {
         let root = spec.root().as_ref().ok_or_else(|| Error::config("root", "is missing"))?;
         let root_path = bundle.join(root.path());
         let namespaces = Namespaces::compile(&linux)?;
-        if linux.intel_rdt().is_some() && !Path::new("/sys/fs/resctrl/schemata").exists() {
-            return Err(Error::unsupported("linux.intelRdt", "no resctrl file system is mounted at /sys/fs/resctrl"));
-        } else if linux.intel_rdt().is_some() {
-            return Err(Error::unsupported("linux.intelRdt", "this runtime does not place tasks into resctrl groups"));
-        }
         let root_propagation = mounts::root_propagation(linux.rootfs_propagation().as_deref())?;
         let wanted_mounts = spec.mounts().as_deref().unwrap_or_default();
         if wanted_mounts.len() > MAX_MOUNTS {
@@ -178,6 +175,7 @@ impl Plan {
             hooks: spec.hooks().clone().unwrap_or_default(),
             hook_environment: hook_environment(process)?,
             resources: linux.resources().clone(),
+            resctrl: linux.intel_rdt().as_ref().map(resctrl::Wanted::compile).transpose()?,
             cgroups_path: linux.cgroups_path().clone(),
             annotations: spec.annotations().clone().unwrap_or_default(),
             spec_version: spec.version().clone(),
@@ -224,6 +222,11 @@ impl Plan {
     /// Resources that the container's cgroup gets.
     pub fn resources(&self) -> Option<&LinuxResources> {
         self.resources.as_ref()
+    }
+
+    /// Makes the groups of Intel RDT that the container asks for; to be given to [`crate::spawn_gated`].
+    pub fn create_resctrl_group(&self) -> Result<Option<resctrl::Group>> {
+        self.resctrl.as_ref().map(|wanted| resctrl::Group::create(wanted, &self.options.id)).transpose()
     }
 
     /// Where the specification wants the cgroup.

@@ -72,8 +72,10 @@ pub fn limit_bounding(keep: u64) -> Result<()> {
 
 /// All capabilities that this process may still give: its bounding set.
 pub fn bounding() -> u64 {
+    // The kernel knows no capability above one that it does not know.
     (0..64)
-        .filter(|capability| prctl(PR_CAPBSET_READ, *capability, 0, 0, 0) == Ok(1))
+        .map_while(|capability| Some((capability, prctl(PR_CAPBSET_READ, capability, 0, 0, 0).ok()?)))
+        .filter_map(|(capability, has)| (has == 1).then_some(capability))
         .fold(0, |set, capability| set | 1 << capability)
 }
 

@@ -4,7 +4,9 @@ use crate::{Context, console};
 use anyhow::{Context as _, Result, bail};
 use coracle_runtime::state::{self, Folder, State};
 use coracle_runtime::systemd::{Holder, Scope};
-use coracle_runtime::{Cgroup, Gate, Given, Init, Options, Plan, Stdio, capability, hooks, sealed, spawn_gated, spec};
+use coracle_runtime::{
+    Cgroup, Gate, Given, Init, Options, Plan, Stdio, capability, hooks, resctrl, sealed, spawn_gated, spec,
+};
 use oci_spec::runtime::Spec;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ struct Undo<'folder> {
     cgroup: Option<Cgroup>,
     /// The unit of systemd's that has the cgroup.
     unit: Option<String>,
+    resctrl: Option<resctrl::Group>,
     /// Where and over which mount a container without a mount namespace mounts on the host.
     mounted: Option<(PathBuf, u64)>,
     armed: bool,
@@ -31,7 +34,8 @@ impl Drop for Undo<'_> {
             eprintln!("corun: {error}");
         }
         let unmounted = self.mounted.as_ref().map_or(Ok(()), |(root, below)| state::unmount_above(root, *below));
-        for error in [unmounted, self.folder.remove()].into_iter().filter_map(Result::err) {
+        let ungrouped = self.resctrl.as_ref().map_or(Ok(()), resctrl::Group::remove);
+        for error in [unmounted, ungrouped, self.folder.remove()].into_iter().filter_map(Result::err) {
             eprintln!("corun: {error}");
         }
     }
@@ -85,7 +89,7 @@ fn make<'folder>(
     let plan = Plan::compile(&specification, &bundle, &options)?;
     let rootfs = bundle.join(specification.root().as_ref().map_or(Path::new(""), |root| root.path()));
     folder.create(&bytes)?;
-    let mut undo = Undo { folder, cgroup: None, unit: None, mounted: None, armed: true };
+    let mut undo = Undo { folder, cgroup: None, unit: None, resctrl: None, mounted: None, armed: true };
     let holder = if context.systemd { Some(scope(&plan, &specification, &mut undo)?) } else { None };
     if holder.is_none() {
         undo.cgroup = cgroup(context, &plan, &folder.id)?;
@@ -93,13 +97,15 @@ fn make<'folder>(
     if !plan.mounts_apart() {
         undo.mounted = Some((rootfs.clone(), state::mount_id(&rootfs)?));
     }
+    undo.resctrl = plan.create_resctrl_group()?;
     let listener = match gate {
         Gate::Open | Gate::Parent => None,
         Gate::Listener => Some(listen(folder)?),
     };
     let standard = coracle_sys::process::borrow_standard;
     let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };
-    let mut init = spawn_gated(&plan, undo.cgroup.as_ref(), stdio, Given { listener, own_mount })?;
+    let mut init =
+        spawn_gated(&plan, undo.cgroup.as_ref(), stdio, Given { listener, own_mount, resctrl: undo.resctrl.clone() })?;
     drop(holder);
     // Written while the new process sets itself up.
     let state = State {
@@ -113,6 +119,7 @@ fn make<'folder>(
         owner: owner(),
         cgroup: undo.cgroup.as_ref().map(|cgroup| cgroup.name().to_path_buf()).unwrap_or_default(),
         unit: undo.unit.clone(),
+        resctrl: undo.resctrl.clone(),
         mounted_over: undo.mounted.as_ref().map(|(_, below)| *below),
         annotations: specification.annotations().clone().unwrap_or_default(),
     };
@@ -298,7 +305,7 @@ pub(crate) fn run(context: &Context) -> Result<i32> {
         // Processes outlive the first one where the container has no PID namespace of its own.
         cgroup.take_down(made.undo.unit.as_deref())?;
     }
-    made.state.unmount()?;
+    made.state.clear()?;
     folder.remove()?;
     for error in hooks::poststop(made.plan.hooks(), &made.state.template()) {
         eprintln!("corun: {error}");

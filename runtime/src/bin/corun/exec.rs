@@ -106,6 +106,10 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     };
     let detach = context.flags.has("detach");
     let signals = if detach { None } else { Some(console::take_signals()?) };
+    if let Some(group) = &state.resctrl {
+        // This command itself, of which the process will be a child: so there is no moment at which it is outside.
+        group.take(std::process::id() as i32)?;
+    }
     let target = exec::Target { pid: state.pid, pidfd: pidfd.as_fd(), spec: &specification, bundle: &state.bundle };
     let standard = coracle_sys::process::borrow_standard;
     let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };

@@ -178,12 +178,34 @@ pub(crate) fn events(context: &Context) -> Result<i32> {
         bail!("container {:?} is not running", state.id);
     }
     let group = state.need_cgroup()?;
+    let usage = |group: &coracle_runtime::Cgroup| {
+        let mut usage = usage(&group.stats());
+        if let Some(resctrl) = &state.resctrl {
+            let (schemata, counted) = resctrl.usage();
+            let line = |start: &str| schemata.iter().find(|line| line.starts_with(start));
+            let all = |keys: &[&str]| -> Value {
+                counted
+                    .values()
+                    .map(|counts| {
+                        keys.iter().map(|key| ((*key).to_string(), json!(counts.get(*key)))).collect::<Value>()
+                    })
+                    .collect()
+            };
+            usage["intel_rdt"] = json!({
+                "l3_cache_schema": line("L3:"),
+                "mem_bw_schema": line("MB:"),
+                "mbm_stats": all(&["mbm_total_bytes", "mbm_local_bytes"]),
+                "cmt_stats": all(&["llc_occupancy"]),
+            });
+        }
+        usage
+    };
     let show = |kind: &str, data: Value| {
         let data = if data.is_null() { String::new() } else { format!(",\"data\":{data}") };
         println!("{{\"type\":{kind:?},\"id\":{}{data}}}", json!(state.id));
     };
     if context.flags.has("stats") {
-        show("stats", usage(&group.stats()));
+        show("stats", usage(&group));
         return Ok(0);
     }
     let interval = duration(context.flags.value("interval").unwrap_or("5s"))?;
@@ -215,7 +237,7 @@ pub(crate) fn events(context: &Context) -> Result<i32> {
             break;
         }
         if Instant::now() >= next {
-            show("stats", usage(&group.stats()));
+            show("stats", usage(&group));
             next = Instant::now() + interval;
         }
     }

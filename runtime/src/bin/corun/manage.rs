@@ -141,7 +141,7 @@ pub(crate) fn delete(context: &Context) -> Result<i32> {
     if let Some(cgroup) = &cgroup {
         cgroup.take_down(state.unit.as_deref())?;
     }
-    state.unmount()?;
+    state.clear()?;
     let hooks = folder.load_spec().ok().and_then(|spec| spec.hooks().clone());
     folder.remove()?;
     for error in hooks.iter().flat_map(|hooks| hooks::poststop(hooks, &state.template())) {

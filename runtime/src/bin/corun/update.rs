@@ -25,6 +25,9 @@ const NUMBERS: [(&str, &str, &str); 12] = [
 ];
 const TEXTS: [(&str, &str, &str); 2] = [("cpuset-cpus", "cpu", "cpus"), ("cpuset-mems", "cpu", "mems")];
 
+/// Flags with lines for the schemata of Intel RDT.
+const SCHEMATA: [&str; 2] = ["l3-cache-schema", "mem-bw-schema"];
+
 /// A number of bytes, possibly with k, m, g or t behind it.
 fn amount(text: &str) -> Result<i64> {
     let lower = text.to_ascii_lowercase();
@@ -42,11 +45,6 @@ fn amount(text: &str) -> Result<i64> {
 
 /// What changes, in the shape of the specification's resources.
 fn changes(context: &Context) -> Result<Value> {
-    for flag in ["l3-cache-schema", "mem-bw-schema"] {
-        if context.flags.value(flag).is_some() {
-            bail!("--{flag}: the container was not placed into a group of Intel RDT");
-        }
-    }
     if let Some(path) = context.flags.value("resources") {
         let path = Path::new(if path == "-" { "/proc/self/fd/0" } else { path });
         return Ok(spec::parse(path, &spec::read_bounded(path)?)?);
@@ -62,7 +60,9 @@ fn changes(context: &Context) -> Result<Value> {
             document[group][field] = Value::from(text);
         }
     }
-    if document.as_object().is_some_and(serde_json::Map::is_empty) {
+    if document.as_object().is_some_and(serde_json::Map::is_empty)
+        && !SCHEMATA.iter().any(|flag| context.flags.value(flag).is_some())
+    {
         bail!("nothing to change: give a limit or --resources FILE");
     }
     Ok(document)
@@ -89,6 +89,15 @@ pub(crate) fn update(context: &Context) -> Result<i32> {
     let changes = changes(context)?;
     // Refused before anything is touched when it is not of the right shape.
     let _: LinuxResources = serde_json::from_value(changes.clone()).context("the resources")?;
+    for flag in SCHEMATA {
+        if let Some(line) = context.flags.value(flag) {
+            let group = state.resctrl.as_ref();
+            group.with_context(|| format!("--{flag}: the container asked for no group of Intel RDT"))?.limit(line)?;
+        }
+    }
+    if changes.as_object().is_some_and(serde_json::Map::is_empty) {
+        return Ok(0);
+    }
     let mut document: Value = folder.load_json()?;
     let known = &mut document["linux"]["resources"];
     if known.is_null() {

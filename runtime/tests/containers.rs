@@ -251,3 +251,88 @@ fn a_failure_after_any_step_leaves_nothing() {
     }
     assert!(failed >= 25, "only {failed} steps were reached");
 }
+
+#[test]
+fn devices_names_and_propagation_are_as_configured() {
+    let mut bundle = Bundle::new(
+        "stat -c '%F %a %u %g' /dev/extra /dev/pipe; cat /proc/sys/kernel/domainname; grep -c ' / r[ow].* shared:' /proc/self/mountinfo",
+    );
+    bundle.spec["linux"]["devices"] = json!([
+        {"path": "/dev/extra", "type": "c", "major": 1, "minor": 3, "fileMode": 0o660, "uid": 5, "gid": 6},
+        {"path": "/dev/pipe", "type": "p", "fileMode": 0o600},
+    ]);
+    bundle.spec["domainname"] = "example.net".into();
+    bundle.spec["linux"]["rootfsPropagation"] = "shared".into();
+    let (status, out, err) = bundle.run();
+    if is_corun() {
+        let wanted = "character special file 660 5 6\nfifo 600 0 0\nexample.net\n1\n";
+        assert_eq!((status, out.as_str()), (0, wanted), "{err}");
+    }
+}
+
+/// The host's sysfs has mounts below it on every host.
+#[test]
+fn attributes_hold_for_the_mounts_below() {
+    for (option, writable) in [("rro", "0"), ("rw", "1")] {
+        let mut bundle = Bundle::new(
+            "grep ' /below/fs/cgroup' /proc/mounts | grep -q ' rw,'; echo $((1 - $?)); grep -c ' /below' /proc/mounts",
+        );
+        bundle.mount(json!({"destination": "/below", "type": "bind", "source": "/sys", "options": ["rbind", option]}));
+        let (status, out, err) = bundle.run();
+        let mut lines = out.lines();
+        assert_eq!((status, lines.next()), (0, Some(writable)), "{option}: {out} {err}");
+        assert!(lines.next().and_then(|count| count.parse().ok()).is_some_and(|count: u32| count > 1), "{out}");
+    }
+}
+
+#[test]
+fn a_hook_that_takes_too_long_is_ended() {
+    let mut bundle = Bundle::new("true");
+    bundle.spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}]});
+    let (status, _, err) = bundle.run();
+    assert!(status != 0 && (!is_corun() || err.contains("/bin/sleep did not end within 1 s")), "{err}");
+    bundle.assert_gone();
+}
+
+#[test]
+fn descriptors_that_were_asked_for_are_inherited() {
+    let bundle = Bundle::new("cat <&3; ls /proc/self/fd | wc -l");
+    std::fs::write(bundle.folder.path().join("config.json"), bundle.spec.to_string()).expect("the specification");
+    std::fs::write(bundle.folder.path().join("given"), "given\n").expect("a file");
+    let runtime = common::runtime();
+    let script = format!(
+        "exec {} --root state run --preserve-fds 1 {} 3<given 4<given",
+        runtime.get_program().display(),
+        bundle.id
+    );
+    let output = std::process::Command::new("sh").args(["-c", &script]).current_dir(bundle.folder.path()).output();
+    let output = output.expect("it runs");
+    // 0 to 3, and the one with which ls reads the folder.
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "given\n5\n", "{output:?}");
+}
+
+#[test]
+fn a_terminal_goes_to_the_console_socket() {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    let mut bundle = Bundle::new("busybox stty size; tty; exec sleep 100");
+    bundle.spec["process"]["terminal"] = true.into();
+    bundle.spec["process"]["consoleSize"] = json!({"height": 33, "width": 44});
+    let socket = bundle.folder.path().join("console");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+    let master = std::thread::scope(|scope| {
+        let master = scope.spawn(|| {
+            let (stream, _) = listener.accept().expect("the runtime");
+            coracle_sys::channel::receive(stream.as_fd(), &mut [0; 4096], true).expect("a message").1
+        });
+        bundle.ok(&["run", "-d", "--console-socket", socket.to_str().expect("a path"), &bundle.id]);
+        master.join().expect("a terminal").expect("a descriptor")
+    });
+    let (mut terminal, mut text) = (std::fs::File::from(master), String::new());
+    while text.lines().count() < 2 || !text.ends_with('\n') {
+        let mut bytes = [0; 256];
+        let length = terminal.read(&mut bytes).expect("reads");
+        text.push_str(&String::from_utf8_lossy(&bytes[..length]));
+    }
+    assert_eq!(text, "33 44\r\n/dev/pts/0\r\n");
+}

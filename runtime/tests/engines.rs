@@ -5,13 +5,14 @@
 mod common;
 
 use coracle_testkit::need;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Runs a shell script in a private mount and network namespace in which cgroups are version 2 alone.
 fn host(folder: &Path, script: &str) -> Output {
     const PREPARE: &str = "set -e; ip link set lo up; umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; \
-                           mount -t tmpfs tmpfs /run; mkdir -p /run/lock; ";
+                           mount -t tmpfs tmpfs /run; mkdir -p /run/lock; mount -t tmpfs tmpfs /dev/shm; ";
     need("ip", "iproute2");
     Command::new(need("unshare", "util-linux"))
         .args(["--mount", "--net", "sh", "-c", &format!("{PREPARE}{script}")])
@@ -31,12 +32,14 @@ fn image(folder: &Path) -> PathBuf {
     let root = folder.join("image");
     std::fs::create_dir_all(root.join("bin")).expect("makes");
     std::fs::copy(need("busybox", "busybox-static"), root.join("bin/busybox")).expect("copies");
-    for applet in ["sh", "true", "cat", "echo", "sleep", "id", "hostname", "wget", "httpd", "mkdir", "ls"] {
+    for applet in ["sh", "true", "cat", "echo", "sleep", "id", "hostname", "httpd", "mkdir", "ls", "readlink"] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).expect("links");
     }
     for name in ["proc", "sys", "dev", "tmp", "etc", "data"] {
         std::fs::create_dir_all(root.join(name)).expect("makes");
     }
+    std::fs::write(root.join("bin/pause"), "#!/bin/sh\nexec sleep 1000\n").expect("writes");
+    std::fs::set_permissions(root.join("bin/pause"), PermissionsExt::from_mode(0o755)).expect("permissions");
     std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\n").expect("writes");
     let archive = folder.join("image.tar");
     let packed = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".").status();
@@ -85,6 +88,47 @@ fn podman_runs_containers_pods_and_volumes() {
         "restarted: running",
         "volume: stays",
         "5",
+        "left: 0",
+    ] {
+        assert!(out.lines().any(|found| found.starts_with(line)), "{line:?} in {out}\n{err}");
+    }
+    assert!(!err.contains("corun") && !err.to_lowercase().contains("runtime"), "a word about the runtime: {err}");
+}
+
+#[test]
+fn podman_publishes_the_port_of_a_pod() {
+    need("podman", "podman");
+    need("conmon", "conmon");
+    need("iptables", "iptables");
+    need("/usr/lib/podman/netavark", "netavark");
+    let folder = tempfile::tempdir().expect("a folder");
+    image(folder.path());
+    // Debian's podman refuses every device to the cgroup that it makes for a pod, whatever the runtime.
+    let script = r#"
+        printf '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\npids_limit = 0\nlog_driver = "k8s-file"\n' > containers.conf
+        export CONTAINERS_CONF=$PWD/containers.conf
+        P="podman --runtime $CORUN --root $PWD/storage --runroot $PWD/run --tmpdir $PWD/tmp --cgroup-manager cgroupfs --storage-driver vfs --events-backend none --network-config-dir $PWD/networks"
+        $P import -q image.tar localhost/box:1 >/dev/null
+        $P pod create --name pod --share-parent=false -p 8080:80 --infra-image localhost/box:1 --infra-command /bin/pause >/dev/null
+        $P run -d --pod pod --name web localhost/box:1 httpd -f -p 80 -h /etc >/dev/null
+        network="readlink /proc/self/ns/net"
+        [ "$($P exec web $network)" = "$($P run --rm --pod pod localhost/box:1 $network)" ] && echo one network
+        [ "$($P exec web $network)" != "$($network)" ] && echo not the host\'s
+        for i in $(seq 300); do busybox wget -qO- http://127.0.0.1:8080/passwd > answer && break; sleep 0.1; done 2>/dev/null
+        echo port: $(cat answer)
+        echo published: $($P port web)
+        echo pod: $($P pod inspect -f '{{.State}}' pod)
+        $P pod rm -f -t 0 pod >/dev/null
+        echo left: $($P ps -aq | wc -l)
+    "#;
+    let output = host(folder.path(), script);
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    for line in [
+        "one network",
+        "not the host's",
+        "port: root:x:0:0",
+        "published: 80/tcp -> 0.0.0.0:8080",
+        "pod: Running",
         "left: 0",
     ] {
         assert!(out.lines().any(|found| found.starts_with(line)), "{line:?} in {out}\n{err}");

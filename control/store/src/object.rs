@@ -5,6 +5,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::Value;
 
+use crate::json;
+
 /// One version of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -69,10 +71,10 @@ impl Draft {
         for (name, value) in fields {
             json.push(separator);
             separator = b',';
-            serde_json::to_writer(&mut json, name)?;
+            json::append(&mut json, name)?;
             json.push(b':');
             if name != "metadata" {
-                serde_json::to_writer(&mut json, value)?;
+                json::append(&mut json, value)?;
                 continue;
             }
             // Sorted like everything else: the field goes before the first name that is greater.
@@ -91,9 +93,9 @@ impl Draft {
                 };
                 json.push(inner);
                 inner = b',';
-                serde_json::to_writer(&mut json, name)?;
+                json::append(&mut json, name)?;
                 json.push(b':');
-                serde_json::to_writer(&mut json, value)?;
+                json::append(&mut json, value)?;
             }
             json.push(b'}');
         }

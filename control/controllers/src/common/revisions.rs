@@ -95,8 +95,8 @@ async fn make<O: Owner>(
 ) -> Result<(Arc<ControllerRevision>, Option<i32>), Error> {
     let mut count = collisions;
     for _ in 0..COLLISIONS {
-        let hash = hash::of(&data, count.unwrap_or_default())
-            .map_err(|error| Error::Invalid(format!("hash the template: {error}")))?;
+        let hash =
+            hash::of_revision(&data, count).map_err(|error| Error::Invalid(format!("hash the template: {error}")))?;
         let mut labels = naming.labels.clone();
         labels.insert(naming.hash_label.into(), hash.clone());
         let revision = ControllerRevision {

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::allowance::Allowance;
 use super::{Error, Key};
 
 tokio::task_local! {
@@ -76,6 +77,7 @@ pub(crate) struct Host {
     pub(crate) client: Client,
     name: &'static str,
     recorder: Recorder,
+    allowance: Allowance,
     used: Vec<Arc<dyn Reach>>,
 }
 
@@ -84,7 +86,7 @@ impl Host {
     pub(crate) fn new(api: &Arc<ApiServer>, name: &'static str) -> Self {
         let client = api.client(UserInfo::controller(name));
         let recorder = Recorder::new(client.clone(), Reporter { controller: name.into(), instance: None });
-        Self { api: api.clone(), client, name, recorder, used: Vec::new() }
+        Self { api: api.clone(), client, name, recorder, allowance: Allowance::default(), used: Vec::new() }
     }
 
     /// The shared cache of a kind, which the machine then waits for.
@@ -193,8 +195,12 @@ impl Host {
         Ok(())
     }
 
-    /// Publishes an event about an object. Events are news, not state: one that cannot be written is logged.
+    /// Publishes an event about an object, unless there were many about it. Events are news, not state: one that cannot be
+    /// written is logged.
     pub(crate) async fn event<K: Kind>(&self, about: &K, type_: EventType, reason: &str, action: &str, note: String) {
+        if !self.allowance.take(about.meta().uid.as_deref().unwrap_or_default()) {
+            return;
+        }
         let event = Event { type_, reason: reason.into(), note: Some(note), action: action.into(), secondary: None };
         if let Err(error) = self.recorder.publish(&event, &about.object_ref(&())).await {
             tracing::warn!(controller = self.name, reason, %error, "event not written");

@@ -2,6 +2,7 @@
 //! workers, failures back off. A controller sees its own writes: a key is not handed out again before the caches have
 //! reached the last revision that its reconciliation wrote, so none needs expectations.
 
+mod allowance;
 mod host;
 mod owners;
 mod queue;

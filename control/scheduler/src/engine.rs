@@ -118,11 +118,10 @@ impl Engine {
     }
 
     /// Lets pods be tried again that an event can help.
-    fn event(&mut self, event: Event<'_>, now: Instant) {
-        if !self.queue.has_hopeless() {
+    fn raise(config: &Config, cache: &Cache, cluster: &Cluster, queue: &mut Queue, event: Event<'_>, now: Instant) {
+        if !queue.has_hopeless() {
             return;
         }
-        let Self { config, cache, cluster, queue, .. } = self;
         let helps = |pod: &PodState, rejectors: u32| {
             let Some(profile) = Self::profile(config, pod) else { return false };
             let context = Context { cache, cluster, args: &profile.args };
@@ -132,22 +131,19 @@ impl Engine {
         queue.event(helps, now);
     }
 
+    fn event(&mut self, event: Event<'_>, now: Instant) {
+        Self::raise(&self.config, &self.cache, &self.cluster, &mut self.queue, event, now);
+    }
+
     fn node_event(&mut self, name: &str, now: Instant) {
-        if !self.queue.has_hopeless() {
-            return;
-        }
-        // The event borrows the node while the queue changes: a copy, as rare as news of nodes are.
-        if let Some(node) = self.cache.slot(name).and_then(|slot| self.cache.node(slot)).cloned() {
-            self.event(Event::Node(&node), now);
+        if let Some(node) = self.cache.slot(name).and_then(|slot| self.cache.node(slot)) {
+            Self::raise(&self.config, &self.cache, &self.cluster, &mut self.queue, Event::Node(node), now);
         }
     }
 
     fn left(&mut self, pod: &PodState, node: &str, now: Instant) {
-        if !self.queue.has_hopeless() {
-            return;
-        }
-        let node = self.cache.slot(node).and_then(|slot| self.cache.node(slot)).cloned();
-        self.event(Event::PodLeft(pod, node.as_ref()), now);
+        let node = self.cache.slot(node).and_then(|slot| self.cache.node(slot));
+        Self::raise(&self.config, &self.cache, &self.cluster, &mut self.queue, Event::PodLeft(pod, node), now);
     }
 
     fn node_changed(&mut self, delta: &Delta<Node>, now: Instant) {

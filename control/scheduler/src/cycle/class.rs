@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::preempt::Tried;
 use crate::config::Profile;
 use crate::plugins::{
-    Context, INTER_POD, InterPod, Normalize, PLUGINS, Rejection, SPREAD, Spread, default_constraints, index,
+    Cause, Context, INTER_POD, InterPod, Normalize, PLUGINS, Rejection, SPREAD, Spread, default_constraints,
 };
 use crate::state::{Cache, Change, Cluster, PodState, Shape};
 
@@ -50,7 +50,7 @@ pub(super) struct Across {
 
 impl Across {
     fn new(shape: &Shape, pinned: bool, cache: &mut Cache, cluster: &Cluster, profile: &Profile) -> Self {
-        let runs = |name| profile.filters[index(name)] || profile.weights[index(name)] > 0;
+        let runs = |plugin: usize| profile.filters[plugin] || profile.weights[plugin] > 0;
         let mut constraints = Vec::new();
         if runs(SPREAD) {
             constraints.clone_from(&shape.spread);
@@ -108,13 +108,13 @@ impl Across {
         self.spread.as_ref().is_some_and(Spread::is_strict) || self.inter.as_ref().is_some_and(InterPod::is_strict)
     }
 
-    pub(super) fn filter(&self, slot: u32, profile: &Profile) -> Result<(), Rejected> {
-        let reject = |name, rejection| Rejected { plugin: index(name), rejection };
-        if let Some(spread) = self.spread.as_ref().filter(|_| profile.filters[index(SPREAD)]) {
-            spread.filter(slot).map_err(|rejection| reject(SPREAD, rejection))?;
+    /// The first rejection by counts, with the plug-in it comes from.
+    pub(super) fn filter(&self, slot: u32, profile: &Profile) -> Result<(), (usize, &'static Cause)> {
+        if let Some(spread) = self.spread.as_ref().filter(|_| profile.filters[SPREAD]) {
+            spread.filter(slot).map_err(|cause| (SPREAD, cause))?;
         }
-        if let Some(inter) = self.inter.as_ref().filter(|_| profile.filters[index(INTER_POD)]) {
-            inter.filter(slot).map_err(|rejection| reject(INTER_POD, rejection))?;
+        if let Some(inter) = self.inter.as_ref().filter(|_| profile.filters[INTER_POD]) {
+            inter.filter(slot).map_err(|cause| (INTER_POD, cause))?;
         }
         Ok(())
     }
@@ -126,9 +126,13 @@ pub(super) struct Class {
     pub(super) shape: Arc<Shape>,
     entries: Vec<Entry>,
     pub(super) reasons: Vec<Rejected>,
+    /// Which of them are rejections by counts.
+    causes: Vec<(&'static Cause, u32)>,
     pub(super) across: Across,
     /// What preemption would do on nodes.
     pub(super) tried: HashMap<u32, Tried>,
+    /// Why preemption is in vain, each set of reasons once.
+    pub(super) vain: Vec<Vec<String>>,
     storage: u64,
     used: u64,
 }
@@ -168,6 +172,24 @@ impl Class {
         });
         // There are no more reasons than nodes.
         at as u32 + 1
+    }
+
+    /// As [`Class::intern`], for a rejection by counts.
+    pub(super) fn intern_cause(&mut self, plugin: usize, cause: &'static Cause) -> u32 {
+        if let Some((_, reason)) = self.causes.iter().find(|(known, _)| std::ptr::eq(*known, cause)) {
+            return *reason;
+        }
+        let reason = self.intern(Rejected { plugin, rejection: cause.into() });
+        self.causes.push((cause, reason));
+        reason
+    }
+
+    /// The place of the reasons why preemption is in vain on a node.
+    pub(super) fn intern_vain(&mut self, reasons: Vec<String>) -> usize {
+        self.vain.iter().position(|known| *known == reasons).unwrap_or_else(|| {
+            self.vain.push(reasons);
+            self.vain.len() - 1
+        })
     }
 
     /// The verdict of the node's own filters, from memory or anew.
@@ -222,7 +244,7 @@ impl Class {
             normalize.apply(&mut marks);
             add(marks, weight);
         }
-        let weight = |name| profile.weights[index(name)];
+        let weight = |plugin: usize| profile.weights[plugin];
         if let Some(marks) = self.across.spread.as_ref().filter(|_| weight(SPREAD) > 0).and_then(|s| s.score(slots)) {
             add(marks, weight(SPREAD));
         }
@@ -286,8 +308,10 @@ impl Classes {
                 shape: shape.clone(),
                 entries: Vec::new(),
                 reasons: Vec::new(),
+                causes: Vec::new(),
                 across: Across::new(shape, pinned, cache, cluster, profile),
                 tried: HashMap::new(),
+                vain: Vec::new(),
                 storage: 0,
                 used: 0,
             },
@@ -297,13 +321,17 @@ impl Classes {
         if !shape.volumes.is_empty() && class.storage != storage {
             class.entries.clear();
             class.tried.clear();
+            class.vain.clear();
             class.storage = storage;
         }
         if !pinned {
             class.entries.resize(cache.slots(), Entry::default());
         }
-        if class.reasons.len() > cache.slots() + PLUGINS.len() {
+        if class.reasons.len().max(class.vain.len()) > cache.slots() + PLUGINS.len() {
             class.reasons.clear();
+            class.causes.clear();
+            class.tried.clear();
+            class.vain.clear();
             class.entries.fill(Entry::default());
         }
         class

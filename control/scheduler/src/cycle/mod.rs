@@ -47,7 +47,8 @@ impl World<'_> {
 
     fn check_plain(&mut self, slot: u32, class: &Class) -> Result<(), Rejected> {
         filter_node(&class.shape, slot, self.cache, self.cluster, self.profile)?;
-        class.across.filter(slot, self.profile)
+        let counted = class.across.filter(slot, self.profile);
+        counted.map_err(|(plugin, cause)| Rejected { plugin, rejection: cause.into() })
     }
 
     /// Puts a pod on a node, or takes it away, for trying.
@@ -109,7 +110,7 @@ impl Cycles {
         if let Some(names) = pod.shape.pinned() {
             return Self::choose_pinned(pod, &names, world, class);
         }
-        let order = world.cache.order().to_vec();
+        let order = world.cache.order();
         let enough = world.profile.enough(order.len());
         let mut feasible = Vec::new();
         let mut counts: Vec<usize> = Vec::new();
@@ -125,7 +126,7 @@ impl Cycles {
                 reason = world.check(pod, slot, class).map_or_else(|rejected| class.intern(rejected), |()| 0);
             } else if reason == 0 && is_strict {
                 let verdict = class.across.filter(slot, world.profile);
-                reason = verdict.map_or_else(|rejected| class.intern(rejected), |()| 0);
+                reason = verdict.map_or_else(|(plugin, cause)| class.intern_cause(plugin, cause), |()| 0);
             }
             let Some(at) = (reason as usize).checked_sub(1) else {
                 feasible.push(slot);

@@ -10,7 +10,7 @@ use rand::{Rng, RngExt};
 use super::World;
 use super::class::Class;
 use super::failure::{Failure, histogram};
-use crate::plugins::{PREEMPTION, index};
+use crate::plugins::PREEMPTION;
 use crate::state::selector::Selector;
 use crate::state::{Cluster, NodeState, PodState};
 
@@ -35,7 +35,8 @@ pub(crate) struct Candidate {
 pub(super) struct Tried {
     generation: u64,
     budgets: u64,
-    outcome: Result<Candidate, Vec<String>>,
+    /// The candidate, or the place of the reasons why there is none among [`Class::vain`].
+    outcome: Result<(Harm, Candidate), usize>,
 }
 
 /// Less is better, in this order.
@@ -141,7 +142,7 @@ fn may_preempt(pod: &PodState, world: &World<'_>, failure: &Failure) -> Result<(
 
 /// Adds to a failure that holds for every node what comes of preemption: nothing.
 pub(super) fn explain_hopeless(pod: &PodState, world: &World<'_>, failure: &mut Failure) {
-    if !world.profile.filters[index(PREEMPTION)] || world.cache.len() == 0 {
+    if !world.profile.filters[PREEMPTION] || world.cache.len() == 0 {
         return;
     }
     failure.after = match may_preempt(pod, world, failure) {
@@ -162,7 +163,7 @@ pub(super) fn run(
     random: &mut impl Rng,
 ) -> Option<Candidate> {
     let nodes = world.cache.len();
-    if !world.profile.filters[index(PREEMPTION)] || nodes == 0 {
+    if !world.profile.filters[PREEMPTION] || nodes == 0 {
         return None;
     }
     if let Err(reason) = may_preempt(pod, world, failure) {
@@ -179,8 +180,9 @@ pub(super) fn run(
     // What stands elsewhere may change the verdict without the node changing.
     let nominated = world.cache.nominated(&pod.uid).and_then(|name| world.cache.slot(name));
     let is_strict = class.across.is_strict();
-    let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
-    let (mut best, mut found): (Option<(Harm, Candidate)>, usize) = (None, 0);
+    // How many nodes have each of the reasons in vain.
+    let mut vain: Vec<usize> = vec![0; class.vain.len()];
+    let (mut best, mut found): (Option<(Harm, u32)>, usize) = (None, 0);
     for slot in potential[offset..].iter().chain(&potential[..offset]).copied() {
         let generation = world.cache.generation(slot);
         let known = class.tried.get(&slot).filter(|tried| {
@@ -189,32 +191,38 @@ pub(super) fn run(
         let outcome = match known {
             Some(tried) => &tried.outcome,
             None => {
-                let outcome = try_node(pod, slot, world, class);
+                let outcome = try_node(pod, slot, world, class).map(|candidate| (candidate.harm(), candidate));
+                let outcome = outcome.map_err(|reasons| class.intern_vain(reasons));
+                vain.resize(class.vain.len(), 0);
                 // On its own node the pod is no rival of itself, but one of all others of its shape.
                 let generation = if nominated == Some(slot) { 0 } else { generation };
                 &class.tried.entry(slot).insert_entry(Tried { generation, budgets, outcome }).into_mut().outcome
             }
         };
         match outcome {
-            Ok(candidate) => {
-                let harm = candidate.harm();
-                if best.as_ref().is_none_or(|(least, _)| harm < *least) {
-                    best = Some((harm, candidate.clone()));
+            Ok((harm, _)) => {
+                if best.is_none_or(|(least, _)| *harm < least) {
+                    best = Some((*harm, slot));
                 }
                 found += 1;
                 if found >= wanted {
                     break;
                 }
             }
-            Err(words) => words.iter().for_each(|reason| *reasons.entry(reason.clone()).or_default() += 1),
+            Err(reasons) => vain[*reasons] += 1,
         }
     }
-    if best.is_none() {
+    let Some((_, slot)) = best else {
+        let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
+        for (words, count) in class.vain.iter().zip(vain).filter(|(_, count)| *count > 0) {
+            words.iter().for_each(|reason| *reasons.entry(reason.clone()).or_default() += count);
+        }
         let hopeless = nodes - potential.len();
         if hopeless > 0 {
             *reasons.entry(NOT_HELPFUL.to_owned()).or_default() += hopeless;
         }
         failure.after = format!("{DEVICES_FIRST}{}", histogram(nodes, &reasons));
-    }
-    best.map(|(_, candidate)| candidate)
+        return None;
+    };
+    class.tried.get(&slot).and_then(|tried| tried.outcome.as_ref().ok()).map(|(_, candidate)| candidate.clone())
 }

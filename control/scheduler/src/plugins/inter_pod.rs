@@ -5,9 +5,14 @@
 
 use std::sync::Arc;
 
-use super::{Context, Event, MAX_SCORE, Rejection};
+use super::{Cause, Context, Event, MAX_SCORE};
 use crate::config::Args;
 use crate::state::{Cache, Change, Cluster, Column, PodState, PodTerm, Shape};
+
+static NOT_NEAR: Cause = Cause { words: "node(s) didn't match pod affinity rules", unresolvable: true };
+static TOO_NEAR: Cause = Cause { words: "node(s) didn't match pod anti-affinity rules", unresolvable: false };
+static NOT_WANTED: Cause =
+    Cause { words: "node(s) didn't satisfy existing pods anti-affinity rules", unresolvable: false };
 
 /// Numbers by domain of one topology key.
 #[derive(Debug)]
@@ -154,20 +159,20 @@ impl InterPod {
         !self.required.is_empty() || !self.forbidden.is_empty() || !self.forbidding.0.is_empty()
     }
 
-    pub(crate) fn filter(&self, slot: u32) -> Result<(), Rejection> {
+    pub(crate) fn filter(&self, slot: u32) -> Result<(), &'static Cause> {
         let counts = |tally: &Tally| tally.at(slot);
         if self.required.iter().any(|tally| counts(tally).is_none_or(|count| count <= 0)) {
             // The first of a group that wants to be together may go wherever there is the topology.
             let may_be_first = self.found == 0 && self.is_first && self.required.iter().all(|t| counts(t).is_some());
             if !may_be_first {
-                return Err(Rejection::unresolvable("node(s) didn't match pod affinity rules"));
+                return Err(&NOT_NEAR);
             }
         }
         if self.forbidden.iter().any(|tally| counts(tally).is_some_and(|count| count > 0)) {
-            return Err(Rejection::resolvable("node(s) didn't match pod anti-affinity rules"));
+            return Err(&TOO_NEAR);
         }
         if self.forbidding.0.iter().any(|tally| counts(tally).is_some_and(|count| count > 0)) {
-            return Err(Rejection::resolvable("node(s) didn't satisfy existing pods anti-affinity rules"));
+            return Err(&NOT_WANTED);
         }
         Ok(())
     }

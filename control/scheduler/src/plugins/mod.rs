@@ -41,6 +41,19 @@ impl Rejection {
     }
 }
 
+/// A rejection by counts across nodes. There are few of them and many nodes, so they are told apart by where they are.
+#[derive(Debug)]
+pub(crate) struct Cause {
+    words: &'static str,
+    unresolvable: bool,
+}
+
+impl From<&Cause> for Rejection {
+    fn from(cause: &Cause) -> Self {
+        Self { reasons: vec![cause.words.to_owned()], unresolvable: cause.unresolvable }
+    }
+}
+
 /// What a verdict may depend on beside the pod and the node.
 #[derive(Clone, Copy)]
 pub(crate) struct Context<'a> {
@@ -139,16 +152,17 @@ pub(crate) const PLUGINS: &[Plugin] = &[
     pre(volumes::binding::pre_filter, filter(volumes::binding::filter, row("VolumeBinding", 0, volumes::helps))),
     filter(volumes::zone::filter, row("VolumeZone", 0, volumes::helps)),
     pre(devices::pre_filter, filter(devices::filter, row("DynamicResources", 0, devices::helps))),
-    row(SPREAD, 2, spread::helps),
-    row(INTER_POD, 2, inter_pod::helps),
-    row(PREEMPTION, 0, never),
+    row("PodTopologySpread", 2, spread::helps),
+    row("InterPodAffinity", 2, inter_pod::helps),
+    row("DefaultPreemption", 0, never),
     score(balanced_allocation::score, Normalize::None, row("NodeResourcesBalancedAllocation", 1, never)),
     score(image_locality::score, Normalize::None, row("ImageLocality", 1, never)),
 ];
 
-pub(crate) const SPREAD: &str = "PodTopologySpread";
-pub(crate) const INTER_POD: &str = "InterPodAffinity";
-pub(crate) const PREEMPTION: &str = "DefaultPreemption";
+/// Places of plug-ins that the cycle calls by name.
+pub(crate) const SPREAD: usize = index("PodTopologySpread");
+pub(crate) const INTER_POD: usize = index("InterPodAffinity");
+pub(crate) const PREEMPTION: usize = index("DefaultPreemption");
 
 /// The place of a plug-in in the table.
 pub(crate) const fn index(name: &str) -> usize {

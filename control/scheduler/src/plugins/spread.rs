@@ -5,12 +5,18 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Context, Event, MAX_SCORE, Rejection, node_affinity, taints};
+use super::{Cause, Context, Event, MAX_SCORE, node_affinity, taints};
 use crate::state::selector::Selector;
 use crate::state::{Cache, Change, Cluster, Column, NodeState, PodState, Shape, SpreadConstraint};
 
 const HOSTNAME: &str = "kubernetes.io/hostname";
 const ZONE: &str = "topology.kubernetes.io/zone";
+
+static NO_TOPOLOGY: Cause = Cause {
+    words: "node(s) didn't match pod topology spread constraints (missing required label)",
+    unresolvable: true,
+};
+static SKEWED: Cause = Cause { words: "node(s) didn't match pod topology spread constraints", unresolvable: false };
 
 /// One constraint with its counts.
 #[derive(Debug)]
@@ -24,6 +30,8 @@ struct Counted {
     /// How many domains have each count; kept for strict constraints.
     histogram: BTreeMap<i64, usize>,
     domains: usize,
+    /// The fewest pods that any domain has; 0 while there are fewer domains than wanted.
+    fewest: i64,
     /// 1 if the pod counts itself.
     own: i64,
 }
@@ -39,19 +47,19 @@ impl Counted {
             return;
         }
         if let Some(count) = &mut self.counts[self.column.domains[slot as usize] as usize] {
-            if self.constraint.hard {
-                move_one(&mut self.histogram, *count, *count + times);
-            }
+            let before = *count;
             *count += times;
+            if self.constraint.hard {
+                move_one(&mut self.histogram, before, before + times);
+                self.find_fewest();
+            }
         }
     }
 
-    /// The fewest pods that any domain has; 0 while there are fewer domains than wanted.
-    fn fewest(&self) -> i64 {
-        if self.domains < usize::try_from(self.constraint.min_domains).unwrap_or_default() {
-            return 0;
-        }
-        self.histogram.first_key_value().map_or(i64::from(i32::MAX), |(count, _)| *count)
+    fn find_fewest(&mut self) {
+        let enough = self.domains >= usize::try_from(self.constraint.min_domains).unwrap_or_default();
+        let least = self.histogram.first_key_value().map_or(i64::from(i32::MAX), |(count, _)| *count);
+        self.fewest = if enough { least } else { 0 };
     }
 }
 
@@ -162,11 +170,12 @@ impl Spread {
             let histogram = BTreeMap::from([(0, domains)]);
             let own = i64::from(constraint.selector.as_ref().is_some_and(|s| s.matches(&pod.labels)));
             let (constraint, column) = (constraint.clone(), column.clone());
-            counted.push(Counted { constraint, column, eligible, counts, histogram, domains, own });
+            counted.push(Counted { constraint, column, eligible, counts, histogram, domains, fewest: 0, own });
         }
         let mut spread = Self { counted, strict_topology };
         for constraint in &mut spread.counted {
             constraint.histogram.retain(|_, domains| *domains > 0);
+            constraint.find_fewest();
             for (slot, other) in cache.pods_of(&pod.namespace) {
                 if !other.is_terminating() && constraint.counts_pod(&pod.namespace, &other.shape) {
                     constraint.add(slot, 1);
@@ -192,17 +201,15 @@ impl Spread {
         self.counted.iter().any(|counted| counted.constraint.hard)
     }
 
-    pub(crate) fn filter(&self, slot: u32) -> Result<(), Rejection> {
+    pub(crate) fn filter(&self, slot: u32) -> Result<(), &'static Cause> {
         for counted in self.counted.iter().filter(|counted| counted.constraint.hard) {
             let domain = counted.column.of(slot);
             if domain == 0 {
-                return Err(Rejection::unresolvable(
-                    "node(s) didn't match pod topology spread constraints (missing required label)",
-                ));
+                return Err(&NO_TOPOLOGY);
             }
             let count = counted.counts[domain].unwrap_or_default();
-            if count + counted.own - counted.fewest() > i64::from(counted.constraint.max_skew) {
-                return Err(Rejection::resolvable("node(s) didn't match pod topology spread constraints"));
+            if count + counted.own - counted.fewest > i64::from(counted.constraint.max_skew) {
+                return Err(&SKEWED);
             }
         }
         Ok(())

@@ -42,7 +42,7 @@ pub(crate) struct Cache {
     clock: u64,
     /// Grows whenever nodes come, go or change labels or taints, and with labels of namespaces.
     epoch: u64,
-    order: Vec<u32>,
+    order: Arc<[u32]>,
     order_epoch: u64,
     columns: HashMap<Arc<str>, Arc<Column>>,
     columns_epoch: u64,
@@ -118,7 +118,7 @@ impl Cache {
     }
 
     /// The slots of all nodes, zones interleaved, so that the first few are spread well.
-    pub(crate) fn order(&mut self) -> &[u32] {
+    pub(crate) fn order(&mut self) -> Arc<[u32]> {
         if self.order_epoch != self.epoch {
             let mut zones: BTreeMap<(&str, &str), Vec<u32>> = BTreeMap::new();
             for (slot, node) in (0_u32..).zip(&self.slots) {
@@ -132,7 +132,7 @@ impl Cache {
             self.order = (0..longest).flat_map(round).collect();
             self.order_epoch = self.epoch;
         }
-        &self.order
+        self.order.clone()
     }
 
     /// The domains of a topology key.

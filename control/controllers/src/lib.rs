@@ -33,6 +33,7 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(cluster::accounts::Accounts::new(&api)));
     running.spawn(machine::run(cluster::root_ca::RootCa::new(&api)));
     running.spawn(machine::run(cluster::token_secrets::TokenSecrets::new(&api)));
+    running.spawn(machine::run(cluster::legacy_tokens::LegacyTokens::new(&api)));
     running.spawn(machine::run(cluster::bootstrap_tokens::BootstrapTokens::new(&api)));
     running.spawn(cluster::events::run(api.clone()));
     running.spawn(machine::run(cluster::aggregation::Aggregation::new(&api)));
@@ -44,6 +45,7 @@ pub async fn run(api: Arc<ApiServer>) {
     let on_node = Arc::new(api.informer::<Pod>().index(common::pods::node_of));
     running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api, &on_node)));
     running.spawn(machine::run(cluster::taint_eviction::TaintEviction::new(&api, &on_node)));
+    running.spawn(machine::run(cluster::device_taints::DeviceTaints::new(&api)));
     running.spawn(machine::run(cluster::pod_gc::PodGc::new(&api, &on_node)));
     running.spawn(machine::run(certificates::approve::Approver::new(&api)));
     running.spawn(machine::run(certificates::sign::Signer::new(&api)));

@@ -1,4 +1,4 @@
-//! Nodes that fail, and what becomes of their pods, on a real server.
+//! Nodes and devices that fail, and what becomes of their pods, on a real server.
 
 mod support;
 
@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use coracle_testkit::assert_eventually_async;
 use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
+use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceSlice};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::DeleteParams;
@@ -153,4 +154,40 @@ async fn pods_that_nobody_ends_are_collected() {
         .await;
     cluster.patch(&nodes, "off", json!({"spec": {"taints": [{"key": "node.kubernetes.io/out-of-service", "value": "nodeshutdown", "effect": "NoExecute"}]}})).await;
     assert_eventually_async!(20, pods.get_opt("stuck").await.expect("asked").is_none(), "its node is declared off");
+}
+
+#[tokio::test]
+async fn pods_leave_devices_that_are_tainted_unless_their_claims_tolerate_it() {
+    let cluster = Cluster::start().await;
+    cluster.namespace("n").await;
+    node(&cluster, "a", "2099-01-01T00:00:00Z").await;
+    let slices: Api<ResourceSlice> = cluster.all();
+    let devices = |taints: Value| json!([{"name": "one", "taints": taints}, {"name": "other"}]);
+    let slice = json!({"metadata": {"name": "s"}, "spec": {"driver": "gpu.io", "nodeName": "a",
+        "pool": {"name": "a", "generation": 1, "resourceSliceCount": 1}, "devices": devices(json!([]))}});
+    cluster.create(&slices, slice).await;
+    let (pods, claims): (Api<Pod>, Api<ResourceClaim>) = (cluster.ns("n"), cluster.ns("n"));
+    let tolerated = json!([{"key": "broken", "operator": "Exists", "effect": "NoExecute"}]);
+    for (name, device, tolerations) in
+        [("goes", "one", json!(null)), ("tolerates", "one", tolerated), ("elsewhere", "other", json!(null))]
+    {
+        let request = json!({"name": "r", "exactly": {"deviceClassName": "c"}});
+        cluster
+            .create(&claims, json!({"metadata": {"name": name}, "spec": {"devices": {"requests": [request]}}}))
+            .await;
+        let pod = json!({"metadata": {"name": name}, "spec": {"nodeName": "a", "terminationGracePeriodSeconds": 0,
+            "containers": [{"name": "c", "image": "i"}], "resourceClaims": [{"name": "d", "resourceClaimName": name}]}});
+        let uid = cluster.create(&pods, pod).await.metadata.uid;
+        let result =
+            json!({"request": "r", "driver": "gpu.io", "pool": "a", "device": device, "tolerations": tolerations});
+        let status = json!({"allocation": {"devices": {"results": [result]}}, "reservedFor": [{"resource": "pods", "name": name, "uid": uid}]});
+        cluster.patch_status(&claims, name, status).await;
+    }
+    let taint = json!([{"key": "broken", "effect": "NoExecute"}]);
+    let tainted = cluster.patch(&slices, "s", json!({"spec": {"devices": devices(taint)}})).await;
+    let of = |slice: &ResourceSlice| slice.spec.devices.as_ref().and_then(|devices| devices[0].taints.clone());
+    assert!(of(&tainted).is_some_and(|taints| taints[0].time_added.is_some()), "{tainted:?}");
+    assert_eventually_async!(20, leaves(&cluster, "goes").await, "its device is broken");
+    assert!(!leaves(&cluster, "tolerates").await);
+    assert!(!leaves(&cluster, "elsewhere").await);
 }

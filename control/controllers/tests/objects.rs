@@ -81,6 +81,14 @@ async fn secrets_of_accounts_hold_tokens_until_the_account_goes() {
         .await;
     let user = review.status.and_then(|status| status.user).and_then(|user| user.username);
     assert_eq!(user.as_deref(), Some("system:serviceaccount:n:robot"));
+    let labels = secrets.get("t").await.expect("the secret").metadata.labels.unwrap_or_default();
+    assert!(labels.contains_key("kubernetes.io/legacy-token-last-used"), "{labels:?}");
+    let invalid = json!({"metadata": {"labels": {"kubernetes.io/legacy-token-invalid-since": "2026-01-01"}}});
+    cluster.patch(&secrets, "t", invalid).await;
+    let review = cluster
+        .create(&cluster.all::<TokenReview>(), json!({"metadata": {}, "spec": {"token": field("token").await}}))
+        .await;
+    assert_ne!(review.status.and_then(|status| status.authenticated), Some(true), "it is marked as invalid");
     accounts.delete("robot", &DeleteParams::default()).await.expect("deleted");
     assert_eventually_async!(
         20,

@@ -21,6 +21,7 @@ use crate::user::{SYSTEM_AUTHENTICATED, UserInfo};
 pub use oidc::Issuer;
 pub(crate) use request::{review, user_value};
 pub use settings::{Anonymous, AnonymousPath, Settings, SettingsError};
+pub use token::{INVALID_SINCE, LAST_USED};
 
 /// Who is who.
 pub struct Authenticator {

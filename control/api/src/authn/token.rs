@@ -23,6 +23,10 @@ const USUAL_S: i64 = 3600;
 const EXTENDED_FROM_S: i64 = 3607;
 /// That year.
 const EXTENDED_S: i64 = 365 * 24 * 3600;
+/// Label of a token's secret: the day of its last use (KEP-2799).
+pub const LAST_USED: &str = "kubernetes.io/legacy-token-last-used";
+/// Label of a token's secret: the day since when it holds no longer.
+pub const INVALID_SINCE: &str = "kubernetes.io/legacy-token-invalid-since";
 /// Clocks may differ by this much.
 const LEEWAY_S: i64 = 60;
 
@@ -181,6 +185,36 @@ pub(super) async fn verify(
     service_account(api, claims).await.map(|user| (Arc::new(user), shared))
 }
 
+/// Refuses a token whose secret is marked as invalid; notes in the secret that the token was used today.
+async fn use_secret(api: &Arc<ApiServer>, namespace: &str, name: &str) -> Result<(), Status> {
+    let row = api.kind("", "v1", "secrets").ok_or_else(Status::no_such_resource)?;
+    let secret = api.get(&row, namespace, name).await?.ok_or_else(Status::unauthorized)?;
+    let label =
+        |label: &str| secret.pointer("/metadata/labels").and_then(|labels| labels.get(label)).and_then(Value::as_str);
+    if let Some(since) = label(INVALID_SINCE) {
+        tracing::info!(
+            namespace,
+            name,
+            since,
+            "a token was refused that is marked as invalid: take the label {INVALID_SINCE} away to allow it"
+        );
+        return Err(Status::unauthorized());
+    }
+    let today = Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date().to_string();
+    if label(LAST_USED) != Some(&*today) {
+        let patch = json!({"metadata": {"uid": object::uid(&secret), "labels": {LAST_USED: today}}});
+        let secrets: kube::Api<k8s_openapi::api::core::v1::Secret> =
+            kube::Api::namespaced(api.client(UserInfo::apiserver()), namespace);
+        let written =
+            secrets.patch_metadata(name, &kube::api::PatchParams::default(), &kube::api::Patch::Merge(patch)).await;
+        // The token is good whether or not its use could be noted; the next use notes it.
+        if let Err(error) = written {
+            tracing::warn!(namespace, name, %error, "the use of a token was not noted in its secret");
+        }
+    }
+    Ok(())
+}
+
 /// The service account of claims, when it and what the token is bound to still exist.
 async fn service_account(api: &Arc<ApiServer>, claims: &Value) -> Result<UserInfo, Status> {
     let private = claims.get("kubernetes.io").ok_or_else(Status::unauthorized)?;
@@ -210,7 +244,9 @@ async fn service_account(api: &Arc<ApiServer>, claims: &Value) -> Result<UserInf
         if !informative && !exists(resource, scope, name, uid).await? {
             return Err(Status::unauthorized());
         }
-        if claim != "secret" {
+        if claim == "secret" {
+            use_secret(api, namespace, name).await?;
+        } else {
             user.extra.insert(format!("authentication.kubernetes.io/{claim}-name"), vec![name.to_owned()]);
             if !uid.is_empty() {
                 user.extra.insert(format!("authentication.kubernetes.io/{claim}-uid"), vec![uid.to_owned()]);

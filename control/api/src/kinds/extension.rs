@@ -233,6 +233,8 @@ pub static ROWS: &[Row] = &[
                 }
             });
         },
+        create: |ctx, o| date_taints(o, &Value::Null, &ctx.now_text()),
+        update: |ctx, new, old| date_taints(new, old, &ctx.now_text()),
         validate: |o, e| {
             let s = o.at("spec");
             e.required_check(&s.at("driver"), names::dns1123_subdomain);
@@ -577,6 +579,22 @@ fn check_crd(o: &At<'_>, e: &mut Errs) {
     for error in coracle_schema::Schema::from_crd(o.v).err().into_iter().flatten() {
         e.0.push(error);
     }
+}
+
+/// Dates the taints of devices that say not since when they hold: tolerations for a time count from there.
+fn date_taints(slice: &mut Value, old: &Value, now: &str) {
+    let before = list(old.get("spec").unwrap_or(&Value::Null), "devices").to_vec();
+    each(child(slice, "spec"), "devices", |device| {
+        let known = before.iter().find(|known| known["name"] == device["name"]).cloned().unwrap_or(Value::Null);
+        each(device, "taints", |taint| {
+            if taint.get("timeAdded").is_some_and(|time| !time.is_null()) {
+                return;
+            }
+            let same = |old: &&Value| ["key", "value", "effect"].iter().all(|field| old.get(field) == taint.get(field));
+            let since = list(&known, "taints").iter().find(same).and_then(|old| old.get("timeAdded")).cloned();
+            put(taint, "timeAdded", since.unwrap_or_else(|| now.into()));
+        });
+    });
 }
 
 fn claim_spec(spec: &mut Value) {

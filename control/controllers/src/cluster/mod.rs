@@ -3,7 +3,9 @@
 pub(crate) mod accounts;
 pub(crate) mod aggregation;
 pub(crate) mod bootstrap_tokens;
+pub(crate) mod device_taints;
 pub(crate) mod events;
+pub(crate) mod legacy_tokens;
 pub(crate) mod namespaces;
 pub(crate) mod node_ipam;
 pub(crate) mod node_lifecycle;

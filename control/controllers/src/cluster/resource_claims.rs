@@ -199,7 +199,7 @@ fn entries(pod: &Pod) -> impl Iterator<Item = &PodResourceClaim> {
 }
 
 /// The claims that a pod names, and those that were made for it.
-fn claim_names(pod: &Pod) -> Vec<String> {
+pub(super) fn claim_names(pod: &Pod) -> Vec<String> {
     let made = pod.status.iter().flat_map(|status| status.resource_claim_statuses.iter().flatten());
     let made = made.filter_map(|status| status.resource_claim_name.clone());
     entries(pod).filter_map(|entry| entry.resource_claim_name.clone()).chain(made).collect()

@@ -15,7 +15,7 @@ use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
 
 const TYPE: &str = "kubernetes.io/service-account-token";
 const ACCOUNT_NAME: &str = "kubernetes.io/service-account.name";
-const ACCOUNT_UID: &str = "kubernetes.io/service-account.uid";
+pub(super) const ACCOUNT_UID: &str = "kubernetes.io/service-account.uid";
 /// The longest life that a token may have: such tokens end with their secret, not with time.
 const LIFE_S: i64 = 1 << 32;
 
@@ -53,7 +53,7 @@ impl TokenSecrets {
     }
 }
 
-fn account_of(secret: &Secret) -> Option<&String> {
+pub(super) fn account_of(secret: &Secret) -> Option<&String> {
     secret.annotations().get(ACCOUNT_NAME).filter(|_| secret.type_.as_deref() == Some(TYPE))
 }
 

@@ -1,8 +1,14 @@
-//! Shared, decoded caches of stored objects, for the controllers and the scheduler of the same process.
+//! Shared caches of stored objects, for the controllers and the scheduler of the same process.
 //!
-//! One [`Informer`] a kind: it lists the kind's objects, watches the store from there, and decodes each version once for
-//! everyone. Readers hold `Arc`s; subscribers get deltas. A subscriber that falls behind sees several changes of one object
-//! as one, so its memory is bounded by the number of objects, and no delta is ever lost.
+//! One [`Informer`] a kind: it lists the kind's objects and watches the store from there. It holds the store's own bytes, so
+//! that an object costs its memory once; who looks at one gets it decoded, and whoever looks soon after shares it. Readers
+//! hold `Arc`s; subscribers get deltas. A subscriber that falls behind sees several changes of one object as one, so its
+//! memory is bounded by the number of objects, and no delta is ever lost.
+
+mod held;
+
+mod feed;
+mod index;
 
 use std::any::{Any, TypeId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -14,30 +20,25 @@ use std::time::Duration;
 use coracle_store::{Entry, Error, EventKind, ListOptions, SharedStore};
 use parking_lot::{Mutex, RwLock};
 use serde::de::DeserializeOwned;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
+
+pub use feed::{Delta, Deltas};
+pub use held::Objects;
+pub use index::Index;
+
+use feed::Feed;
+use held::{Held, Recent};
+use index::{Follow, IndexState};
 
 /// Pause after a failed list, before the next.
 const RETRY: Duration = Duration::from_millis(200);
+/// Changes that are taken in under one hold of the lock.
+const CHANGES_AT_ONCE: usize = 256;
 
 /// A type whose objects can be cached.
 pub trait Cached: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
 impl<K> Cached for K where K: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + Sync + 'static
 {}
-
-/// What happened to an object: `old` and `new` are the decoded versions, shared with the cache.
-#[derive(Debug)]
-pub struct Delta<K> {
-    /// The version before; `None` when it was added.
-    pub old: Option<Arc<K>>,
-    /// The version now; `None` when it was deleted.
-    pub new: Option<Arc<K>>,
-}
-
-impl<K> Clone for Delta<K> {
-    fn clone(&self) -> Self {
-        Self { old: self.old.clone(), new: self.new.clone() }
-    }
-}
 
 /// The informers of a server, one a kind, made when first asked for.
 pub struct Informers {
@@ -66,22 +67,36 @@ impl Informers {
 /// The cache of one kind.
 pub struct Informer<K> {
     prefix: Arc<str>,
-    state: RwLock<State<K>>,
+    state: Arc<RwLock<State<K>>>,
+    recent: Arc<Recent<K>>,
     /// The revision up to which the cache has seen everything; 0 before the first list.
     revision: watch::Sender<u64>,
 }
 
 struct State<K> {
-    objects: BTreeMap<Arc<str>, Arc<K>>,
+    objects: BTreeMap<Arc<str>, Arc<Held<K>>>,
+    /// Before the first list has been taken in, which is done in order of the keys.
+    loading: bool,
     feeds: Vec<Weak<Feed<K>>>,
-    indexes: Vec<Arc<IndexState<K>>>,
+    indexes: Vec<Arc<dyn Follow<K>>>,
 }
 
+/// An object's newest version, or `None` when it is gone.
+type Change<K> = (Arc<str>, Option<Arc<Held<K>>>);
+
 impl<K: Cached> Informer<K> {
+    fn new(prefix: &str) -> Self {
+        let state = State { objects: BTreeMap::new(), loading: true, feeds: Vec::new(), indexes: Vec::new() };
+        Self {
+            prefix: prefix.into(),
+            state: Arc::new(RwLock::new(state)),
+            recent: Arc::default(),
+            revision: watch::Sender::new(0),
+        }
+    }
+
     fn start(store: SharedStore, prefix: &str) -> Arc<Self> {
-        let state = State { objects: BTreeMap::new(), feeds: Vec::new(), indexes: Vec::new() };
-        let informer =
-            Arc::new(Self { prefix: prefix.into(), state: RwLock::new(state), revision: watch::Sender::new(0) });
+        let informer = Arc::new(Self::new(prefix));
         let weak = Arc::downgrade(&informer);
         tokio::spawn(async move {
             loop {
@@ -107,39 +122,53 @@ impl<K: Cached> Informer<K> {
             Ok(watch) => watch,
             Err(error) => return error,
         };
-        self.replace(&listing.entries);
+        for changes in self.differences(&listing.entries).chunks(CHANGES_AT_ONCE) {
+            self.change(changes);
+            tokio::task::yield_now().await;
+        }
+        self.state.write().loaded();
         self.revision.send_replace(listing.revision);
+        drop(listing);
         loop {
-            match watch.next().await {
-                Ok(batch) => {
-                    let mut state = self.state.write();
-                    for event in &batch.events {
-                        let new = (event.kind == EventKind::Put).then(|| decode(&event.entry)).flatten();
-                        state.change(event.entry.key.clone(), new);
-                    }
-                    drop(state);
-                    self.revision.send_replace(batch.revision);
-                }
+            let batch = match watch.next().await {
+                Ok(batch) => batch,
                 Err(error) => return error,
-            }
+            };
+            let held =
+                |event: &coracle_store::Event| (event.kind == EventKind::Put).then(|| Held::new(event.entry.clone()));
+            let changes: Vec<Change<K>> =
+                batch.events.iter().map(|event| (event.entry.key.clone(), held(event))).collect();
+            self.change(&changes);
+            self.revision.send_replace(batch.revision);
         }
     }
 
-    /// Makes the cache equal to a listing; what did not change causes no delta.
-    fn replace(&self, entries: &[Entry]) {
+    /// What makes the cache equal to a listing, by key.
+    fn differences(&self, entries: &[Entry]) -> Vec<Change<K>> {
         let listed: BTreeSet<&str> = entries.iter().map(|entry| &*entry.key).collect();
-        let mut state = self.state.write();
-        let gone: Vec<_> = state.objects.keys().filter(|key| !listed.contains(&***key)).cloned().collect();
-        for key in gone {
-            state.change(key, None);
-        }
-        for entry in entries {
-            let revision = entry.revision.to_string();
-            let known = state.objects.get(&entry.key).and_then(|object| object.meta().resource_version.as_deref());
-            if known != Some(&revision) {
-                let new = decode(entry);
-                state.change(entry.key.clone(), new);
+        let state = self.state.read();
+        let gone = state.objects.keys().filter(|key| !listed.contains(&***key)).map(|key| (key.clone(), None));
+        let known = |entry: &Entry| state.objects.get(&entry.key).map(|held| held.revision());
+        let new = entries.iter().filter(|entry| known(entry) != Some(entry.revision));
+        gone.chain(new.map(|entry| (entry.key.clone(), Some(Held::new(entry.clone()))))).collect()
+    }
+
+    /// Takes changes in; this is done by one task alone.
+    fn change(&self, changes: &[Change<K>]) {
+        // What several will look at is decoded once, and not under the lock.
+        let state = self.state.read();
+        if !state.feeds.is_empty() || state.indexes.len() > 1 {
+            let old: Vec<_> = changes.iter().filter_map(|(key, _)| state.objects.get(key)).cloned().collect();
+            drop(state);
+            for held in old.iter().chain(changes.iter().filter_map(|(_, held)| held.as_ref())) {
+                let _ = held.object(&self.recent);
             }
+        } else {
+            drop(state);
+        }
+        let mut state = self.state.write();
+        for (key, held) in changes {
+            state.change(key, held.as_ref());
         }
     }
 
@@ -153,25 +182,22 @@ impl<K: Cached> Informer<K> {
 
     /// An object by namespace (empty for cluster-scoped kinds) and name.
     pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<K>> {
-        self.state.read().objects.get(&*self.key(namespace, name)).cloned()
+        let held = self.state.read().objects.get(&*self.key(namespace, name)).cloned();
+        held?.object(&self.recent)
     }
 
     /// All objects, by namespace and name.
-    pub fn list(&self) -> Vec<Arc<K>> {
-        self.state.read().objects.values().cloned().collect()
+    pub fn list(&self) -> Objects<K> {
+        Objects::new(self.state.read().objects.values().cloned().collect(), &self.recent)
     }
 
     /// The objects of one namespace, by name.
-    pub fn list_ns(&self, namespace: &str) -> Vec<Arc<K>> {
+    pub fn list_ns(&self, namespace: &str) -> Objects<K> {
         let folder = self.key(namespace, "");
         let state = self.state.read();
         let from = (Bound::Included(&*folder), Bound::Unbounded);
-        state
-            .objects
-            .range::<str, _>(from)
-            .take_while(|(key, _)| key.starts_with(&folder))
-            .map(|(_, object)| object.clone())
-            .collect()
+        let inside = state.objects.range::<str, _>(from).take_while(|(key, _)| key.starts_with(&folder));
+        Objects::new(inside.map(|(_, held)| held.clone()).collect(), &self.recent)
     }
 
     /// How many objects there are.
@@ -185,29 +211,35 @@ impl<K: Cached> Informer<K> {
     }
 
     /// A way to find objects by something else than their name; kept up to date with the cache.
-    pub fn index(&self, keys: impl Fn(&K) -> Vec<String> + Send + Sync + 'static) -> Index<K> {
-        let index = Arc::new(IndexState { keys: Box::new(keys), found: RwLock::default() });
+    pub fn index<V: Ord + Send + Sync + 'static>(
+        &self,
+        values: impl Fn(&K) -> Vec<V> + Send + Sync + 'static,
+    ) -> Index<K, V> {
+        let index = Arc::new(IndexState::new(values));
+        // Objects are decoded without the lock; few change meanwhile.
+        let known = self.state.read().objects.clone();
+        for (key, held) in &known {
+            index.change(key, None, Some(held));
+        }
         let mut state = self.state.write();
-        for (key, object) in &state.objects {
-            index.change(key, None, Some(object));
+        let same = |there: Option<&Arc<Held<K>>>, held| there.is_some_and(|there| Arc::ptr_eq(there, held));
+        for (key, held) in known.iter().filter(|(key, held)| !same(state.objects.get(*key), held)) {
+            index.change(key, Some(held), None);
+        }
+        for (key, held) in state.objects.iter().filter(|(key, held)| !same(known.get(*key), held)) {
+            index.change(key, None, Some(held));
         }
         state.indexes.push(index.clone());
-        Index { state: index }
+        Index { state: index, recent: self.recent.clone() }
     }
 
     /// The deltas from now on, the objects that exist first.
     pub fn subscribe(&self) -> Deltas<K> {
-        let feed = Arc::new(Feed {
-            pending: Mutex::new(Pending { order: VecDeque::new(), deltas: HashMap::new() }),
-            more: Notify::new(),
-        });
+        let feed = Arc::new(Feed::new());
         let mut state = self.state.write();
-        for (key, object) in &state.objects {
-            feed.push(key, &Delta { old: None, new: Some(object.clone()) });
-        }
         state.feeds.retain(|feed| feed.strong_count() > 0);
         state.feeds.push(Arc::downgrade(&feed));
-        Deltas { feed }
+        Deltas { feed, state: self.state.clone(), recent: self.recent.clone(), walked: VecDeque::new() }
     }
 
     /// Waits for the first full list.
@@ -238,150 +270,50 @@ impl<K: Cached> Informer<K> {
     }
 }
 
-/// The object of an entry; one that does not decode is left out and named, as one that was stored by a newer version.
-fn decode<K: Cached>(entry: &Entry) -> Option<Arc<K>> {
-    match serde_json::from_slice(&entry.value) {
-        Ok(object) => Some(Arc::new(object)),
-        Err(error) => {
-            tracing::error!(key = %entry.key, %error, "a stored object is not of its kind and is left out");
-            None
-        }
-    }
-}
-
-impl<K: Cached> State<K> {
-    fn change(&mut self, key: Arc<str>, new: Option<Arc<K>>) {
-        let old = match &new {
+impl<K> State<K> {
+    fn change(&mut self, key: &Arc<str>, new: Option<&Arc<Held<K>>>) {
+        let old = match new {
             Some(new) => self.objects.insert(key.clone(), new.clone()),
-            None => self.objects.remove(&key),
+            None => self.objects.remove(key),
         };
         if old.is_none() && new.is_none() {
             return;
         }
         for index in &self.indexes {
-            index.change(&key, old.as_ref(), new.as_ref());
+            index.change(key, old.as_ref(), new);
         }
-        let delta = Delta { old, new };
-        self.feeds.retain(|feed| feed.upgrade().map(|feed| feed.push(&key, &delta)).is_some());
-    }
-}
-
-/// The queue of one subscriber: at most one delta an object.
-struct Feed<K> {
-    pending: Mutex<Pending<K>>,
-    more: Notify,
-}
-
-struct Pending<K> {
-    order: VecDeque<Arc<str>>,
-    deltas: HashMap<Arc<str>, Delta<K>>,
-}
-
-impl<K> Feed<K> {
-    fn push(&self, key: &Arc<str>, delta: &Delta<K>) {
-        let mut pending = self.pending.lock();
-        match pending.deltas.get_mut(key) {
-            Some(waiting) => waiting.new.clone_from(&delta.new),
-            None => {
-                pending.deltas.insert(key.clone(), delta.clone());
-                pending.order.push_back(key.clone());
-            }
-        }
-        drop(pending);
-        self.more.notify_one();
+        self.feeds.retain(|feed| feed.upgrade().map(|feed| feed.push(key, old.as_ref(), new)).is_some());
     }
 
-    fn pop(&self) -> Option<Delta<K>> {
-        let mut pending = self.pending.lock();
-        loop {
-            let key = pending.order.pop_front()?;
-            let delta = pending.deltas.remove(&key)?;
-            // Made and gone again before anybody looked.
-            if delta.old.is_some() || delta.new.is_some() {
-                return Some(delta);
-            }
-        }
-    }
-}
-
-/// The deltas of one subscription.
-pub struct Deltas<K> {
-    feed: Arc<Feed<K>>,
-}
-
-impl<K> Deltas<K> {
-    /// The next delta. Never ends while the informer lives; cancel-safe.
-    pub async fn next(&mut self) -> Option<Delta<K>> {
-        loop {
-            if let Some(delta) = self.feed.pop() {
-                return Some(delta);
-            }
-            self.feed.more.notified().await;
-        }
-    }
-
-    /// The next delta if one is there already.
-    pub fn try_next(&mut self) -> Option<Delta<K>> {
-        self.feed.pop()
-    }
-}
-
-/// The values by which an index knows an object.
-type IndexKeys<K> = Box<dyn Fn(&K) -> Vec<String> + Send + Sync>;
-
-/// The objects of each value, by namespace and name.
-type Indexed<K> = HashMap<String, BTreeMap<Arc<str>, Arc<K>>>;
-
-struct IndexState<K> {
-    keys: IndexKeys<K>,
-    found: RwLock<Indexed<K>>,
-}
-
-impl<K> IndexState<K> {
-    fn change(&self, key: &Arc<str>, old: Option<&Arc<K>>, new: Option<&Arc<K>>) {
-        let mut found = self.found.write();
-        for value in old.map(|old| (self.keys)(old)).into_iter().flatten() {
-            if let Some(objects) = found.get_mut(&value) {
-                objects.remove(key);
-                if objects.is_empty() {
-                    found.remove(&value);
-                }
-            }
-        }
-        if let Some(new) = new {
-            for value in (self.keys)(new) {
-                found.entry(value).or_default().insert(key.clone(), new.clone());
-            }
-        }
-    }
-}
-
-/// Objects by a value computed from them.
-pub struct Index<K> {
-    state: Arc<IndexState<K>>,
-}
-
-impl<K> Index<K> {
-    /// The objects with this value, by namespace and name.
-    pub fn get(&self, value: &str) -> Vec<Arc<K>> {
-        self.state.found.read().get(value).map(|objects| objects.values().cloned().collect()).unwrap_or_default()
+    /// The first list has been taken in.
+    fn loaded(&mut self) {
+        self.loading = false;
+        self.feeds.iter().filter_map(Weak::upgrade).for_each(|feed| feed.wake());
     }
 }
 
 #[cfg(test)]
 mod tests {
     use k8s_openapi::api::core::v1::ConfigMap;
+    use serde_json::json;
 
     use super::*;
 
-    fn object(name: &str, value: &str) -> Arc<ConfigMap> {
-        let json = serde_json::json!({"metadata": {"name": name, "namespace": "n"}, "data": {"value": value}});
-        Arc::new(serde_json::from_value(json).expect("a ConfigMap"))
+    fn put(informer: &Informer<ConfigMap>, name: &str, value: &str) {
+        let json = json!({"metadata": {"name": name, "namespace": "n"}, "data": {"value": value}}).to_string();
+        let key: Arc<str> = format!("/r/n/{name}").into();
+        let entry = Entry { key: key.clone(), revision: 1, create_revision: 1, value: json.into(), splice: 0 };
+        informer.change(&[(key, Some(Held::new(entry)))]);
+    }
+
+    fn remove(informer: &Informer<ConfigMap>, name: &str) {
+        informer.change(&[(format!("/r/n/{name}").into(), None)]);
     }
 
     fn informer() -> Informer<ConfigMap> {
-        let state = State { objects: BTreeMap::new(), feeds: Vec::new(), indexes: Vec::new() };
-        Informer { prefix: "/r/".into(), state: RwLock::new(state), revision: watch::Sender::new(0) }
+        let informer = Informer::new("/r/");
+        informer.state.write().loaded();
+        informer
     }
 
     fn value(delta: &Option<Arc<ConfigMap>>) -> Option<String> {
@@ -391,30 +323,78 @@ mod tests {
     #[test]
     fn a_slow_subscriber_sees_changes_of_one_object_as_one() {
         let informer = informer();
-        informer.state.write().change("/r/n/a".into(), Some(object("a", "0")));
+        put(&informer, "a", "0");
         let mut deltas = informer.subscribe();
-        informer.state.write().change("/r/n/a".into(), Some(object("a", "1")));
-        informer.state.write().change("/r/n/b".into(), Some(object("b", "1")));
-        informer.state.write().change("/r/n/b".into(), None);
+        put(&informer, "a", "1");
+        put(&informer, "b", "1");
+        remove(&informer, "b");
         let first = deltas.try_next().expect("a delta");
         assert_eq!((value(&first.old), value(&first.new)), (None, Some("1".into())));
         assert!(deltas.try_next().is_none(), "an object that came and went is no news");
-        informer.state.write().change("/r/n/a".into(), Some(object("a", "2")));
-        informer.state.write().change("/r/n/a".into(), None);
+        put(&informer, "a", "2");
+        put(&informer, "b", "2");
+        remove(&informer, "b");
+        remove(&informer, "a");
         let last = deltas.try_next().expect("a delta");
         assert_eq!((value(&last.old), value(&last.new)), (Some("1".into()), None));
+        assert!(deltas.try_next().is_none(), "an object that came and went is no news");
+    }
+
+    #[test]
+    fn a_subscriber_walks_through_what_is_there_while_it_changes() {
+        let informer = Informer::new("/r/");
+        let mut deltas = informer.subscribe();
+        assert!(deltas.try_next().is_none());
+        for number in 100..300 {
+            put(&informer, &number.to_string(), "0");
+        }
+        let mut seen: BTreeMap<String, String> = BTreeMap::new();
+        let mut take = |deltas: &mut Deltas<ConfigMap>, most: usize| {
+            for _ in 0..most {
+                let Some(delta) = deltas.try_next() else { break };
+                let object = delta.new.clone().or(delta.old.clone()).expect("an object");
+                let name = object.metadata.name.clone().expect("a name");
+                let before = match value(&delta.new) {
+                    Some(value) => seen.insert(name, value),
+                    None => seen.remove(&name),
+                };
+                assert_eq!(before, value(&delta.old), "each delta begins where the one before ended");
+            }
+            seen.clone()
+        };
+        take(&mut deltas, 10);
+        put(&informer, "105", "1");
+        put(&informer, "160", "1");
+        put(&informer, "250", "1");
+        remove(&informer, "106");
+        remove(&informer, "251");
+        informer.state.write().loaded();
+        put(&informer, "999", "1");
+        let seen = take(&mut deltas, 1000);
+        let there: BTreeMap<_, _> = informer
+            .list()
+            .map(|map| (map.metadata.name.clone().expect("a name"), map.data.clone().expect("data")["value"].clone()))
+            .collect();
+        assert_eq!(seen, there);
+        assert_eq!(there.len(), 199);
     }
 
     #[test]
     fn indexes_follow_the_cache() {
         let informer = informer();
-        informer.state.write().change("/r/n/a".into(), Some(object("a", "x")));
+        put(&informer, "a", "x");
         let index = informer.index(|map| map.data.iter().flat_map(|data| data.values().cloned()).collect());
-        assert_eq!(index.get("x").len(), 1);
-        informer.state.write().change("/r/n/a".into(), Some(object("a", "y")));
-        assert!(index.get("x").is_empty());
-        assert_eq!(index.get("y").len(), 1);
-        assert_eq!(informer.list_ns("n").len(), 1);
-        assert!(informer.list_ns("").is_empty() || informer.len() == 1);
+        assert_eq!(index.get("x").count(), 1);
+        put(&informer, "a", "y");
+        put(&informer, "b", "z");
+        assert_eq!(index.get("x").count(), 0);
+        assert_eq!(index.get("y").count(), 1);
+        let names =
+            |objects: Objects<ConfigMap>| objects.filter_map(|map| map.metadata.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(index.select("x".to_owned().., |value| value != "y")), ["b"]);
+        remove(&informer, "b");
+        assert_eq!(names(index.select("x".to_owned().., |_| true)), ["a"]);
+        assert_eq!(informer.list_ns("n").count(), 1);
+        assert_eq!(informer.list_ns("m").count(), 0);
     }
 }

@@ -16,6 +16,7 @@ mod workloads;
 
 use std::sync::Arc;
 
+use common::labelled::Labelled;
 use common::owned::Owned;
 use coracle_api::server::ApiServer;
 use k8s_openapi::api::apps::v1::{ControllerRevision, ReplicaSet};
@@ -43,6 +44,8 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(cluster::quota::Quotas::new(&api)));
     running.spawn(machine::run(cluster::node_ipam::NodeIpam::new(&api)));
     let on_node = Arc::new(api.informer::<Pod>().index(common::pods::node_of));
+    let labelled = Arc::new(Labelled::new(&api));
+    let users = Arc::new(api.informer::<Pod>().index(common::pods::claims_of));
     running.spawn(machine::run(cluster::node_lifecycle::NodeLifecycle::new(&api, &on_node)));
     running.spawn(machine::run(cluster::taint_eviction::TaintEviction::new(&api, &on_node)));
     running.spawn(machine::run(cluster::device_taints::DeviceTaints::new(&api)));
@@ -50,17 +53,17 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(certificates::approve::Approver::new(&api)));
     running.spawn(machine::run(certificates::sign::Signer::new(&api)));
     running.spawn(machine::run(certificates::clean::Cleaner::new(&api)));
-    running.spawn(machine::run(network::endpoints::EndpointsController::new(&api)));
-    running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api)));
+    running.spawn(machine::run(network::endpoints::EndpointsController::new(&api, &labelled)));
+    running.spawn(machine::run(network::endpoint_slice::EndpointSlices::new(&api, &labelled)));
     running.spawn(machine::run(network::mirror::Mirror::new(&api)));
     running.spawn(machine::run(network::service_cidrs::ServiceCidrs::new(&api)));
     running.spawn(machine::run(network::balancer::Balancer::new(&api)));
     running.spawn(machine::run(storage::bind::Binder::new(&api)));
     running.spawn(machine::run(storage::ephemeral::Ephemeral::new(&api)));
-    running.spawn(machine::run(storage::protect::Claims::new(&api)));
+    running.spawn(machine::run(storage::protect::Claims::new(&api, &users)));
     running.spawn(machine::run(storage::protect::Volumes::new(&api)));
     running.spawn(machine::run(storage::protect::AttributeClasses::new(&api)));
-    running.spawn(machine::run(storage::attach::Attach::new(&api, &on_node)));
+    running.spawn(machine::run(storage::attach::Attach::new(&api, &on_node, &users)));
     let pods = Arc::new(Owned::<Pod>::new(&api));
     running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicationController>::new(&api, &pods)));
     running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicaSet>::new(&api, &pods)));
@@ -71,8 +74,8 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(batch::ttl::TtlAfterFinished::new(&api)));
     running.spawn(machine::run(batch::cron_job::CronJobs::new(&api)));
     running.spawn(machine::run(workloads::deployment::Deployments::new(&api, &pods)));
-    running.spawn(machine::run(autoscale::Autoscalers::new(&api)));
-    running.spawn(machine::run(policy::disruption::Budgets::new(&api)));
+    running.spawn(machine::run(autoscale::Autoscalers::new(&api, &labelled)));
+    running.spawn(machine::run(policy::disruption::Budgets::new(&api, &labelled)));
     running.spawn(garbage::run(api));
     while let Some(ended) = running.join_next().await {
         if let Err(error) = ended {

@@ -39,5 +39,6 @@ async fn usage_follows_what_is_made_and_goes() {
     assert!(maps.create(&new, &map("b")).await.is_err(), "the quota is full");
     maps.delete("a", &DeleteParams::default()).await.expect("deleted");
     assert_eventually_async!(20, used().await == "2", "what went is given back");
-    maps.create(&new, &map("b")).await.expect("there is room again");
+    // A count that began before the deletion may still be written after it.
+    assert_eventually_async!(20, maps.create(&new, &map("b")).await.is_ok(), "there is room again");
 }

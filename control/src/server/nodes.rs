@@ -94,15 +94,15 @@ impl Connector {
 
     /// The node that a pod's address belongs to.
     fn node_of(&self, pod: IpAddr) -> Option<String> {
-        let nodes = self.api().ok()?.informer::<Node>().list();
-        let holds = |node: &&Arc<Node>| {
+        let mut nodes = self.api().ok()?.informer::<Node>().list();
+        let holds = |node: &Arc<Node>| {
             let spec = node.spec.as_ref();
             let ranges = spec.and_then(|spec| spec.pod_cidrs.as_deref()).unwrap_or_default();
             let own = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
             ranges.iter().any(|range| range.parse::<IpNet>().is_ok_and(|range| range.contains(&pod)))
                 || own.into_iter().any(|address| address.address.parse() == Ok(pod))
         };
-        nodes.iter().find(holds).and_then(|node| node.metadata.name.clone())
+        nodes.find(holds).and_then(|node| node.metadata.name.clone())
     }
 }
 

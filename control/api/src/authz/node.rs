@@ -64,7 +64,7 @@ impl Nodes {
     /// Whether any pod of the node is taken by `f`, which gets namespace, name and spec.
     fn any_pod(&self, node: &str, mut f: impl FnMut(&str, &str, &PodSpec) -> bool) -> bool {
         let Some(caches) = self.caches() else { return false };
-        caches.pods.get(node).iter().any(|p| {
+        caches.pods.get(node).any(|p| {
             let (ns, name) =
                 (p.metadata.namespace.as_deref().unwrap_or_default(), p.metadata.name.as_deref().unwrap_or_default());
             p.spec.as_ref().is_some_and(|s| f(ns, name, s))
@@ -90,8 +90,11 @@ impl Nodes {
     /// Whether a pod of the node claims devices by this claim.
     fn claims_devices(&self, node: &str, a: &Attributes<'_>) -> bool {
         let Some(caches) = self.caches() else { return false };
-        let pods = caches.pods.get(node);
-        pods.iter().filter(|pod| pod.metadata.namespace.as_deref() == Some(a.namespace)).any(|pod| {
+        let mut pods = caches.pods.get(node);
+        pods.any(|pod| {
+            if pod.metadata.namespace.as_deref() != Some(a.namespace) {
+                return false;
+            }
             let named = pod.spec.iter().flat_map(|spec| spec.resource_claims.iter().flatten());
             let made = pod.status.iter().flat_map(|status| status.resource_claim_statuses.iter().flatten());
             named.filter_map(|entry| entry.resource_claim_name.as_deref()).any(|name| name == a.name)

@@ -15,6 +15,7 @@ use k8s_openapi::api::flowcontrol::v1::{FlowSchema, PriorityLevelConfiguration};
 use parking_lot::RwLock;
 
 use crate::http::Route;
+use crate::informer::Informer;
 use crate::metrics;
 use crate::server::ApiServer;
 use crate::status::Status;
@@ -44,7 +45,7 @@ pub(crate) async fn follow(api: &Arc<ApiServer>) {
     let (mut changed_schemas, mut changed_levels) = (schemas.subscribe(), levels.subscribe());
     schemas.synced().await;
     levels.synced().await;
-    api.flow.configure(&schemas.list(), &levels.list());
+    api.flow.configure(&schemas, &levels);
     let (weak, shutdown) = (Arc::downgrade(api), api.shutdown.clone());
     tokio::spawn(async move {
         loop {
@@ -56,15 +57,16 @@ pub(crate) async fn follow(api: &Arc<ApiServer>) {
             // One look at the caches covers all that has come.
             while changed_schemas.try_next().is_some() || changed_levels.try_next().is_some() {}
             let Some(api) = weak.upgrade() else { return };
-            api.flow.configure(&schemas.list(), &levels.list());
+            api.flow.configure(&schemas, &levels);
         }
     });
 }
 
 impl Flow {
-    fn configure(&self, schemas: &[Arc<FlowSchema>], levels: &[Arc<PriorityLevelConfiguration>]) {
-        let levels = self.seats.configure(levels);
-        *self.schemas.write() = Arc::new(Schemas::new(schemas, &levels));
+    fn configure(&self, schemas: &Informer<FlowSchema>, levels: &Informer<PriorityLevelConfiguration>) {
+        let (schemas, levels): (Vec<_>, Vec<_>) = (schemas.list().collect(), levels.list().collect());
+        let levels = self.seats.configure(&levels);
+        *self.schemas.write() = Arc::new(Schemas::new(&schemas, &levels));
     }
 
     /// The schema of a request; `None` before there are any.

@@ -4,7 +4,7 @@ mod metrics;
 mod pace;
 mod replicas;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +27,7 @@ use parking_lot::Mutex;
 use self::metrics::{Metrics, milli};
 use self::pace::{History, pace};
 use self::replicas::{Proposal, Target, Tolerance};
+use crate::common::labelled::Labelled;
 use crate::common::pods;
 use crate::common::scale::{self, Scaled};
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
@@ -40,7 +41,7 @@ pub(crate) struct Autoscalers {
     api: Arc<ApiServer>,
     host: Host,
     autoscalers: Arc<Informer<HorizontalPodAutoscaler>>,
-    pods: Arc<Informer<Pod>>,
+    labelled: Arc<Labelled>,
     /// One entry for each autoscaler.
     memory: Mutex<HashMap<Key, Memory>>,
 }
@@ -124,10 +125,12 @@ fn tolerance(autoscaler: &HorizontalPodAutoscaler) -> Tolerance {
 }
 
 impl Autoscalers {
-    pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, labelled: &Arc<Labelled>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        let (autoscalers, pods) = (host.informer(), host.informer());
-        Self { api: api.clone(), autoscalers, pods, memory: Mutex::default(), host }
+        let autoscalers = host.informer();
+        // The machine waits for the cache that the labels are read from.
+        host.informer::<Pod>();
+        Self { api: api.clone(), autoscalers, labelled: labelled.clone(), memory: Mutex::default(), host }
     }
 
     /// The pods of a target, unless they cannot be told from those of another.
@@ -142,15 +145,17 @@ impl Autoscalers {
                 format!("couldn't convert selector into a corresponding internal selector object: {error}"),
             )
         })?;
-        let matches =
-            |selector: &LabelSelector, pod: &Pod| selector.matches(|label| pod.labels().get(label).map(String::as_str));
-        let mut found = self.pods.list_ns(&key.namespace);
-        found.retain(|pod| matches(&parsed, pod));
+        let matches = |selector: &LabelSelector, labels: &BTreeMap<String, String>| {
+            selector.matches(|label| labels.get(label).map(String::as_str))
+        };
+        let found: Vec<_> = self.labelled.select(&key.namespace, |labels| matches(&parsed, labels)).collect();
         let mut memory = self.memory.lock();
         memory.entry(key.clone()).or_default().selector = selector.into();
         let others = memory.iter().filter(|(other, _)| other.namespace == key.namespace && *other != key);
         let mut rivals: Vec<String> = others
-            .filter(|(_, of)| parse(&of.selector).is_ok_and(|other| found.iter().any(|pod| matches(&other, pod))))
+            .filter(|(_, of)| {
+                parse(&of.selector).is_ok_and(|other| found.iter().any(|pod| matches(&other, pod.labels())))
+            })
             .filter(|(_, of)| !of.selector.is_empty())
             .map(|(other, _)| other.to_string())
             .collect();

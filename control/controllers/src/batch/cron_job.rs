@@ -238,8 +238,8 @@ impl Controller for CronJobs {
         }
         let spec = &cron.spec;
         let uid = cron.uid().unwrap_or_default();
-        let mut jobs = self.jobs.list_ns(&key.namespace);
-        jobs.retain(|job| is_controlled_by(&job.metadata, &uid));
+        let jobs = self.jobs.list_ns(&key.namespace);
+        let jobs: Vec<_> = jobs.filter(|job| is_controlled_by(&job.metadata, &uid)).collect();
         let mut status = cron.status.clone().unwrap_or_default();
         self.follow(&cron, &jobs, &mut status).await;
         let suspended = spec.suspend == Some(true);

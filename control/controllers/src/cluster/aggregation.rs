@@ -50,8 +50,8 @@ impl Controller for Aggregation {
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
         sources.watch(&self.roles, |this, _, queue| {
-            for role in this.roles.list().iter().filter(|role| role.aggregation_rule.is_some()) {
-                queue.add(Key::of(&**role));
+            for role in this.roles.list().filter(|role| role.aggregation_rule.is_some()) {
+                queue.add(Key::of(&*role));
             }
         });
     }
@@ -61,7 +61,7 @@ impl Controller for Aggregation {
         if role.aggregation_rule.is_none() {
             return Ok(Outcome::Done);
         }
-        let wanted = rules(&role, &self.roles.list());
+        let wanted = rules(&role, &self.roles.list().collect::<Vec<_>>());
         if role.rules.as_deref().unwrap_or_default() != wanted {
             let patch = serde_json::json!({"metadata": {"resourceVersion": role.resource_version()}, "rules": wanted});
             self.host.patch(&Api::<ClusterRole>::all(self.host.client.clone()), &key.name, patch).await?;

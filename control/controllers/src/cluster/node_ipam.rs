@@ -59,7 +59,7 @@ impl Controller for NodeIpam {
     }
 
     async fn reconcile(&self, _: &Key) -> Result<Outcome, Error> {
-        let nodes = self.nodes.list();
+        let nodes: Vec<_> = self.nodes.list().collect();
         let mut taken: HashSet<IpNet> = nodes.iter().flat_map(|node| held(node)).collect();
         let api: Api<Node> = Api::all(self.host.client.clone());
         let without = |node: &&Arc<Node>| held(node).next().is_none() && node.metadata.deletion_timestamp.is_none();

@@ -28,6 +28,7 @@ pub(crate) struct PodGc {
     nodes: Arc<Informer<Node>>,
     pods: Arc<Informer<Pod>>,
     on_node: Arc<Index<Pod>>,
+    finished: Index<Pod, ()>,
     /// Since when nodes that pods name have been missing; only such nodes are here.
     missing: Mutex<HashMap<String, Instant>>,
 }
@@ -35,13 +36,12 @@ pub(crate) struct PodGc {
 impl PodGc {
     pub(crate) fn new(api: &Arc<ApiServer>, on_node: &Arc<Index<Pod>>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        Self {
-            nodes: host.informer(),
-            pods: host.informer(),
-            on_node: on_node.clone(),
-            missing: Mutex::default(),
-            host,
-        }
+        let pods: Arc<Informer<Pod>> = host.informer();
+        let finished = pods.index(|pod| match pods::phase(pod) {
+            "Succeeded" | "Failed" => vec![()],
+            _ => Vec::new(),
+        });
+        Self { nodes: host.informer(), pods, on_node: on_node.clone(), finished, missing: Mutex::default(), host }
     }
 
     /// Why the pod must go, or how long to wait for certainty.
@@ -76,9 +76,12 @@ impl PodGc {
 
     /// Deletes the oldest finished pods above the limit.
     async fn limit_finished(&self) -> Result<(), Error> {
-        let mut finished = self.pods.list();
-        finished.retain(|pod| matches!(pods::phase(pod), "Succeeded" | "Failed"));
+        let finished = self.finished.get(&());
         let surplus = finished.len().saturating_sub(FINISHED_MOST);
+        if surplus == 0 {
+            return Ok(());
+        }
+        let mut finished: Vec<_> = finished.collect();
         finished.sort_by_key(|pod| (pod.creation_timestamp().map(|time| time.0), pod.name_any()));
         for pod in finished.iter().take(surplus) {
             let api: Api<Pod> = Api::namespaced(self.host.client.clone(), &pod.namespace().unwrap_or_default());
@@ -116,7 +119,7 @@ impl Controller for PodGc {
             let changed = delta.new.is_none()
                 || delta.old.as_ref().map(|node| is_out_of_service(node)) != Some(is_out_of_service(node));
             if changed {
-                this.on_node.get(&node.name_any()).iter().for_each(|pod| queue.add(Key::of(&**pod)));
+                this.on_node.get(&node.name_any()).for_each(|pod| queue.add(Key::of(&*pod)));
             }
         });
         sources.watch(&self.pods, |this, delta, queue| {

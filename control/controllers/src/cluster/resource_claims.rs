@@ -60,7 +60,7 @@ impl ResourceClaims {
                 continue;
             }
             // One that an earlier run made and did not live to write down.
-            let made = self.claims.list_ns(&namespace).into_iter().find(|claim| {
+            let made = self.claims.list_ns(&namespace).find(|claim| {
                 is_controlled_by(&claim.metadata, &uid)
                     && claim.annotations().get(POD_CLAIM) == Some(&entry.name)
                     && claim.metadata.deletion_timestamp.is_none()

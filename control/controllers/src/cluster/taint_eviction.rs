@@ -129,7 +129,7 @@ impl Controller for TaintEviction {
             let Some(name) = delta.new.as_ref().or(delta.old.as_ref()).map(|node| node.name_any()) else { return };
             if before != now {
                 this.observe(&name, &now);
-                this.on_node.get(&name).iter().for_each(|pod| queue.add(Key::of(&**pod)));
+                this.on_node.get(&name).for_each(|pod| queue.add(Key::of(&*pod)));
             }
         });
         sources.watch(&self.pods, |_, delta, queue| {

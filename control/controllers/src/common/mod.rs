@@ -3,6 +3,7 @@
 pub(crate) mod control;
 pub(crate) mod hash;
 pub(crate) mod intstr;
+pub(crate) mod labelled;
 pub(crate) mod owned;
 pub(crate) mod pods;
 pub(crate) mod revisions;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use coracle_api::informer::{Cached, Delta, Index, Informer};
+use coracle_api::informer::{Cached, Delta, Index, Informer, Objects};
 use coracle_api::server::ApiServer;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -39,16 +39,15 @@ impl<K: Cached> Owned<K> {
     }
 
     /// What the object with this UID controls.
-    pub(crate) fn of(&self, uid: &str) -> Vec<Arc<K>> {
+    pub(crate) fn of(&self, uid: &str) -> Objects<K> {
         self.index.get(uid)
     }
 
     /// What the owner controls, and what nothing controls in its namespace.
-    pub(crate) fn candidates(&self, owner: &impl Resource) -> Vec<Arc<K>> {
+    pub(crate) fn candidates(&self, owner: &impl Resource) -> std::iter::Chain<Objects<K>, Objects<K>> {
         let meta = owner.meta();
-        let mut found = self.index.get(meta.uid.as_deref().unwrap_or_default());
-        found.extend(self.index.get(&orphans(meta.namespace.as_deref().unwrap_or_default())));
-        found
+        let owned = self.index.get(meta.uid.as_deref().unwrap_or_default());
+        owned.chain(self.index.get(&orphans(meta.namespace.as_deref().unwrap_or_default())))
     }
 }
 
@@ -57,7 +56,7 @@ impl<K: Cached> Owned<K> {
 pub(crate) async fn claim<O: Owner, K: Owner>(
     host: &Host,
     owner: &O,
-    candidates: Vec<Arc<K>>,
+    candidates: impl IntoIterator<Item = Arc<K>>,
     finalizer: Option<&str>,
     selects: impl Fn(&K) -> bool,
 ) -> Result<Vec<Arc<K>>, Error> {

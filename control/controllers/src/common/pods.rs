@@ -30,6 +30,19 @@ pub(crate) fn from_template(template: &PodTemplateSpec, prefix: &str, owner: Own
     }
 }
 
+/// Namespace and name of the claims that a pod uses.
+pub(crate) fn claims_of(pod: &Pod) -> Vec<String> {
+    let namespace = pod.namespace().unwrap_or_default();
+    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    volumes
+        .filter_map(|volume| match (&volume.persistent_volume_claim, &volume.ephemeral) {
+            (Some(claim), _) => Some(format!("{namespace}/{}", claim.claim_name)),
+            (None, Some(_)) => Some(format!("{namespace}/{}-{}", pod.name_any(), volume.name)),
+            _ => None,
+        })
+        .collect()
+}
+
 /// A pod's condition by type.
 pub(crate) fn condition<'a>(pod: &'a Pod, type_: &str) -> Option<&'a PodCondition> {
     pod.status.as_ref()?.conditions.iter().flatten().find(|condition| condition.type_ == type_)

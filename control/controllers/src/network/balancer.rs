@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use coracle_api::informer::Informer;
+use coracle_api::informer::{Index, Informer};
 use coracle_api::server::ApiServer;
 use k8s_openapi::api::core::v1::{LoadBalancerIngress, LoadBalancerStatus, Node, Pod, Service};
 use kube::runtime::events::EventType;
@@ -30,6 +30,8 @@ pub(crate) struct Balancer {
     services: Arc<Informer<Service>>,
     nodes: Arc<Informer<Node>>,
     pods: Arc<Informer<Pod>>,
+    /// Pods by their host ports.
+    holders: Index<Pod, Port>,
     /// Ports that nobody may take: those of the host, and of the API itself.
     reserved: Vec<Port>,
 }
@@ -39,7 +41,9 @@ impl Balancer {
         let mut host = Host::new(api, Self::NAME);
         let reserved = RESERVED.into_iter().chain([api.config.advertise.port()]);
         let reserved = reserved.map(|port| ("TCP".to_owned(), i32::from(port))).collect();
-        Self { services: host.informer(), nodes: host.informer(), pods: host.informer(), reserved, host }
+        let pods: Arc<Informer<Pod>> = host.informer();
+        let holders = pods.index(|pod| host_ports(pod).collect());
+        Self { services: host.informer(), nodes: host.informer(), pods, holders, reserved, host }
     }
 
     /// Who holds one of these ports already: the older Service, the host, or a pod with a host port.
@@ -51,7 +55,7 @@ impl Balancer {
         let age = |service: &Service| {
             (service.creation_timestamp().map(|time| time.0), service.namespace(), service.name_any())
         };
-        let older = self.services.list().into_iter().find(|other| {
+        let older = self.services.list().find(|other| {
             is_ours(other)
                 && other.metadata.deletion_timestamp.is_none()
                 && age(other) < age(service)
@@ -61,7 +65,7 @@ impl Balancer {
             let namespace = older.namespace().unwrap_or_default();
             return Some(format!("Service {namespace}/{} has one of its ports", older.name_any()));
         }
-        let pod = self.pods.list().into_iter().find(|pod| host_ports(pod).any(|port| wanted.contains(&port)))?;
+        let pod = wanted.iter().find_map(|port| self.holders.get(port).next())?;
         Some(format!(
             "pod {}/{} has one of its ports as a host port",
             pod.namespace().unwrap_or_default(),
@@ -73,9 +77,9 @@ impl Balancer {
     fn addresses(&self, service: &Service) -> Vec<String> {
         let families = service.spec.as_ref().and_then(|spec| spec.ip_families.clone()).unwrap_or_default();
         let mut found = Vec::new();
-        for node in self.nodes.list().iter().filter(|node| is_balancing(node)) {
+        for node in self.nodes.list().filter(|node| is_balancing(node)) {
             for family in &families {
-                let of_family = |type_: &str| address(node, type_, family);
+                let of_family = |type_: &str| address(&node, type_, family);
                 found.extend(of_family("ExternalIP").or_else(|| of_family("InternalIP")));
             }
         }
@@ -126,8 +130,8 @@ impl Controller for Balancer {
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
         fn all(this: &Balancer, queue: &crate::machine::WorkQueue<Key>) {
-            for service in this.services.list().iter().filter(|service| is_ours(service)) {
-                queue.add(Key::of(&**service));
+            for service in this.services.list().filter(|service| is_ours(service)) {
+                queue.add(Key::of(&*service));
             }
         }
         sources.watch(&self.services, |this, delta, queue| {

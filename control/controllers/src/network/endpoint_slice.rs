@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 
 use super::slices::{self, Group, HEADLESS, MANAGED_BY, SERVICE_NAME};
+use crate::common::labelled::Labelled;
 use crate::common::{pods, selector};
 use crate::machine::{
     Controller, Error, Host, Key, Outcome, Sources, WorkQueue, controller_reference, is_controlled_by, own,
@@ -24,14 +25,16 @@ pub(crate) struct EndpointSlices {
     host: Host,
     services: Arc<Informer<Service>>,
     pods: Arc<Informer<Pod>>,
+    labelled: Arc<Labelled>,
     nodes: Arc<Informer<Node>>,
     slices: Arc<Informer<EndpointSlice>>,
 }
 
 impl EndpointSlices {
-    pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, labelled: &Arc<Labelled>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        Self { services: host.informer(), pods: host.informer(), nodes: host.informer(), slices: host.informer(), host }
+        let (services, pods, nodes, slices) = (host.informer(), host.informer(), host.informer(), host.informer());
+        Self { services, pods, labelled: labelled.clone(), nodes, slices, host }
     }
 
     /// The endpoints that the Service should have, by group.
@@ -45,10 +48,9 @@ impl EndpointSlices {
         };
         let publish_all = spec.publish_not_ready_addresses == Some(true);
         let families = spec.ip_families.clone().unwrap_or_else(|| vec!["IPv4".into()]);
-        for pod in self.pods.list_ns(&service.namespace().unwrap_or_default()) {
-            if !selector::matches_map(wanted, pod.metadata.labels.as_ref())
-                || matches!(pods::phase(&pod), "Succeeded" | "Failed")
-            {
+        let namespace = service.namespace().unwrap_or_default();
+        for pod in self.labelled.select(&namespace, |labels| selector::matches_map(wanted, Some(labels))) {
+            if matches!(pods::phase(&pod), "Succeeded" | "Failed") {
                 continue;
             }
             for family in &families {
@@ -236,7 +238,7 @@ impl Controller for EndpointSlices {
         sources.watch(&self.nodes, |this, delta, queue| {
             let zone = |node: &Option<Arc<Node>>| node.as_ref().and_then(|node| node.labels().get(ZONE).cloned());
             if zone(&delta.old) != zone(&delta.new) {
-                this.services.list().iter().for_each(|service| queue.add(Key::of(&**service)));
+                this.services.list().for_each(|service| queue.add(Key::of(&*service)));
             }
         });
         sources.watch(&self.slices, |_, delta, queue| slices::changed(delta, MANAGER, queue));
@@ -257,7 +259,6 @@ impl Controller for EndpointSlices {
         let existing = self
             .slices
             .list_ns(&key.namespace)
-            .into_iter()
             .filter(|slice| is_controlled_by(&slice.metadata, &uid) && slices::is_managed(slice, MANAGER))
             .collect();
         slices::apply(&self.host, &model(&service), existing, self.wanted(&service)).await?;

@@ -1,6 +1,7 @@
 //! Endpoints: the older form of what EndpointSlices say, one object a Service (core/v1).
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use coracle_api::informer::Informer;
@@ -14,6 +15,7 @@ use kube::{Api, ResourceExt};
 
 use super::endpoint_slice::{address, named_port, pod_changed};
 use super::slices::HEADLESS;
+use crate::common::labelled::Labelled;
 use crate::common::{pods, selector};
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, own};
 
@@ -29,6 +31,7 @@ pub(crate) struct EndpointsController {
     host: Host,
     services: Arc<Informer<Service>>,
     pods: Arc<Informer<Pod>>,
+    labelled: Arc<Labelled>,
     endpoints: Arc<Informer<Endpoints>>,
 }
 
@@ -40,25 +43,30 @@ type Place = (String, String);
 type Addresses = BTreeMap<Place, (EndpointAddress, bool)>;
 
 impl EndpointsController {
-    pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, labelled: &Arc<Labelled>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        Self { services: host.informer(), pods: host.informer(), endpoints: host.informer(), host }
+        let (services, pods, endpoints) = (host.informer(), host.informer(), host.informer());
+        Self { services, pods, labelled: labelled.clone(), endpoints, host }
     }
 
     fn subsets(&self, service: &Service) -> Vec<EndpointSubset> {
+        let wanted = service.spec.as_ref().and_then(|spec| spec.selector.as_ref());
+        let Some(wanted) = wanted.filter(|selector| !selector.is_empty()) else { return Vec::new() };
         let namespace = service.namespace().unwrap_or_default();
-        subsets(service, self.pods.list_ns(&namespace).iter().map(|pod| &**pod))
+        let pods = self.labelled.select(&namespace, |labels| selector::matches_map(wanted, Some(labels)));
+        subsets(service, pods)
     }
 }
 
 /// The subsets of a Service: addresses that share their ports stand together.
-fn subsets<'a>(service: &Service, pods: impl Iterator<Item = &'a Pod>) -> Vec<EndpointSubset> {
+fn subsets(service: &Service, pods: impl Iterator<Item = impl Deref<Target = Pod>>) -> Vec<EndpointSubset> {
     let Some(spec) = &service.spec else { return Vec::new() };
     let Some(wanted) = spec.selector.as_ref().filter(|selector| !selector.is_empty()) else { return Vec::new() };
     let family = spec.ip_families.as_ref().and_then(|families| families.first()).map_or("IPv4", String::as_str);
     let publish_all = spec.publish_not_ready_addresses == Some(true);
     let mut by_port: BTreeMap<Option<Port>, Addresses> = BTreeMap::new();
     for pod in pods {
+        let pod = &*pod;
         let ended = matches!(pods::phase(pod), "Succeeded" | "Failed");
         let leaves = pod.metadata.deletion_timestamp.is_some() && !publish_all;
         if ended || leaves || !selector::matches_map(wanted, pod.metadata.labels.as_ref()) {

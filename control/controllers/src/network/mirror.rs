@@ -120,7 +120,6 @@ impl Controller for Mirror {
         let existing: Vec<_> = self
             .slices
             .list_ns(&key.namespace)
-            .into_iter()
             .filter(|slice| {
                 slices::is_managed(slice, MANAGER)
                     && slice.labels().get(SERVICE_NAME).is_some_and(|of| **of == *key.name)

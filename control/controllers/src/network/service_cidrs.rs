@@ -57,14 +57,13 @@ impl ServiceCidrs {
 
     /// Whether an address that is in use is in this range and in no other.
     fn is_needed(&self, range: &ServiceCIDR) -> bool {
-        let others: Vec<_> = self.ranges.list();
-        let others = others
-            .iter()
+        let others = self
+            .ranges
+            .list()
             .filter(|other| other.metadata.name != range.metadata.name && other.metadata.deletion_timestamp.is_none());
         let others: Vec<_> = others.collect();
         self.addresses
             .list()
-            .iter()
             .filter_map(|address| address.name_any().parse().ok())
             .any(|address| holds(range, address) && !others.iter().any(|other| holds(other, address)))
     }
@@ -166,15 +165,15 @@ impl Controller for ServiceCidrs {
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
         sources.watch(&self.ranges, |this, _, queue| {
             // What one range covers another may be rid of.
-            this.ranges.list().iter().for_each(|range| queue.add(Key::of(&**range)));
+            this.ranges.list().for_each(|range| queue.add(Key::of(&*range)));
         });
         sources.watch(&self.addresses, |this, delta, queue| {
             if let Some(address) = &delta.new {
                 queue.add(Key::new("", &format!("{ADDRESS}{}", address.name_any())));
             }
             if delta.new.is_none() {
-                for range in this.ranges.list().iter().filter(|range| range.metadata.deletion_timestamp.is_some()) {
-                    queue.add(Key::of(&**range));
+                for range in this.ranges.list().filter(|range| range.metadata.deletion_timestamp.is_some()) {
+                    queue.add(Key::of(&*range));
                 }
             }
         });

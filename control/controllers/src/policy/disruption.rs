@@ -16,6 +16,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::runtime::events::EventType;
 use kube::{Api, ResourceExt};
 
+use crate::common::labelled::Labelled;
 use crate::common::{intstr, pods, scale, selector};
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, WorkQueue, controller_of};
 
@@ -27,6 +28,7 @@ pub(crate) struct Budgets {
     host: Host,
     budgets: Arc<Informer<PodDisruptionBudget>>,
     pods: Arc<Informer<Pod>>,
+    labelled: Arc<Labelled>,
     replica_sets: Arc<Informer<ReplicaSet>>,
     deployments: Arc<Informer<Deployment>>,
     stateful_sets: Arc<Informer<StatefulSet>>,
@@ -48,9 +50,9 @@ impl Verdict {
     }
 }
 
-fn selects(budget: &PodDisruptionBudget, pod: &Pod) -> bool {
+fn selects(budget: &PodDisruptionBudget, labels: Option<&BTreeMap<String, String>>) -> bool {
     let wanted = budget.spec.as_ref().and_then(|spec| spec.selector.as_ref());
-    wanted.is_some_and(|wanted| selector::matches(wanted, pod.metadata.labels.as_ref()))
+    wanted.is_some_and(|wanted| selector::matches(wanted, labels))
 }
 
 /// Evictions that were granted and not yet seen: the pod is there, is not on its way out, and its time is not over.
@@ -73,12 +75,13 @@ fn healthy(pods: &[Arc<Pod>], disrupted: &BTreeMap<String, Time>) -> i32 {
 }
 
 impl Budgets {
-    pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, labelled: &Arc<Labelled>) -> Self {
         let mut host = Host::new(api, Self::NAME);
         Self {
             api: api.clone(),
             budgets: host.informer(),
             pods: host.informer(),
+            labelled: labelled.clone(),
             replica_sets: host.informer(),
             deployments: host.informer(),
             stateful_sets: host.informer(),
@@ -201,7 +204,7 @@ impl Controller for Budgets {
         sources.watch(&self.pods, |this, delta, queue| {
             for pod in [&delta.old, &delta.new].into_iter().flatten() {
                 for budget in this.budgets.list_ns(&pod.namespace().unwrap_or_default()) {
-                    if selects(&budget, pod) {
+                    if selects(&budget, pod.metadata.labels.as_ref()) {
                         queue.add(Key::of(&*budget));
                     }
                 }
@@ -211,8 +214,7 @@ impl Controller for Budgets {
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {
         let Some(budget) = self.budgets.get(&key.namespace, &key.name) else { return Ok(Outcome::Done) };
-        let mut matching = self.pods.list_ns(&key.namespace);
-        matching.retain(|pod| selects(&budget, pod));
+        let matching: Vec<_> = self.labelled.select(&key.namespace, |labels| selects(&budget, Some(labels))).collect();
         let (now, old) = (Timestamp::now(), budget.status.clone().unwrap_or_default());
         let disrupted = still_disrupted(&old, &matching, now);
         let verdict = self.verdict(&budget, &key.namespace, &matching, &disrupted).await;

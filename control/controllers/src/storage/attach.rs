@@ -29,6 +29,7 @@ pub(crate) struct Attach {
     host: Host,
     pods: Arc<Informer<Pod>>,
     on_node: Arc<Index<Pod>>,
+    users: Arc<Index<Pod>>,
     nodes: Arc<Informer<Node>>,
     claims: Arc<Informer<PersistentVolumeClaim>>,
     volumes: Arc<Informer<PersistentVolume>>,
@@ -39,11 +40,12 @@ pub(crate) struct Attach {
 }
 
 impl Attach {
-    pub(crate) fn new(api: &Arc<ApiServer>, on_node: &Arc<Index<Pod>>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, on_node: &Arc<Index<Pod>>, users: &Arc<Index<Pod>>) -> Self {
         let mut host = Host::new(api, Self::NAME);
         Self {
             pods: host.informer(),
             on_node: on_node.clone(),
+            users: users.clone(),
             nodes: host.informer(),
             claims: host.informer(),
             volumes: host.informer(),
@@ -80,8 +82,8 @@ impl Attach {
     /// What is to be attached to a node, by the name of the attachment.
     fn wanted(&self, node: &str) -> BTreeMap<String, VolumeAttachment> {
         let mut wanted = BTreeMap::new();
-        for pod in self.on_node.get(node).iter().filter(|pod| !matches!(pods::phase(pod), "Succeeded" | "Failed")) {
-            for volume in self.volumes_of(pod).iter().filter(|volume| self.needs_attachment(volume)) {
+        for pod in self.on_node.get(node).filter(|pod| !matches!(pods::phase(pod), "Succeeded" | "Failed")) {
+            for volume in self.volumes_of(&pod).iter().filter(|volume| self.needs_attachment(volume)) {
                 if let Some(attachment) = attachment(volume, node) {
                     wanted.insert(attachment.name_any(), attachment);
                 }
@@ -158,8 +160,8 @@ impl Controller for Attach {
                 claim.as_ref().and_then(|claim| claim.spec.as_ref()?.volume_name.clone())
             };
             let Some(claim) = delta.new.as_ref().filter(|_| named(&delta.old) != named(&delta.new)) else { return };
-            let namespace = claim.namespace().unwrap_or_default();
-            this.pods.list_ns(&namespace).iter().for_each(|pod| this.queue_pod(pod, queue));
+            let claim = format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any());
+            this.users.get(&claim).for_each(|pod| this.queue_pod(&pod, queue));
         });
         sources.watch(&self.attachments, |_, delta, queue| {
             for held in [&delta.old, &delta.new].into_iter().flatten() {
@@ -183,7 +185,7 @@ impl Controller for Attach {
         let node = &*key.name;
         let api: Api<VolumeAttachment> = Api::all(self.host.client.clone());
         let mut wanted = self.wanted(node);
-        let all = self.attachments.list().into_iter();
+        let all = self.attachments.list();
         let held: Vec<_> = all.filter(|held| held.spec.node_name == node && is_ours(&held.name_any())).collect();
         let mut outcome = Outcome::Done;
         let mut unwanted = BTreeSet::new();

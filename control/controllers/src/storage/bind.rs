@@ -132,7 +132,7 @@ impl Binder {
         let selected = claim.annotations().get(SELECTED_NODE);
         let waits = waits_for_consumer(class.as_deref()) && selected.is_none();
         let node = selected.and_then(|name| self.nodes.get("", name));
-        if let Some(volume) = best(&self.volumes.list(), claim, node.as_deref(), waits) {
+        if let Some(volume) = best(&self.volumes.list().collect::<Vec<_>>(), claim, node.as_deref(), waits) {
             return self.bind(claim, &volume).await;
         }
         self.pending(claim).await?;
@@ -173,7 +173,7 @@ impl Binder {
         let newest = |class: &Arc<StorageClass>| {
             (class.creation_timestamp().map(|time| time.0), std::cmp::Reverse(class.name_any()))
         };
-        self.classes.list().into_iter().filter(marked).max_by_key(newest).map(|class| class.name_any())
+        self.classes.list().filter(marked).max_by_key(newest).map(|class| class.name_any())
     }
 
     /// Leaves a claim to the provisioner of its class, which watches for the annotation.
@@ -424,10 +424,10 @@ impl Controller for Binder {
                 let named = claim.spec.as_ref().and_then(|spec| spec.volume_name.as_deref()).unwrap_or_default();
                 if delta.new.is_none() || !named.is_empty() {
                     // Also those that are reserved for it without its knowing.
-                    for volume in this.volumes.list().iter().filter(|volume| {
+                    for volume in this.volumes.list().filter(|volume| {
                         volume.name_any() == named || claim_ref(volume).is_some_and(|held| refers_to(held, claim))
                     }) {
-                        queue.add(Key::of(&**volume));
+                        queue.add(Key::of(&*volume));
                     }
                 }
             }

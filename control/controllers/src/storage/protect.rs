@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::VolumeAttributesClass;
 use kube::{Api, ResourceExt};
 
+use crate::common::pods::claims_of;
 use crate::machine::{Controller, Error, Host, Key, Kind, Outcome, Sources, is_controlled_by};
 
 /// Takes the finalizer from an object that goes and is used no more, and gives it to one that lacks it.
@@ -33,32 +34,18 @@ fn itself<C: Controller, K: Cached>(sources: &mut Sources<C>, informer: &Arc<Inf
     });
 }
 
-/// Namespace and name of the claims that a pod uses.
-fn claims_of(pod: &Pod) -> Vec<String> {
-    let namespace = pod.namespace().unwrap_or_default();
-    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
-    volumes
-        .filter_map(|volume| match (&volume.persistent_volume_claim, &volume.ephemeral) {
-            (Some(claim), _) => Some(format!("{namespace}/{}", claim.claim_name)),
-            (None, Some(_)) => Some(format!("{namespace}/{}-{}", pod.name_any(), volume.name)),
-            _ => None,
-        })
-        .collect()
-}
-
 /// Claims: used by pods that are bound to a node.
 pub(crate) struct Claims {
     host: Host,
     claims: Arc<Informer<PersistentVolumeClaim>>,
     pods: Arc<Informer<Pod>>,
-    users: Index<Pod>,
+    users: Arc<Index<Pod>>,
 }
 
 impl Claims {
-    pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
+    pub(crate) fn new(api: &Arc<ApiServer>, users: &Arc<Index<Pod>>) -> Self {
         let mut host = Host::new(api, Self::NAME);
-        let pods: Arc<Informer<Pod>> = host.informer();
-        Self { claims: host.informer(), users: pods.index(claims_of), pods, host }
+        Self { claims: host.informer(), pods: host.informer(), users: users.clone(), host }
     }
 
     fn uses(claim: &PersistentVolumeClaim, pod: &Pod) -> bool {
@@ -96,7 +83,7 @@ impl Controller for Claims {
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {
         let Some(claim) = self.claims.get(&key.namespace, &key.name) else { return Ok(Outcome::Done) };
         let api: Api<PersistentVolumeClaim> = Api::namespaced(self.host.client.clone(), &key.namespace);
-        let mut used = self.users.get(&key.to_string()).iter().any(|pod| Self::uses(&claim, pod));
+        let mut used = self.users.get(&key.to_string()).any(|pod| Self::uses(&claim, &pod));
         if claim.metadata.deletion_timestamp.is_some() && !used {
             // The cache may not show a pod that was made and bound just now; the API does.
             let pods: Api<Pod> = Api::namespaced(self.host.client.clone(), &key.namespace);
@@ -192,12 +179,8 @@ impl Controller for AttributeClasses {
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {
         let Some(class) = self.classes.get("", &key.name) else { return Ok(Outcome::Done) };
-        let used = self
-            .claims
-            .list()
-            .iter()
-            .any(|claim| classes_of_claim(claim).iter().any(|name| **name == *key.name))
-            || self.volumes.list().iter().any(|volume| class_of_volume(volume).is_some_and(|name| *name == *key.name));
+        let used = self.claims.list().any(|claim| classes_of_claim(&claim).iter().any(|name| **name == *key.name))
+            || self.volumes.list().any(|volume| class_of_volume(&volume).is_some_and(|name| *name == *key.name));
         let api: Api<VolumeAttributesClass> = Api::all(self.host.client.clone());
         protect(&self.host, &api, &class, "kubernetes.io/vac-protection", used).await?;
         Ok(Outcome::Done)

@@ -132,7 +132,7 @@ impl<K: Replicated> Replicas<K> {
         let leaving = |pod: &Arc<Pod>| {
             pod.metadata.deletion_timestamp.is_some() && !matches!(pods::phase(pod), "Succeeded" | "Failed")
         };
-        self.owned.of(&set.uid().unwrap_or_default()).iter().filter(|pod| leaving(pod)).count()
+        self.owned.of(&set.uid().unwrap_or_default()).filter(leaving).count()
     }
 
     /// Makes or removes pods until there are as many as wanted; returns what the API refused.
@@ -155,7 +155,7 @@ impl<K: Replicated> Replicas<K> {
     /// each other's pods, so that what is given up is what is doubled up.
     fn neighbours(&self, set: &K) -> HashMap<String, usize> {
         let owner = crate::machine::controller_of(set.meta()).map(|owner| owner.uid.clone());
-        let related = self.sets.list_ns(&set.namespace().unwrap_or_default()).into_iter().filter(|other| {
+        let related = self.sets.list_ns(&set.namespace().unwrap_or_default()).filter(|other| {
             other.uid() == set.uid()
                 || owner.as_ref().is_some_and(|uid| crate::machine::is_controlled_by(other.meta(), uid))
         });
@@ -188,8 +188,7 @@ impl<K: Replicated> Controller for Replicas<K> {
             return Ok(Outcome::Done);
         };
         let api: Api<Pod> = Api::namespaced(self.host.client.clone(), &key.namespace);
-        let mut candidates = self.owned.candidates(&*set);
-        candidates.retain(|pod| pods::is_active(pod));
+        let candidates = self.owned.candidates(&*set).filter(|pod| pods::is_active(pod));
         let active =
             owned::claim(&self.host, &*set, candidates, None, |pod: &Pod| set.selects(pod.metadata.labels.as_ref()))
                 .await?;

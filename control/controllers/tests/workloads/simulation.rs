@@ -47,10 +47,10 @@ fn watch(cluster: &Cluster) -> Arc<Mutex<Vec<String>>> {
             delta = of_sets.next() => delta.is_some(),
         } {
             let all = pods.list();
-            let of: Vec<_> = all.iter().filter(|pod| counts(pod, "d")).collect();
+            let of: Vec<_> = all.filter(|pod| counts(pod, "d")).collect();
             let ready = of.iter().filter(|pod| is_ready(pod)).count();
             is_up |= ready == SIZE;
-            let told: i32 = sets.list().iter().filter_map(|set| set.spec.as_ref()?.replicas).sum();
+            let told: i32 = sets.list().filter_map(|set| set.spec.as_ref()?.replicas).sum();
             if usize::try_from(told).is_ok_and(|told| told > SIZE + SURGE) {
                 noted.lock().push(format!("{told} pods of {SIZE} and {SURGE} are asked for"));
             }

@@ -63,7 +63,6 @@ impl Jobs {
             None => self
                 .jobs
                 .list_ns(&namespace)
-                .into_iter()
                 .find(|job| job.metadata.deletion_timestamp.is_none() && selects(job, pod.metadata.labels.as_ref())),
         }
     }
@@ -273,7 +272,7 @@ impl Controller for Jobs {
             }
             if let (Some(gone), None) = (&delta.old, &delta.new) {
                 let namespace = gone.namespace().unwrap_or_default();
-                for pod in this.owned.candidates(&**gone).into_iter().filter(|pod| held(pod)) {
+                for pod in this.owned.candidates(&**gone).filter(|pod| held(pod)) {
                     queue.add(Key::new(&namespace, &format!("{STRAY}{}", pod.name_any())));
                 }
             }

@@ -208,7 +208,7 @@ impl Controller for DaemonSets {
             selector::matches(&spec.selector, pod.metadata.labels.as_ref())
         })
         .await?;
-        let nodes = self.nodes.list();
+        let nodes: Vec<_> = self.nodes.list().collect();
         let now = Timestamp::now();
         let template = labelled(&set, &spec.template, &hash);
         let plan = Plan::new(spec, &fit::Wants::of(&template), &nodes, &mine, &hash, now);

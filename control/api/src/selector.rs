@@ -319,6 +319,16 @@ impl FieldSelector {
         self
     }
 
+    /// Whether it may match the object of this JSON, as far as a look at the bytes tells: the values that it asks for are in there.
+    pub(crate) fn may_match(&self, json: &[u8]) -> bool {
+        // What absent fields stand for is not, and some characters are written otherwise.
+        let told = |value: &str| {
+            !matches!(value, "" | "false" | "0") && !value.contains(|c: char| matches!(c, '"' | '\\') || c.is_control())
+        };
+        let asked = self.0.iter().filter(|term| term.equal && told(&term.value));
+        asked.into_iter().all(|term| memchr::memmem::find(json, term.value.as_bytes()).is_some())
+    }
+
     /// Whether it matches an object.
     pub fn matches_object(&self, object: &Value) -> bool {
         self.0.iter().all(|term| {
@@ -443,5 +453,12 @@ mod tests {
             "\"spec.x\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
         );
         assert!(FieldSelector::parse("nonsense", labels, &[]).is_err());
+        let may = |text: &str, json: &str| {
+            let labels: &[FieldLabel] = &[("a", "/a"), ("b", "/b")];
+            FieldSelector::parse(text, labels, &[]).expect("it parses").may_match(json.as_bytes())
+        };
+        assert!(may("a=node-1,b!=x", "{\"a\":\"node-1\"}"));
+        assert!(!may("a=node-2", "{\"a\":\"node-1\"}"));
+        assert!(may("a=false", "{}") && may("a=\"", "{\"a\":\"\\\"\"}") && may("a=", "{}"));
     }
 }

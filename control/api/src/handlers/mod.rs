@@ -5,6 +5,7 @@ mod call;
 mod compress;
 mod delete;
 mod frames;
+mod list;
 mod managed;
 mod patch;
 mod read;

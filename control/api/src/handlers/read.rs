@@ -4,23 +4,19 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use bytes::{BufMut as _, Bytes, BytesMut};
 use coracle_store::{Entry, Error, ListOptions};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::answer::{self, Outgoing};
 use super::call::{Call, all_to_version, to_version};
-use crate::http::{Format, Response, Shape, bytes_response, stream};
+use super::list;
+use crate::http::Response;
 use crate::kinds::Kind;
 use crate::selector::{FieldSelector, LabelSelector};
 use crate::status::{Cause, Details, Status};
-use crate::{table, wire};
+use crate::wire;
 
-/// Bytes of a list that are put together at once: the first of them leave before the last are touched.
-const CHUNK_BYTES: usize = 64 << 10;
-/// Lists above this size are sent piece by piece.
-const STREAM_BYTES: usize = 256 << 10;
 /// Objects that are read at once when a selector picks few of many.
 const PAGE: usize = 1000;
 
@@ -110,11 +106,19 @@ impl Selection {
         if self.fields.is_empty() {
             return Ok(found);
         }
-        let chosen = stored.iter().zip(&found).filter(|&(_, &chosen)| chosen);
-        let objects = chosen.map(|(bytes, _)| wire::parse_stored(bytes)).collect::<Result<Vec<_>, _>>()?;
-        let mut objects = all_to_version(&self.kind, objects).await?.into_iter();
-        for chosen in found.iter_mut().filter(|chosen| **chosen) {
-            *chosen = objects.next().is_some_and(|object| self.fields.matches_object(&object));
+        if answer::is_answer(&self.kind) {
+            for (bytes, chosen) in stored.iter().zip(&mut found) {
+                *chosen = *chosen && self.fields.may_match(bytes);
+            }
+        }
+        // Values take many times the memory of what is stored: not all at once.
+        for (stored, found) in stored.chunks(PAGE).zip(found.chunks_mut(PAGE)) {
+            let chosen = stored.iter().zip(&*found).filter(|&(_, &chosen)| chosen);
+            let objects = chosen.map(|(bytes, _)| wire::parse_stored(bytes)).collect::<Result<Vec<_>, _>>()?;
+            let mut objects = all_to_version(&self.kind, objects).await?.into_iter();
+            for chosen in found.iter_mut().filter(|chosen| **chosen) {
+                *chosen = objects.next().is_some_and(|object| self.fields.matches_object(&object));
+            }
         }
         Ok(found)
     }
@@ -337,7 +341,7 @@ pub(super) async fn list(call: &Call) -> Result<Response, Status> {
         let selection = Selection::parse(call)?;
         let mut items = made(call).await?;
         items.retain(|item| !selection.nothing && selection.matches(item));
-        return list_of(call, items, json!({}));
+        return answer::list(call, &items, json!({}));
     }
     let selection = Selection::parse(call)?;
     let page = page(call, &selection).await?;
@@ -348,83 +352,12 @@ pub(super) async fn list(call: &Call) -> Result<Response, Status> {
     if let Some(remaining) = page.remaining {
         metadata["remainingItemCount"] = remaining.into();
     }
-    let media = call.media;
-    if media.format == Format::Json
-        && media.shape == Shape::Plain
-        && !media.pretty
-        && call.kind.is_storage_version()
-        && call.kind.crd.is_none()
-    {
-        return Ok(concatenated(call, &metadata, page.entries));
-    }
-    let mut items = Vec::with_capacity(page.entries.len());
-    for entry in &page.entries {
-        items.push(wire::parse_stored(&entry.value)?);
-    }
-    let items = all_to_version(&call.kind, items).await?;
-    list_of(call, items, metadata)
+    list::respond(call, page.entries, metadata).await
 }
 
 /// The objects of a kind that is not stored, as they are now.
 async fn made(call: &Call) -> Result<Vec<Value>, Status> {
     call.kind.strategy.answer_list(&call.context(crate::context::Operation::Connect, "")).await
-}
-
-/// A list in the shape that was asked for.
-fn list_of(call: &Call, items: Vec<Value>, metadata: Value) -> Result<Response, Status> {
-    let media = call.media;
-    let (kind, api_version) = answer::list_head(&call.kind, media.shape);
-    let value = match media.shape {
-        Shape::Table => table::table(&call.kind, &items, media.include, metadata, true, call.now),
-        Shape::Plain => json!({"kind": kind, "apiVersion": api_version, "metadata": metadata, "items": items}),
-        Shape::Partial | Shape::PartialList => {
-            let items: Vec<Value> = items.iter().map(answer::partial).collect();
-            json!({"kind": kind, "apiVersion": api_version, "metadata": metadata, "items": items})
-        }
-    };
-    answer::plain(media, 200, &value)
-}
-
-/// The stored bytes, one after the other.
-fn concatenated(call: &Call, metadata: &Value, entries: Vec<Entry>) -> Response {
-    let head = format!(
-        "{{\"kind\":\"{}\",\"apiVersion\":\"{}\",\"metadata\":{metadata},\"items\":[",
-        call.kind.list_kind,
-        call.kind.api_version()
-    );
-    let total: usize = head.len() + 2 + entries.iter().map(|entry| entry.value.len() + 1).sum::<usize>();
-    let mut buffer = BytesMut::with_capacity(total.min(STREAM_BYTES) + CHUNK_BYTES);
-    buffer.put_slice(head.as_bytes());
-    if total <= STREAM_BYTES {
-        for (at, entry) in entries.iter().enumerate() {
-            if at > 0 {
-                buffer.put_u8(b',');
-            }
-            buffer.put_slice(&entry.value);
-        }
-        buffer.put_slice(b"]}");
-        return bytes_response(200, "application/json", buffer.freeze());
-    }
-    let chunks = futures::stream::unfold(Some((entries, 0, buffer)), |state| async move {
-        let (entries, mut at, mut buffer) = state?;
-        while at < entries.len() && buffer.len() < CHUNK_BYTES {
-            if at > 0 {
-                buffer.put_u8(b',');
-            }
-            buffer.put_slice(&entries[at].value);
-            at += 1;
-        }
-        if at == entries.len() {
-            buffer.put_slice(b"]}");
-            return Some((Ok::<Bytes, crate::http::BoxError>(buffer.freeze()), None));
-        }
-        let chunk = buffer.split().freeze();
-        Some((Ok(chunk), Some((entries, at, buffer))))
-    });
-    let mut response = http::Response::new(stream(chunks));
-    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
-    crate::http::no_cache(response.headers_mut());
-    response
 }
 
 /// A stored object in the version of a row.

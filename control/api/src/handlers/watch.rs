@@ -12,7 +12,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 
 use super::answer;
 use super::call::{Call, to_version};
-use super::frames::{self, Change};
+use super::frames::{self, Change, Form};
 use super::read::{Selection, parse_revision};
 use crate::http::{BoxError, Format, Response, Shape, no_cache};
 use crate::status::Status;
@@ -75,16 +75,14 @@ pub(super) async fn watch(call: &mut Call) -> Result<Response, Status> {
             return Err(Status::not_acceptable(&["application/json", "application/vnd.kubernetes.protobuf"]));
         }
     };
-    let untouched = format == Format::Json
-        && call.media.shape == Shape::Plain
-        && call.kind.is_storage_version()
-        && call.kind.crd.is_none();
+    let as_stored = answer::is_answer(&call.kind);
+    let untouched = format == Format::Json && call.media.shape == Shape::Plain && as_stored;
     let state = Watcher {
         view: View {
             api: call.api.clone(),
-            kind: call.kind.clone(),
-            media: call.media,
+            form: Form { kind: call.kind.clone(), media: call.media },
             now: call.now,
+            as_stored,
             untouched,
             headed: false,
         },
@@ -142,9 +140,10 @@ fn bookmark_timer() -> Interval {
 /// How objects look to this watcher.
 struct View {
     api: Arc<crate::server::ApiServer>,
-    kind: Arc<crate::kinds::Kind>,
-    media: crate::http::Media,
+    form: Form,
     now: jiff::Timestamp,
+    /// Stored objects are in the watcher's version.
+    as_stored: bool,
     /// Stored bytes are what the watcher gets.
     untouched: bool,
     /// A Table with column definitions has been sent.
@@ -152,26 +151,48 @@ struct View {
 }
 
 impl View {
-    async fn frame(&mut self, change: Change, entry: &Entry, shared: bool) -> Result<Bytes, Status> {
-        if self.untouched {
-            return Ok(if shared { self.api.frames.json(change, entry) } else { frames::json(change, &entry.value) });
+    /// The frame of a change that all watchers see, as it is in the store.
+    async fn shared(&mut self, change: Change, entry: &Entry) -> Result<Bytes, Status> {
+        let shared = self.form.is_shared();
+        if let Some(frame) = shared.then(|| self.api.frames.frame(change, entry, &self.form)).flatten() {
+            return Ok(frame);
         }
-        let value = to_version(&self.kind, wire::parse_stored(&entry.value)?).await?;
-        self.encode(change.as_str(), value)
+        let frame = if self.untouched {
+            frames::json(change, &entry.value)
+        } else {
+            let value = self.api.frames.value(entry)?;
+            if self.as_stored {
+                self.encode(change.as_str(), &value)?
+            } else {
+                let value = to_version(&self.form.kind, Value::clone(&value)).await?;
+                self.encode(change.as_str(), &value)?
+            }
+        };
+        if shared {
+            self.api.frames.keep(change, entry, &self.form, &frame);
+        }
+        Ok(frame)
     }
 
-    fn encode(&mut self, change: &str, value: Value) -> Result<Bytes, Status> {
-        let value = match self.media.shape {
-            Shape::Plain => value,
-            Shape::Table => {
-                let version = crate::object::text(&value, "/metadata/resourceVersion").to_owned();
-                let head = !std::mem::replace(&mut self.headed, true);
-                let rows = if change == "BOOKMARK" { Vec::new() } else { vec![value] };
-                table::table(&self.kind, &rows, self.media.include, json!({"resourceVersion": version}), head, self.now)
-            }
-            Shape::Partial | Shape::PartialList => answer::partial(&value),
-        };
-        wire::watch_event(change, &value, self.media.format)
+    /// The frame of an object that this watcher alone sees so.
+    async fn own(&mut self, change: Change, entry: &Entry) -> Result<Bytes, Status> {
+        if self.untouched {
+            return Ok(frames::json(change, &entry.value));
+        }
+        let value = to_version(&self.form.kind, wire::parse_stored(&entry.value)?).await?;
+        self.encode(change.as_str(), &value)
+    }
+
+    fn encode(&mut self, change: &str, value: &Value) -> Result<Bytes, Status> {
+        let (kind, media) = (&self.form.kind, self.form.media);
+        if media.shape != Shape::Table {
+            return wire::watch_event(change, &answer::seen(value, media), media.format);
+        }
+        let version = crate::object::text(value, "/metadata/resourceVersion").to_owned();
+        let head = !std::mem::replace(&mut self.headed, true);
+        let rows = if change == "BOOKMARK" { &[] } else { std::slice::from_ref(value) };
+        let table = table::table(kind, rows, media, json!({"resourceVersion": version}), head, self.now);
+        wire::watch_event(change, &table, media.format)
     }
 }
 
@@ -198,7 +219,7 @@ impl Watcher {
                 self.watch = None;
                 self.first = Vec::new().into_iter();
                 self.initial_end = None;
-                wire::watch_event("ERROR", &status.to_value(), self.view.media.format).ok()
+                wire::watch_event("ERROR", &status.to_value(), self.view.form.media.format).ok()
             }
         }
     }
@@ -212,7 +233,7 @@ impl Watcher {
             && let Some(entry) = self.first.next()
         {
             if self.selection.matches_stored(&entry.value).await? {
-                chunk.extend_from_slice(&self.view.frame(Change::Added, &entry, false).await?);
+                chunk.extend_from_slice(&self.view.own(Change::Added, &entry).await?);
             }
         }
         if self.first.len() == 0
@@ -275,6 +296,16 @@ impl Watcher {
         }
     }
 
+    /// Whether an object of the store is selected.
+    async fn matches(&self, entry: &Entry) -> Result<bool, Status> {
+        let value = self.view.api.frames.value(entry)?;
+        if self.view.as_stored || self.selection.fields.is_empty() {
+            return Ok(self.selection.matches(&value));
+        }
+        let value = to_version(&self.view.form.kind, Value::clone(&value)).await?;
+        Ok(self.selection.matches(&value))
+    }
+
     /// What a change is to this watcher: an object that no longer matches has been deleted for it, and so on.
     async fn event(&mut self, event: &Event) -> Result<Option<Bytes>, Status> {
         if self.selection.nothing {
@@ -284,24 +315,23 @@ impl Watcher {
             (event.prev.is_some(), event.kind == EventKind::Put)
         } else {
             let before = match &event.prev {
-                Some(prev) => self.selection.matches_stored(&prev.value).await?,
+                Some(prev) => self.matches(prev).await?,
                 None => false,
             };
-            let now = event.kind == EventKind::Put && self.selection.matches_stored(&event.entry.value).await?;
-            (before, now)
+            (before, event.kind == EventKind::Put && self.matches(&event.entry).await?)
         };
         match (before, now) {
             (false, false) => Ok(None),
-            (false, true) => self.view.frame(Change::Added, &event.entry, true).await.map(Some),
-            (true, true) => self.view.frame(Change::Modified, &event.entry, true).await.map(Some),
+            (false, true) => self.view.shared(Change::Added, &event.entry).await.map(Some),
+            (true, true) => self.view.shared(Change::Modified, &event.entry).await.map(Some),
             (true, false) if event.kind == EventKind::Delete => {
-                self.view.frame(Change::Deleted, &event.entry, true).await.map(Some)
+                self.view.shared(Change::Deleted, &event.entry).await.map(Some)
             }
             (true, false) => {
                 // It left the selection: its last matching state, at the revision of the change.
                 let prev = event.prev.as_ref().map(|prev| prev.at_revision(event.entry.revision));
                 match prev {
-                    Some(prev) => self.view.frame(Change::Deleted, &prev, false).await.map(Some),
+                    Some(prev) => self.view.own(Change::Deleted, &prev).await.map(Some),
                     None => Ok(None),
                 }
             }
@@ -314,8 +344,8 @@ impl Watcher {
             metadata["annotations"] = json!({INITIAL_EVENTS_END: "true"});
         }
         let object = json!({
-            "kind": self.view.kind.kind, "apiVersion": self.view.kind.api_version(), "metadata": metadata,
+            "kind": self.view.form.kind.kind, "apiVersion": self.view.form.kind.api_version(), "metadata": metadata,
         });
-        self.view.encode("BOOKMARK", object)
+        self.view.encode("BOOKMARK", &object)
     }
 }

@@ -1,10 +1,13 @@
 //! Bodies of requests and answers.
 
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
 use bytes::Bytes;
 use futures::Stream;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty, Full, LengthLimitError, Limited, StreamBody};
-use hyper::body::{Body as _, Frame, Incoming};
+use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 
 use super::BODY_LIMIT_BYTES;
 use crate::status::Status;
@@ -76,4 +79,36 @@ pub(crate) fn empty() -> ResBody {
 pub(crate) fn stream(chunks: impl Stream<Item = Result<Bytes, BoxError>> + Send + 'static) -> ResBody {
     use futures::TryStreamExt as _;
     StreamBody::new(chunks.map_ok(Frame::data)).boxed_unsync()
+}
+
+/// Pieces of an answer whose length is known before they are made.
+struct Pieces<I> {
+    pieces: I,
+    left: u64,
+}
+
+impl<I: Iterator<Item = Bytes> + Unpin> hyper::body::Body for Pieces<I> {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let next = self.pieces.find(|piece| !piece.is_empty());
+        if let Some(piece) = &next {
+            self.left = self.left.saturating_sub(piece.len() as u64);
+        }
+        Poll::Ready(next.map(|piece| Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.left == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
+}
+
+/// A body of so many bytes, made as it is read.
+pub(crate) fn pieces(pieces: impl Iterator<Item = Bytes> + Send + Unpin + 'static, length: usize) -> ResBody {
+    Pieces { pieces, left: length as u64 }.boxed_unsync()
 }

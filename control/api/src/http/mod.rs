@@ -13,7 +13,7 @@ pub(crate) use negotiate::{Format, Include, Media, Shape};
 pub(crate) use negotiate::{SERVED, SERVED_CUSTOM};
 pub(crate) use query::{Query, encode};
 pub(crate) use respond::no_cache;
-pub(crate) use respond::{Response, bytes_response, json_response, status_response, text_response};
+pub(crate) use respond::{Response, bytes_response, json_response, pieces_response, status_response, text_response};
 pub(crate) use route::{ResourceRoute, Route, Verb};
 
 /// Largest request body, in bytes (as `--max-request-bytes` of a real server).

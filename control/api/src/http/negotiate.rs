@@ -22,11 +22,11 @@ pub(crate) enum Format {
 pub(crate) enum Shape {
     /// As it is.
     Plain,
-    /// `meta.k8s.io/v1` Table.
+    /// `meta.k8s.io` Table.
     Table,
-    /// `meta.k8s.io/v1` PartialObjectMetadata.
+    /// `meta.k8s.io` PartialObjectMetadata.
     Partial,
-    /// `meta.k8s.io/v1` PartialObjectMetadataList.
+    /// `meta.k8s.io` PartialObjectMetadataList.
     PartialList,
 }
 
@@ -48,11 +48,16 @@ pub(crate) struct Media {
     pub(crate) format: Format,
     /// Shape.
     pub(crate) shape: Shape,
+    /// The version of `meta.k8s.io` that Tables and bare metadata are of.
+    pub(crate) meta: &'static str,
     /// What rows of a Table carry.
     pub(crate) include: Include,
     /// Indented JSON.
     pub(crate) pretty: bool,
 }
+
+/// What Tables and bare metadata are of, unless the older version is asked for.
+const META: &str = "meta.k8s.io/v1";
 
 /// Media types that every kind is served in.
 pub(crate) const SERVED: [&str; 3] = ["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"];
@@ -62,7 +67,7 @@ pub(crate) const SERVED_CUSTOM: [&str; 2] = ["application/json", "application/ya
 impl Media {
     /// Plain JSON.
     pub(crate) const JSON: Self =
-        Self { format: Format::Json, shape: Shape::Plain, include: Include::Metadata, pretty: false };
+        Self { format: Format::Json, shape: Shape::Plain, meta: META, include: Include::Metadata, pretty: false };
 
     /// Chooses by the `Accept` header, the first acceptable of the client's list in order of its weights.
     /// `protobuf` tells whether the kind has a protobuf encoding.
@@ -86,8 +91,8 @@ impl Media {
         let mut choices: Vec<(u32, &str)> = accept.split(',').map(|clause| (weight(clause), clause.trim())).collect();
         choices.sort_by_key(|&(weight, _)| std::cmp::Reverse(weight));
         for (_, clause) in choices {
-            if let Some((format, shape)) = clause_media(clause, protobuf) {
-                return Ok(Self { format, shape, include, pretty });
+            if let Some((format, shape, meta)) = clause_media(clause, protobuf) {
+                return Ok(Self { format, shape, meta, include, pretty });
             }
         }
         Err(Status::not_acceptable(if protobuf { &SERVED } else { &SERVED_CUSTOM }))
@@ -119,7 +124,7 @@ fn weight(clause: &str) -> u32 {
     )
 }
 
-fn clause_media(clause: &str, protobuf: bool) -> Option<(Format, Shape)> {
+fn clause_media(clause: &str, protobuf: bool) -> Option<(Format, Shape, &'static str)> {
     let mut parts = clause.split(';').map(str::trim);
     let format = match parts.next()? {
         "application/json" | "*/*" | "application/*" => Format::Json,
@@ -136,15 +141,20 @@ fn clause_media(clause: &str, protobuf: bool) -> Option<(Format, Shape)> {
             _ => {}
         }
     }
+    let meta = match (group, version) {
+        ("meta.k8s.io", "v1") => META,
+        ("meta.k8s.io", "v1beta1") => "meta.k8s.io/v1beta1",
+        _ if shape.is_some() => return None,
+        _ => META,
+    };
     let shape = match shape {
         None => Shape::Plain,
-        Some(_) if group != "meta.k8s.io" || version != "v1" => return None,
         Some("Table") => Shape::Table,
         Some("PartialObjectMetadata") => Shape::Partial,
         Some("PartialObjectMetadataList") => Shape::PartialList,
         Some(_) => return None,
     };
-    Some((format, shape))
+    Some((format, shape, meta))
 }
 
 #[cfg(test)]
@@ -164,6 +174,13 @@ mod tests {
         assert_eq!(negotiate(proto, false), Ok((Format::Json, Shape::Plain)));
         assert_eq!(negotiate("application/yaml;q=0.5, application/json", true), Ok((Format::Json, Shape::Plain)));
         assert_eq!(negotiate("text/html", true), Err(406));
-        assert_eq!(negotiate("application/json;as=Table;v=v1beta1;g=meta.k8s.io", true), Err(406));
+        let older = "application/json;as=Table;v=v1beta1;g=meta.k8s.io";
+        assert_eq!(negotiate(older, true), Ok((Format::Json, Shape::Table)));
+        assert_eq!(negotiate("application/json;as=Table;v=v1alpha1;g=meta.k8s.io", true), Err(406));
+        let headers = HeaderMap::from_iter([(ACCEPT, http::HeaderValue::from_static(older))]);
+        assert_eq!(
+            Media::negotiate(&headers, &Query::default(), true).map(|m| m.meta).ok(),
+            Some("meta.k8s.io/v1beta1")
+        );
     }
 }

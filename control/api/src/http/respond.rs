@@ -5,7 +5,7 @@ use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
 use serde_json::Value;
 
-use super::body::{ResBody, full};
+use super::body::{ResBody, full, pieces};
 use crate::status::Status;
 
 /// An answer.
@@ -15,6 +15,18 @@ pub(crate) type Response = http::Response<ResBody>;
 pub(crate) fn bytes_response(code: u16, content_type: &'static str, bytes: impl Into<Bytes>) -> Response {
     let mut response = http::Response::new(full(bytes));
     *response.status_mut() = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    no_cache(response.headers_mut());
+    response
+}
+
+/// An answer of so many bytes, made as it is sent.
+pub(crate) fn pieces_response(
+    content_type: &'static str,
+    made: impl Iterator<Item = Bytes> + Send + Unpin + 'static,
+    length: usize,
+) -> Response {
+    let mut response = http::Response::new(pieces(made, length));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     no_cache(response.headers_mut());
     response

@@ -1,4 +1,4 @@
-//! `meta.k8s.io/v1` Tables: what `kubectl get` prints.
+//! `meta.k8s.io` Tables: what `kubectl get` prints.
 
 mod cells;
 mod core;
@@ -10,28 +10,22 @@ mod workloads;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::http::Include;
+use crate::http::{Include, Media};
 use crate::kinds::{Column, Kind};
 use crate::object;
 
 pub(crate) use describe::description;
 
 /// A Table of objects. Column definitions are left out when `head` is false (later events of a watch).
-pub(crate) fn table(
-    kind: &Kind,
-    items: &[Value],
-    include: Include,
-    metadata: Value,
-    head: bool,
-    now: Timestamp,
-) -> Value {
-    let rows: Vec<Value> = items.iter().map(|item| row(kind, item, include, now)).collect();
-    let mut table = json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "rows": rows});
+pub(crate) fn table(kind: &Kind, items: &[Value], media: Media, metadata: Value, head: bool, now: Timestamp) -> Value {
+    let rows: Vec<Value> = items.iter().map(|item| row(kind, item, media, now)).collect();
+    let mut table = json!({"kind": "Table", "apiVersion": media.meta, "metadata": metadata, "rows": rows});
     table["columnDefinitions"] = if head { Value::Array(columns(kind)) } else { Value::Null };
     table
 }
 
-fn columns(kind: &Kind) -> Vec<Value> {
+/// The column definitions of a kind.
+pub(crate) fn columns(kind: &Kind) -> Vec<Value> {
     let definition = |column: &Column| {
         json!({
             "name": column.name, "type": column.type_, "format": column.format,
@@ -63,16 +57,17 @@ fn columns(kind: &Kind) -> Vec<Value> {
     kind.columns.iter().map(definition).collect()
 }
 
-fn row(kind: &Kind, item: &Value, include: Include, now: Timestamp) -> Value {
+/// One row of a Table.
+pub(crate) fn row(kind: &Kind, item: &Value, media: Media, now: Timestamp) -> Value {
     let cells = if kind.crd.is_some() { custom(kind, item, now) } else { builtin(kind, item, now) };
     let mut row = json!({"cells": cells});
     let conditions = cells::row_conditions(kind, item);
     if !conditions.is_empty() {
         row["conditions"] = Value::Array(conditions);
     }
-    row["object"] = match include {
+    row["object"] = match media.include {
         Include::None => Value::Null,
-        Include::Metadata => crate::handlers::partial(item),
+        Include::Metadata => crate::handlers::partial(item, media.meta),
         Include::Object => item.clone(),
     };
     row

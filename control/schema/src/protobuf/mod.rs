@@ -4,6 +4,7 @@
 //! proto2 as the API's Go types generate them: scalars that are no pointers are always written, pointers when set, lists and
 //! maps when not empty. No generated code: the field numbers stand in the type table.
 
+mod list;
 mod read;
 pub(crate) mod wire;
 mod write;
@@ -13,6 +14,7 @@ use serde_json::Value;
 use crate::decode::typed;
 use crate::schema::{Schema, definition_for};
 
+pub use list::List;
 pub use write::message;
 
 /// First bytes of every enveloped object.

@@ -25,9 +25,14 @@ pub(crate) fn double(out: &mut Vec<u8>, number: u32, value: f64) {
 
 /// Appends a length-delimited field.
 pub(crate) fn bytes(out: &mut Vec<u8>, number: u32, content: &[u8]) {
-    varint(out, u64::from(number) << 3 | 2);
-    varint(out, content.len() as u64);
+    open(out, number, content.len());
     out.extend_from_slice(content);
+}
+
+/// Appends the start of a length-delimited field of so many bytes.
+pub(crate) fn open(out: &mut Vec<u8>, number: u32, length: usize) {
+    varint(out, u64::from(number) << 3 | 2);
+    varint(out, length as u64);
 }
 
 /// Appends a length-delimited field with what `write` appends; the length is put before it afterwards.

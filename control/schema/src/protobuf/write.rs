@@ -60,7 +60,7 @@ fn field_into(out: &mut Vec<u8>, number: u32, value: &Value, field: &Field) {
 }
 
 /// One value as one field; an absent one is written as its zero.
-fn one(out: &mut Vec<u8>, number: u32, value: &Value, schema: &Schema) {
+pub(super) fn one(out: &mut Vec<u8>, number: u32, value: &Value, schema: &Schema) {
     match schema.kind {
         Kind::Object => wire::nested(out, number, |out| message_into(out, value, schema)),
         Kind::List => {}

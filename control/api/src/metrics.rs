@@ -4,7 +4,9 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use prometheus::core::Collector;
-use prometheus::{Encoder as _, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder as _, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
 use crate::http::{Response, Route, Verb, bytes_response};
 use crate::kinds::Kind;
@@ -22,6 +24,7 @@ struct Metrics {
     rejected: IntCounterVec,
     dispatched: IntCounterVec,
     inflight: IntGaugeVec,
+    long_running: IntGaugeVec,
     nominal: IntGaugeVec,
     executing: IntGaugeVec,
     waiting: IntGaugeVec,
@@ -66,6 +69,7 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
             &schema,
         ),
         inflight: gauge("apiserver_current_inflight_requests", "Requests in flight.", &["request_kind"]),
+        long_running: gauge("apiserver_longrunning_requests", "Requests that stay open.", &REQUEST[..6]),
         nominal: gauge("apiserver_flowcontrol_nominal_limit_seats", "Seats by shares.", &["priority_level"]),
         executing: gauge("apiserver_flowcontrol_current_executing_seats", "Seats in use.", &["priority_level"]),
         waiting: gauge("apiserver_flowcontrol_current_inqueue_requests", "Requests that wait.", &["priority_level"]),
@@ -96,9 +100,46 @@ impl Drop for InFlight {
     }
 }
 
-/// Counts an answer. Resources count by name only when there are such: a client cannot make labels.
+/// A request that stays open, as it is counted: a watch, or what is passed on to a node.
+pub(crate) struct LongRunning(IntGauge);
+
+impl LongRunning {
+    /// `None` for a request that ends by itself.
+    pub(crate) fn new(route: &Route, kind: Option<&Kind>) -> Option<Self> {
+        let resource = route.resource.as_ref()?;
+        let connects = matches!(resource.subresource.as_str(), "attach" | "exec" | "log" | "portforward" | "proxy");
+        if resource.verb != Verb::Watch && !connects {
+            return None;
+        }
+        let [verb, group, version, name, subresource, scope] = labels(route, kind);
+        let verb = if verb == "WATCH" || subresource == "log" { verb } else { "CONNECT" };
+        let gauge = METRICS.long_running.with_label_values(&[verb, group, version, name, subresource, scope]);
+        gauge.inc();
+        Some(Self(gauge))
+    }
+}
+
+impl Drop for LongRunning {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// Counts an answer.
 pub(crate) fn answered(route: &Route, kind: Option<&Kind>, dry_run: bool, code: u16, took: Duration) {
+    let [a, b, c, d, e, f] = labels(route, kind);
     let dry_run = if dry_run { "All" } else { "" };
+    let mut digits = [0; 3];
+    let code = digits_of(code, &mut digits);
+    METRICS.requests.with_label_values(&[a, b, c, d, e, f, dry_run, code]).inc();
+    if a != "WATCH" {
+        METRICS.durations.with_label_values(&[a, b, c, d, e, f, dry_run]).observe(took.as_secs_f64());
+    }
+}
+
+/// What a request is counted by, but for `dry_run`. Resources count by name only when there are such: a client cannot make
+/// labels.
+fn labels<'a>(route: &'a Route, kind: Option<&'a Kind>) -> [&'a str; 6] {
     let resource = route.resource.as_ref();
     let verb = match resource.map(|r| r.verb) {
         Some(Verb::Get) => "GET",
@@ -118,19 +159,12 @@ pub(crate) fn answered(route: &Route, kind: Option<&Kind>, dry_run: bool, code: 
         Some(r) if !r.namespace.is_empty() => "namespace",
         Some(_) => "cluster",
     };
-    let labels = match (kind, resource) {
+    match (kind, resource) {
         (Some(kind), Some(r)) => {
             let known = kind.subresource(&r.subresource).map(|s| s.name.as_str()).unwrap_or_default();
-            [verb, &kind.group, &kind.version, &kind.resource, known, scope, dry_run]
+            [verb, &kind.group, &kind.version, &kind.resource, known, scope]
         }
-        _ => [verb, "", "", "", "", scope, dry_run],
-    };
-    let [a, b, c, d, e, f, g] = labels;
-    let mut digits = [0; 3];
-    let code = digits_of(code, &mut digits);
-    METRICS.requests.with_label_values(&[a, b, c, d, e, f, g, code]).inc();
-    if verb != "WATCH" {
-        METRICS.durations.with_label_values(&labels).observe(took.as_secs_f64());
+        _ => [verb, "", "", "", "", scope],
     }
 }
 

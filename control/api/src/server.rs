@@ -256,7 +256,16 @@ impl ApiServer {
 
     /// All objects of a kind, of one namespace or (empty) of all, as JSON in their storage version.
     pub async fn list(&self, kind: &Kind, namespace: &str) -> Result<Vec<Value>, Status> {
+        self.each(kind, namespace).await?.collect()
+    }
+
+    /// As [`ApiServer::list`], one after the other: values take ten times the memory of what is stored.
+    pub async fn each(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+    ) -> Result<impl Iterator<Item = Result<Value, Status>> + use<>, Status> {
         let listing = self.store.list(&kind.key_prefix(namespace), ListOptions::default()).await?;
-        listing.entries.iter().map(|entry| crate::wire::parse_stored(&entry.value)).collect()
+        Ok(listing.entries.into_iter().map(|entry| crate::wire::parse_stored(&entry.value)))
     }
 }

@@ -81,9 +81,17 @@ pub(crate) async fn pods(ctx: &Context) -> Result<Vec<Value>, Status> {
     Ok(pods.iter().filter(|pod| object::text(pod, "/status/phase") == "Running").filter_map(of).collect())
 }
 
+/// What is told of objects, and no more: there may be very many.
 async fn objects(ctx: &Context, resource: &str, namespace: &str) -> Result<Vec<Value>, Status> {
     let kind = ctx.api.kind("", "v1", resource).ok_or_else(Status::no_such_resource)?;
-    ctx.api.list(&kind, namespace).await
+    let needed = |object: Value| {
+        let mut metadata = json!({});
+        for member in ["name", "namespace", "labels", "uid"] {
+            object::copy(&mut metadata, &object["metadata"], member);
+        }
+        json!({"metadata": metadata, "spec": {"nodeName": object["spec"]["nodeName"]}, "status": {"phase": object["status"]["phase"]}})
+    };
+    ctx.api.each(&kind, namespace).await?.map(|object| object.map(needed)).collect()
 }
 
 fn metadata(of: &Value, now: Timestamp) -> Value {

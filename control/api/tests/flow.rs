@@ -82,3 +82,29 @@ async fn requests_are_classified_and_turned_away() {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
 }
+
+#[tokio::test]
+async fn built_in_rules_come_back_and_open_watches_are_counted() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    for resource in ["flowschemas/service-accounts", "prioritylevelconfigurations/workload-low"] {
+        let path = format!("{GROUP}/{resource}");
+        let deleted = send(&client, "", "DELETE", &path, Value::Null).await;
+        assert_eq!(deleted.status(), 200, "{deleted:?}");
+        assert_eventually_async!(
+            20,
+            send(&client, "", "GET", &path, Value::Null).await.status() == 200,
+            "{resource} is there again"
+        );
+    }
+    let open = || async {
+        let metrics = send(&client, "", "GET", "/metrics", Value::Null).await.into_body();
+        let of_secrets = |line: &&str| line.starts_with("apiserver_longrunning_requests") && line.contains("secrets");
+        metrics.lines().find(of_secrets).and_then(|line| line.rsplit(' ').next()?.parse::<u32>().ok())
+    };
+    let watch = http::Request::get("/api/v1/secrets?watch=true").body(kube::client::Body::empty()).expect("a request");
+    let watch = client.send(watch).await.expect("an answer");
+    assert_eq!(open().await, Some(1));
+    drop(watch);
+    assert_eventually_async!(20, open().await == Some(0), "the watch has ended");
+}

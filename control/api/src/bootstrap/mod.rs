@@ -39,12 +39,33 @@ const GROUPS: [(&str, &str, &str); 9] = [
     ("apiservices", "apiregistration.k8s.io", "APIService"),
 ];
 
+/// Group, resource and an object of it.
+type Named = (&'static str, &'static str, Value);
+
 /// Creates what is missing; called when the server starts, before it listens.
 pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
+    let mut all = table(|_| true)?;
+    all.extend(kubernetes_service(api));
+    all.extend(own::objects());
+    create_all(api, all).await?;
+    publish_authorities(api).await?;
+    if api.config.shared_store {
+        return Ok(());
+    }
+    servers::publish(api.store.as_ref(), &[api.config.advertise].into()).await
+}
+
+/// Creates anew what was deleted of the built-in rules of priority and fairness: without them requests would have no level.
+pub(crate) async fn restore_flow_control(api: &Arc<ApiServer>) -> Result<(), Status> {
+    create_all(api, table(|group| group == "flowcontrol.apiserver.k8s.io")?).await
+}
+
+/// The built-in objects of the groups that are wanted.
+fn table(wanted: impl Fn(&str) -> bool) -> Result<Vec<Named>, Status> {
     let objects: Map<String, Value> = serde_json::from_str(OBJECTS)
         .map_err(|e| Status::internal(format!("the built-in objects are damaged: {e}")))?;
-    let mut all: Vec<(&str, &str, Value)> = Vec::new();
-    for (resource, group, kind) in GROUPS {
+    let mut all: Vec<Named> = Vec::new();
+    for (resource, group, kind) in GROUPS.into_iter().filter(|(_, group, _)| wanted(group)) {
         for o in objects.get(resource).and_then(Value::as_array).into_iter().flatten() {
             let mut o = o.clone();
             let version = if group.is_empty() { "v1".to_owned() } else { format!("{group}/v1") };
@@ -62,21 +83,19 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
             all.push((group, resource, o));
         }
     }
-    all.extend(kubernetes_service(api));
-    all.extend(own::objects());
-    let mut writes = futures::stream::iter(
-        all.into_iter().map(|(group, resource, object)| create(api.store.as_ref(), group, resource, object)),
-    )
-    .buffer_unordered(PARALLEL);
+    Ok(all)
+}
+
+async fn create_all(api: &Arc<ApiServer>, all: Vec<Named>) -> Result<(), Status> {
+    let mut writes = Vec::new();
+    for (group, resource, object) in all {
+        writes.push(create(api.store.as_ref(), group, resource, object));
+    }
+    let mut writes = futures::stream::iter(writes).buffer_unordered(PARALLEL);
     while let Some(done) = writes.next().await {
         done?;
     }
-    drop(writes);
-    publish_authorities(api).await?;
-    if api.config.shared_store {
-        return Ok(());
-    }
-    servers::publish(api.store.as_ref(), &[api.config.advertise].into()).await
+    Ok(())
 }
 
 /// Makes the default class of volumes if there is none of its name: for whoever runs the provisioner behind it.

@@ -77,6 +77,9 @@ pub(crate) async fn respond(api: Arc<ApiServer>, caller: Caller, request: http::
     if let (Some(audit), Some(entry)) = (api.audit.get(), exchange.audit) {
         response = audit.end(entry, response).await;
     }
+    if let Some(running) = metrics::LongRunning::new(&exchange.route, exchange.kind.as_deref()) {
+        response = proxy::hold(running, response);
+    }
     if let Ok(id) = HeaderValue::from_str(&exchange.audit_id) {
         response.headers_mut().insert(HeaderName::from_static("audit-id"), id);
     }

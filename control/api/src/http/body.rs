@@ -81,6 +81,15 @@ pub(crate) fn stream(chunks: impl Stream<Item = Result<Bytes, BoxError>> + Send 
     StreamBody::new(chunks.map_ok(Frame::data)).boxed_unsync()
 }
 
+/// A body that something else lives as long as.
+pub(crate) fn holding(held: impl Send + 'static, body: ResBody) -> ResBody {
+    body.map_frame(move |frame| {
+        let _ = &held;
+        frame
+    })
+    .boxed_unsync()
+}
+
 /// Pieces of an answer whose length is known before they are made.
 struct Pieces<I> {
     pieces: I,

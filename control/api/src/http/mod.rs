@@ -8,7 +8,7 @@ mod route;
 pub(crate) mod serve;
 
 pub use body::{BoxError, ReqBody, ResBody};
-pub(crate) use body::{empty, full, stream};
+pub(crate) use body::{empty, full, holding, stream};
 pub(crate) use negotiate::{Format, Include, Media, Shape};
 pub(crate) use negotiate::{SERVED, SERVED_CUSTOM};
 pub(crate) use query::{Query, encode};

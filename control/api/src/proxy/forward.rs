@@ -1,5 +1,7 @@
 //! One request over one stream, upgrades included.
 
+use std::sync::{Arc, OnceLock};
+
 use futures::TryStreamExt as _;
 use http::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap,
@@ -10,7 +12,8 @@ use hyper::body::Frame;
 use hyper_util::rt::TokioIo;
 
 use super::links::Links;
-use crate::http::{ReqBody, Response, empty};
+use crate::http::{ReqBody, Response, empty, holding};
+use crate::metrics::LongRunning;
 use crate::node::NodeStream;
 use crate::status::Status;
 
@@ -26,6 +29,10 @@ pub(crate) struct Way {
     /// Path of this server below which the other end's paths appear (`…/proxy`), for `Location` and the links of pages.
     pub(crate) base: Option<String>,
 }
+
+/// Comes with the answer that switches protocols: what is put in here lives as long as the connection behind it.
+#[derive(Clone, Default)]
+pub(crate) struct Open(pub(crate) Arc<OnceLock<LongRunning>>);
 
 /// Headers that concern one connection only.
 const HOP_BY_HOP: [HeaderName; 6] = [
@@ -72,6 +79,8 @@ pub(crate) async fn forward(
             return Err(failed("upgrade", &"the other end switched protocols unasked"));
         };
         let on_backend = hyper::upgrade::on(&mut response);
+        let open = Open::default();
+        let held = open.clone();
         tokio::spawn(async move {
             match tokio::try_join!(on_client, on_backend) {
                 Ok((client, backend)) => {
@@ -82,8 +91,10 @@ pub(crate) async fn forward(
                 }
                 Err(error) => tracing::debug!(%error, "upgrade"),
             }
+            drop(held);
         });
-        let (parts, _) = response.into_parts();
+        let (mut parts, _) = response.into_parts();
+        parts.extensions.insert(open);
         return Ok(http::Response::from_parts(parts, empty()));
     }
     for name in &HOP_BY_HOP {
@@ -102,6 +113,17 @@ pub(crate) async fn forward(
         }));
     }
     Ok(response.map(|body| body.map_err(Into::into).boxed_unsync()))
+}
+
+/// Counts a request as open until its answer, or the connection behind it, has ended.
+pub(crate) fn hold(running: LongRunning, response: Response) -> Response {
+    match response.extensions().get::<Open>().cloned() {
+        Some(open) => {
+            open.0.get_or_init(|| running);
+            response
+        }
+        None => response.map(|body| holding(running, body)),
+    }
 }
 
 fn outbound_headers(inbound: &HeaderMap, way: &Way, upgrade: Option<&HeaderValue>) -> HeaderMap {

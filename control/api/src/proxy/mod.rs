@@ -19,7 +19,7 @@ use crate::server::ApiServer;
 use crate::status::Status;
 use crate::user::UserInfo;
 
-pub(crate) use forward::{Way, forward};
+pub(crate) use forward::{Way, forward, hold};
 pub(crate) use target::endpoint;
 
 /// Whether requests for a subresource last as long as somebody wants, so that they take nobody's seat.

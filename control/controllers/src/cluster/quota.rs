@@ -71,10 +71,13 @@ impl Quotas {
         let mut sums = Usage::new();
         for (group, resource) in hard.keys().map(|name| counted(name)).collect::<BTreeSet<_>>() {
             let Some(kind) = self.api.registry.find_stored(&group, &resource) else { continue };
-            let objects = self.api.list(&kind, namespace).await;
-            let objects = objects.map_err(|e| Error::Invalid(format!("list {resource} of {namespace}: {e}")))?;
-            for object in objects.iter().filter(|o| in_scope(&scopes, &group, &resource, o)) {
-                for (name, amount) in usage(&group, &resource, object) {
+            let failed = |e| Error::Invalid(format!("list {resource} of {namespace}: {e}"));
+            for object in self.api.each(&kind, namespace).await.map_err(failed)? {
+                let object = object.map_err(failed)?;
+                if !in_scope(&scopes, &group, &resource, &object) {
+                    continue;
+                }
+                for (name, amount) in usage(&group, &resource, &object) {
                     let slot = sums.entry(name).or_insert(amount.minus(amount));
                     *slot = slot.plus(amount);
                 }

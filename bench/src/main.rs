@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod api_scale;
 mod hollow;
 mod host;
 mod kube_apiserver;
@@ -39,11 +40,13 @@ enum Verb {
     PodStart,
     /// Requests over TLS: coracle, kube-apiserver with etcd
     Api,
+    /// Memory, start and lists with many pods; one change that many watch
+    ApiScale,
     /// Leases, a Deployment and its update on many nodes without hosts behind them
     Hollow,
     /// The scheduler alone: pods a second by what they ask for, on 500, 5,000 and 50,000 nodes
     Sched,
-    /// Everything but hollow and sched
+    /// Everything but api-scale, hollow and sched
     All,
 }
 
@@ -103,6 +106,12 @@ struct Options {
     /// Clusters in which it does, by their nodes
     #[arg(long, global = true, value_delimiter = ',', default_values_t = [500, 5_000, 50_000])]
     clusters: Vec<usize>,
+    /// Pods that a server holds
+    #[arg(long, global = true, default_value_t = 100_000)]
+    held: usize,
+    /// Watchers of one change
+    #[arg(long, global = true, default_value_t = 10_000)]
+    watchers: usize,
     /// Objects that a LIST returns
     #[arg(long, global = true, default_value_t = 10_000)]
     objects: usize,
@@ -114,7 +123,8 @@ fn main() -> anyhow::Result<()> {
         Measure::PeakRss { command } => return oci::peak_rss(&command),
         Measure::Verb(verb) => verb,
     };
-    let wanted = |one| verb == one || (verb == Verb::All && !matches!(one, Verb::Hollow | Verb::Sched));
+    let wanted =
+        |one| verb == one || (verb == Verb::All && !matches!(one, Verb::ApiScale | Verb::Hollow | Verb::Sched));
     if let (Verb::Hollow, Some(kubeconfig)) = (verb, &options.kubeconfig) {
         let runtime = tokio::runtime::Runtime::new().context("start the async runtime")?;
         return runtime.block_on(hollow::serve(kubeconfig, options.nodes));
@@ -128,13 +138,17 @@ fn main() -> anyhow::Result<()> {
     if wanted(Verb::Sched) {
         figures.extend(sched::measure(&options.clusters, options.scheduled, options.rounds).context("sched")?);
     }
-    if wanted(Verb::PodStart) || wanted(Verb::Api) || wanted(Verb::Hollow) {
+    if wanted(Verb::PodStart) || wanted(Verb::Api) || wanted(Verb::ApiScale) || wanted(Verb::Hollow) {
         let coracle = program(&options.coracle, "coracle")?;
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
         if wanted(Verb::PodStart) {
             let measured = runtime.block_on(pod_start::measure(&coracle, options.pods, options.burst));
             figures.extend(measured.context("pod-start")?);
+        }
+        if wanted(Verb::ApiScale) {
+            let scale = api_scale::Scale { pods: options.held, listed: options.objects, watchers: options.watchers };
+            figures.extend(runtime.block_on(api_scale::measure(&coracle, &scale)).context("api-scale")?);
         }
         if wanted(Verb::Hollow) {
             let measured = runtime.block_on(hollow::measure(&coracle, options.nodes, options.replicas));

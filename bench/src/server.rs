@@ -20,6 +20,7 @@ pub(crate) const NODE: &str = "bench";
 
 pub(crate) struct Server {
     program: PathBuf,
+    flags: Vec<String>,
     folder: tempfile::TempDir,
     cgroup: String,
     child: Child,
@@ -31,38 +32,46 @@ impl Server {
     pub(crate) async fn start(program: &Path, flags: &[&str]) -> anyhow::Result<Self> {
         ensure!(program.is_file(), "{} is not there: build it, or name another with --coracle", program.display());
         let folder = tempfile::tempdir().context("make a folder")?;
-        let notify = folder.path().join("notify");
-        let ready = UnixDatagram::bind(&notify).context("make a socket")?;
-        let log = std::fs::File::create(folder.path().join("log")).context("make a log")?;
         let cgroup = format!("coracle-bench-{}", std::process::id());
+        let flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
         let started = Instant::now();
-        let child = Command::new(program)
-            .args(["--log", "warn", "server"])
-            .args(folders(folder.path(), &cgroup))
-            .args(["--node-name", NODE, "--https-listen-port", "6443", "--write-kubeconfig"])
-            .arg(folder.path().join("kubeconfig"))
-            .args(flags)
-            .env("NOTIFY_SOCKET", &notify)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("start {}", program.display()))?;
-        let mut server = Self { program: program.to_owned(), folder, cgroup, child, started };
-        let mut message = [0; 256];
-        let outcome = tokio::select! {
-            told = timeout(PATIENCE, ready.recv(&mut message)) => match told {
-                Ok(received) => received.map(drop).context("hear from the server"),
-                Err(_) => Err(anyhow::anyhow!("the server was not ready in {} s", PATIENCE.as_secs())),
-            },
-            status = server.child.wait() => Err(anyhow::anyhow!("the server ended: {}", status?)),
-        };
-        if let Err(error) = outcome {
+        let (child, ready) = spawn(program, folder.path(), &cgroup, &flags)?;
+        let mut server = Self { program: program.to_owned(), flags, folder, cgroup, child, started };
+        if let Err(error) = server.ready(&ready).await {
             let log = server.log();
             server.stop().await.with_context(|| format!("{error}, and could not be taken down"))?;
             bail!("{error}\n{log}");
         }
         Ok(server)
+    }
+
+    /// Ends the server and starts it anew on the same folders.
+    pub(crate) async fn restart(&mut self) -> anyhow::Result<()> {
+        self.end().await?;
+        self.started = Instant::now();
+        let (child, ready) = spawn(&self.program, self.folder.path(), &self.cgroup, &self.flags)?;
+        self.child = child;
+        self.ready(&ready).await
+    }
+
+    /// Waits until the server says that it is ready.
+    async fn ready(&mut self, ready: &UnixDatagram) -> anyhow::Result<()> {
+        let mut message = [0; 256];
+        tokio::select! {
+            told = timeout(PATIENCE, ready.recv(&mut message)) => match told {
+                Ok(received) => received.map(drop).context("hear from the server"),
+                Err(_) => Err(anyhow::anyhow!("the server was not ready in {} s", PATIENCE.as_secs())),
+            },
+            status = self.child.wait() => Err(anyhow::anyhow!("the server ended: {}", status?)),
+        }
+    }
+
+    async fn end(&mut self) -> anyhow::Result<()> {
+        if let Some(id) = self.child.id() {
+            kill(Pid::from_raw(i32::try_from(id)?), Signal::SIGTERM).context("tell the server to stop")?;
+        }
+        timeout(PATIENCE, self.child.wait()).await.context("the server does not stop")??;
+        Ok(())
     }
 
     /// A client with a connection of its own, as the administrator.
@@ -116,13 +125,33 @@ impl Server {
 
     /// Ends the server, and its pods with everything around them.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
-        if let Some(id) = self.child.id() {
-            kill(Pid::from_raw(i32::try_from(id)?), Signal::SIGTERM).context("tell the server to stop")?;
-        }
-        timeout(PATIENCE, self.child.wait()).await.context("the server does not stop")??;
+        self.end().await?;
         let arguments = folders(self.folder.path(), &self.cgroup);
         run(Command::new(&self.program).arg("cleanup").args(arguments)).await
     }
+}
+
+/// Starts the program, and opens the socket on which it says that it is ready.
+fn spawn(program: &Path, folder: &Path, cgroup: &str, flags: &[String]) -> anyhow::Result<(Child, UnixDatagram)> {
+    let notify = folder.join("notify");
+    if notify.exists() {
+        std::fs::remove_file(&notify).context("remove the socket of an earlier start")?;
+    }
+    let ready = UnixDatagram::bind(&notify).context("make a socket")?;
+    let log = std::fs::File::create(folder.join("log")).context("make a log")?;
+    let child = Command::new(program)
+        .args(["--log", "warn", "server"])
+        .args(folders(folder, cgroup))
+        .args(["--node-name", NODE, "--https-listen-port", "6443", "--write-kubeconfig"])
+        .arg(folder.join("kubeconfig"))
+        .args(flags)
+        .env("NOTIFY_SOCKET", &notify)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("start {}", program.display()))?;
+    Ok((child, ready))
 }
 
 fn folders(root: &Path, cgroup: &str) -> Vec<String> {

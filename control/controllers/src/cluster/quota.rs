@@ -122,7 +122,13 @@ impl Controller for Quotas {
     }
 
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
-        sources.watch(&self.quotas, own);
+        // Not when admission charges: what it charges for is not written yet, and would be taken back.
+        sources.watch(&self.quotas, |me, delta, queue| {
+            let spec = |quota: &Option<Arc<ResourceQuota>>| quota.as_ref().map(|quota| quota.spec.clone());
+            if spec(&delta.old) != spec(&delta.new) {
+                own(me, delta, queue);
+            }
+        });
         let (me, queue) = (self.clone(), sources.queue.clone());
         sources.spawn(async move {
             loop {

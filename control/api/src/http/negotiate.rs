@@ -129,7 +129,7 @@ fn clause_media(clause: &str, protobuf: bool) -> Option<(Format, Shape, &'static
     let format = match parts.next()? {
         "application/json" | "*/*" | "application/*" => Format::Json,
         "application/yaml" => Format::Yaml,
-        "application/vnd.kubernetes.protobuf" if protobuf => Format::Protobuf,
+        "application/vnd.kubernetes.protobuf" => Format::Protobuf,
         _ => return None,
     };
     let (mut shape, mut group, mut version) = (None, "", "");
@@ -154,7 +154,9 @@ fn clause_media(clause: &str, protobuf: bool) -> Option<(Format, Shape, &'static
         Some("PartialObjectMetadataList") => Shape::PartialList,
         Some(_) => return None,
     };
-    Some((format, shape, meta))
+    // Metadata has a protobuf form whatever the object is.
+    let encodes = protobuf || format != Format::Protobuf || matches!(shape, Shape::Partial | Shape::PartialList);
+    encodes.then_some((format, shape, meta))
 }
 
 #[cfg(test)]
@@ -172,6 +174,8 @@ mod tests {
         let proto = "application/vnd.kubernetes.protobuf,application/json";
         assert_eq!(negotiate(proto, true), Ok((Format::Protobuf, Shape::Plain)));
         assert_eq!(negotiate(proto, false), Ok((Format::Json, Shape::Plain)));
+        let metadata = "application/vnd.kubernetes.protobuf;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
+        assert_eq!(negotiate(metadata, false), Ok((Format::Protobuf, Shape::Partial)));
         assert_eq!(negotiate("application/yaml;q=0.5, application/json", true), Ok((Format::Json, Shape::Plain)));
         assert_eq!(negotiate("text/html", true), Err(406));
         let older = "application/json;as=Table;v=v1beta1;g=meta.k8s.io";

@@ -58,7 +58,7 @@ pub(crate) struct ServerOptions {
     /// Addresses of pods
     #[arg(long, default_value = "10.42.0.0/16", value_name = "CIDR")]
     pub(crate) cluster_cidr: String,
-    /// Addresses of services; one range of IPv4
+    /// Addresses of services: a range, or one of each family with a comma between, the default one first
     #[arg(long, default_value = "10.43.0.0/16", value_name = "CIDR")]
     pub(crate) service_cidr: String,
     /// Ports of services of type NodePort

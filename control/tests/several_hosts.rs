@@ -124,7 +124,7 @@ fn hosts_join_pods_talk_across_and_links_heal() {
     }
 }
 
-/// VXLAN between two hosts, both address families of pods; one host carries its rules out by iptables.
+/// VXLAN between two hosts, both address families of pods and Services; one host carries its rules out by iptables.
 #[test]
 fn an_overlay_carries_both_families() {
     let switch = Host::new("switch");
@@ -136,7 +136,14 @@ fn an_overlay_carries_both_families() {
         host.import(&hello());
         host.options = vec![format!("--node-ip=10.99.0.{number},fd00:99::{number}")];
     }
-    hosts[0].options.extend(["--network-backend=vxlan", "--cluster-cidr=10.42.0.0/16,fd00:42::/56"].map(str::to_owned));
+    hosts[0].options.extend(
+        [
+            "--network-backend=vxlan",
+            "--cluster-cidr=10.42.0.0/16,fd00:42::/56",
+            "--service-cidr=10.43.0.0/16,fd00:43::/112",
+        ]
+        .map(str::to_owned),
+    );
     hosts[1].options.push("--proxy-mode=iptables".into());
     hosts[0].start();
     let token = hosts[0].coracle(&["token", "create", "--ttl", "10m"]);
@@ -146,12 +153,18 @@ fn an_overlay_carries_both_families() {
     assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
     // The third node is not there, nor is its pod.
     assert!(hosts[0].kubectl(&["delete", "pod", "on-n3", "--force", "--grace-period=0"]).status.success());
-    let front = format!("http://{}/", hosts[0].get(&["get", "service", "spread", "-o", "jsonpath={.spec.clusterIP}"]));
-    for host in &hosts {
-        assert_eventually!(PATIENCE_S, answers(host, &front).len() == 2, "{front}\n{}", hosts[1].log());
+    let second = r#"{"spec": {"ipFamilyPolicy": "PreferDualStack"}}"#;
+    assert!(hosts[0].kubectl(&["patch", "service", "spread", "-p", second]).status.success());
+    let fronts = hosts[0].get(&["get", "service", "spread", "-o", "jsonpath={.spec.clusterIPs[*]}"]);
+    let (four, six) = fronts.split_once(' ').expect("two addresses");
+    let fronts = [format!("http://{four}/"), format!("http://[{six}]/")];
+    for (host, front) in hosts.iter().flat_map(|host| fronts.iter().map(move |front| (host, front))) {
+        assert_eventually!(PATIENCE_S, answers(host, front).len() == 2, "{front}\n{}", hosts[1].log());
     }
     for pod in ["on-n1", "on-n2"] {
-        assert_eventually!(PATIENCE_S, get_inside(&hosts[0], pod, &front), "{front} from {pod}");
+        for front in &fronts {
+            assert_eventually!(PATIENCE_S, get_inside(&hosts[0], pod, front), "{front} from {pod}");
+        }
         let ips = || hosts[0].get(&["get", "pod", pod, "-o", "jsonpath={.status.podIPs[*].ip}"]);
         assert_eventually!(PATIENCE_S, ips().split(' ').count() == 2, "{}", ips());
         let (_, six) = ips().split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())).expect("two addresses");
@@ -163,6 +176,8 @@ fn an_overlay_carries_both_families() {
     for number in 1..=2 {
         let port = format!("http://10.99.0.{number}:30080/");
         assert_eventually!(PATIENCE_S, answers(&switch, &port).len() == 2, "at {port}");
+        let port = format!("http://[fd00:99::{number}]:30080/");
+        assert_eventually!(PATIENCE_S, answers(&hosts[2 - number], &port).len() == 2, "at {port}");
     }
     assert!(hosts[0].kubectl(&["delete", "pods", "--all", "--grace-period=1"]).status.success());
     for host in hosts.iter_mut().rev() {

@@ -33,7 +33,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         cluster_cidr: "10.42.0.0/16".into(),
         node_ports: (30000, 32767),
         cluster_domain: "cluster.local".into(),
-        dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
+        dns_ips: vec![Ipv4Addr::new(10, 43, 0, 10).into()],
         advertise: address,
         shared_store: false,
         nodes: Arc::new(NoNodes),

@@ -37,7 +37,7 @@ pub struct Config {
     /// DNS domain, such as `cluster.local`.
     pub cluster_domain: String,
     /// Address of the cluster's DNS service.
-    pub dns_ip: IpAddr,
+    pub dns_ips: Vec<IpAddr>,
     /// Address and port that pods and other hosts reach this server at (endpoints of the service `kubernetes`).
     pub advertise: SocketAddr,
     /// Other servers have the same store: their addresses stand beside this one's ([`ApiServer::servers`]).
@@ -104,6 +104,7 @@ pub struct ApiServer {
     pub(crate) documents: crate::discovery::Documents,
     pub(crate) frames: handlers::Frames,
     pub(crate) flow: crate::flow::Flow,
+    pub(crate) held_ports: Arc<crate::kinds::alloc::HeldPorts>,
     /// Definitions are taken in one after the other.
     pub(crate) crd_turn: tokio::sync::Mutex<()>,
     /// Definitions whose objects are being deleted.
@@ -135,6 +136,7 @@ impl ApiServer {
             documents: crate::discovery::Documents::default(),
             frames: handlers::Frames::default(),
             flow: crate::flow::Flow::default(),
+            held_ports: Arc::default(),
             crd_turn: tokio::sync::Mutex::default(),
             crd_cleanups: parking_lot::Mutex::default(),
             me: me.clone(),

@@ -35,17 +35,21 @@ impl Drop for Server {
 
 impl Server {
     async fn start() -> Self {
+        Self::start_with_services_in("10.43.0.0/24").await
+    }
+
+    async fn start_with_services_in(ranges: &str) -> Self {
         let data = tempfile::tempdir().expect("a folder");
         let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
         let stop = CancellationToken::new();
         let config = Config {
             tls_dir: data.path().join("tls"),
             tls_sans: Vec::new(),
-            service_cidr: "10.43.0.0/24".into(),
+            service_cidr: ranges.into(),
             cluster_cidr: "10.42.0.0/16".into(),
             node_ports: (30000, 30010),
             cluster_domain: "cluster.local".into(),
-            dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
+            dns_ips: vec![Ipv4Addr::new(10, 43, 0, 10).into()],
             advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
             shared_store: false,
             nodes: Arc::new(NoNodes),
@@ -242,6 +246,50 @@ async fn services_get_addresses_and_ports_of_their_own() {
         external["spec"].get("clusterIP").is_none() && external["spec"]["ports"][0].get("nodePort").is_none(),
         "{external}"
     );
+    let had = made[1]["spec"]["clusterIP"].as_str().expect("an address");
+    s.refused("GET", &format!("/apis/networking.k8s.io/v1/ipaddresses/{had}"), Value::Null).await;
+}
+
+#[tokio::test]
+async fn services_have_the_families_that_they_ask_for() {
+    let s = Server::start_with_services_in("10.43.0.0/24,fd00:43::/120").await;
+    let path = "/api/v1/namespaces/n/services";
+    let service = |name: &str, policy: &str, spec: Value| {
+        let mut spec = spec;
+        spec["ports"] = json!([{"port": 80}]);
+        spec["ipFamilyPolicy"] = policy.into();
+        object("v1", "Service", name, json!({"spec": spec}))
+    };
+    let ips = |service: &Value| -> Vec<String> {
+        let ips = service["spec"]["clusterIPs"].as_array().expect("addresses");
+        ips.iter().map(|ip| ip.as_str().expect("an address").to_owned()).collect()
+    };
+    let both = s.ok("POST", path, service("both", "RequireDualStack", json!({}))).await;
+    assert_eq!(both["spec"]["ipFamilies"], json!(["IPv4", "IPv6"]));
+    let given = ips(&both);
+    assert!(given[0].starts_with("10.43.0.") && given[1].starts_with("fd00:43::"), "{given:?}");
+    for ip in &given {
+        let object = s.ok("GET", &format!("/apis/networking.k8s.io/v1/ipaddresses/{ip}"), Value::Null).await;
+        assert_eq!(object["spec"]["parentRef"]["name"], "both");
+    }
+    let six = s.ok("POST", path, service("six", "SingleStack", json!({"ipFamilies": ["IPv6"]}))).await;
+    assert!(six["spec"]["clusterIP"].as_str().is_some_and(|ip| ip.starts_with("fd00:43::")), "{six}");
+    // A second family is added and given back.
+    let one = s.ok("POST", path, service("one", "SingleStack", json!({}))).await;
+    let policy = |policy: &str| json!({"spec": {"ipFamilyPolicy": policy}});
+    let two = s.ok("PATCH", &format!("{path}/one"), policy("PreferDualStack")).await;
+    assert_eq!((ips(&two).len(), &ips(&two)[..1]), (2, &ips(&one)[..]));
+    let back = s.ok("PATCH", &format!("{path}/one"), policy("SingleStack")).await;
+    assert_eq!((ips(&back), &back["spec"]["ipFamilies"]), (ips(&one), &json!(["IPv4"])));
+    s.refused("GET", &format!("/apis/networking.k8s.io/v1/ipaddresses/{}", ips(&two)[1]), Value::Null).await;
+    // What cannot be had is refused, and nothing of it is kept.
+    let asked = json!({"clusterIPs": ["10.43.0.77", given[1]]});
+    let refused = s.refused("POST", path, service("taken", "RequireDualStack", asked)).await;
+    assert!(refused.message.contains("provided IP is already allocated"), "{}", refused.message);
+    s.refused("GET", "/apis/networking.k8s.io/v1/ipaddresses/10.43.0.77", Value::Null).await;
+    let asked = json!({"clusterIPs": ["10.43.0.77", "10.43.0.78"]});
+    let refused = s.refused("POST", path, service("same", "RequireDualStack", asked)).await;
+    assert!(refused.message.contains("no more than one IP for each IP family"), "{}", refused.message);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ mod store;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use coracle_api::authn::Settings;
 use coracle_api::server::{ApiServer, Config};
 use coracle_api::user::UserInfo;
@@ -28,12 +28,6 @@ pub(crate) fn run(options: ServerOptions) -> anyhow::Result<()> {
 
 /// Starts every part, in the order in which they need each other.
 async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()> {
-    if options.service_cidr.contains(':') {
-        bail!(
-            "--service-cidr {}: Services have IPv4 addresses only; leave the range of IPv6 out",
-            options.service_cidr
-        );
-    }
     let folders = &options.node.folders;
     host::prepare_folder(&folders.data_dir, 0o700)?;
     let store = store::open(options).await?;
@@ -59,7 +53,7 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
         cluster_cidr: options.cluster_cidr.clone(),
         node_ports: host::port_range(&options.service_node_port_range)?,
         cluster_domain: options.cluster_domain.clone(),
-        dns_ip: cluster.cluster_dns[0],
+        dns_ips: cluster.cluster_dns.clone(),
         advertise: SocketAddr::new(node_ips[0], bound.port()),
         shared_store: options.datastore_endpoint.is_some(),
         nodes: nodes.clone(),

@@ -100,7 +100,9 @@ fn answer(mut stream: TcpStream) -> Result<()> {
 fn get(url: &str) -> Result<()> {
     let rest = url.strip_prefix("http://").ok_or_else(|| Error::other("only http:// URLs"))?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let address = if host.contains(':') { host.to_owned() } else { format!("{host}:80") };
+    // The colons of an IPv6 address stand in brackets.
+    let has_port = host.rsplit(']').next().is_some_and(|after| after.contains(':'));
+    let address = if has_port { host.to_owned() } else { format!("{host}:80") };
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(CLIENT_TIMEOUT))?;
     write!(stream, "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;

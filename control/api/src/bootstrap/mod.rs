@@ -7,7 +7,6 @@
 mod own;
 mod servers;
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 pub use servers::Servers;
@@ -103,7 +102,7 @@ async fn create_all(api: &Arc<ApiServer>, all: Vec<Named>) -> Result<(), Status>
 /// # Errors
 /// When the store refuses it.
 pub async fn local_storage_class(api: &Arc<ApiServer>) -> Result<(), Status> {
-    create(api.store.as_ref(), "storage.k8s.io", "storageclasses", own::local_class()).await
+    create(api.store.as_ref(), "storage.k8s.io", "storageclasses", own::local_class()).await.map(drop)
 }
 
 /// A cluster role of the table, by name.
@@ -112,18 +111,10 @@ pub fn role(name: &str) -> Option<Value> {
     objects.get("clusterroles")?.as_array()?.iter().find(|r| crate::object::name(r) == name).cloned()
 }
 
-/// The first address of the service range, which is the API server's.
-pub fn service_ip(cidr: &str) -> Option<IpAddr> {
-    let first = cidr.split(',').next()?;
-    match first.split('/').next()?.parse().ok()? {
-        IpAddr::V4(v) => Some(IpAddr::V4((u32::from(v) + 1).into())),
-        IpAddr::V6(v) => Some(IpAddr::V6((u128::from(v) + 1).into())),
-    }
-}
-
 /// The service `kubernetes`, its range and its address.
 fn kubernetes_service(api: &Arc<ApiServer>) -> Vec<(&'static str, &'static str, Value)> {
-    let Some(ip) = service_ip(&api.config.service_cidr) else { return Vec::new() };
+    let Some(ip) = crate::net::first_address(&api.config.service_cidr) else { return Vec::new() };
+    let address = crate::kinds::ipaddress::object(ip, "default", "kubernetes");
     let (ip, family) = (ip.to_string(), if ip.is_ipv4() { "IPv4" } else { "IPv6" });
     let cidrs: Vec<&str> = api.config.service_cidr.split(',').collect();
     let now = crate::time::seconds(Timestamp::now());
@@ -148,14 +139,7 @@ fn kubernetes_service(api: &Arc<ApiServer>) -> Vec<(&'static str, &'static str, 
             "status": {"conditions": [{"type": "Ready", "status": "True", "reason": "",
                 "message": "Kubernetes Service CIDR is ready", "lastTransitionTime": now}]}}),
         ),
-        (
-            "networking.k8s.io",
-            "ipaddresses",
-            json!({"apiVersion": "networking.k8s.io/v1", "kind": "IPAddress",
-            "metadata": {"name": ip, "labels": {"ipaddress.kubernetes.io/ip-family": family,
-                "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io"}},
-            "spec": {"parentRef": {"group": "", "resource": "services", "namespace": "default", "name": "kubernetes"}}}),
-        ),
+        ("networking.k8s.io", "ipaddresses", address),
     ]
 }
 
@@ -176,7 +160,9 @@ async fn publish_authorities(api: &Arc<ApiServer>) -> Result<(), Status> {
     }});
     let (key, mut map) = complete("", "configmaps", map)?;
     let store = api.store.as_ref();
-    let Some(entry) = store.get(&key).await? else { return write(store, &key, &map, Precondition::Absent).await };
+    let Some(entry) = store.get(&key).await? else {
+        return write(store, &key, &map, Precondition::Absent).await.map(drop);
+    };
     let have: Value = serde_json::from_slice(&entry.value).map_err(Status::internal)?;
     for member in ["client-ca-file", "requestheader-client-ca-file"] {
         let known = have["data"][member].as_str().unwrap_or_default();
@@ -187,11 +173,11 @@ async fn publish_authorities(api: &Arc<ApiServer>) -> Result<(), Status> {
         return Ok(());
     }
     map["metadata"] = have["metadata"].clone();
-    write(store, &key, &map, Precondition::Revision(entry.revision)).await
+    write(store, &key, &map, Precondition::Revision(entry.revision)).await.map(drop)
 }
 
-/// Writes an object unless one of that name is there.
-pub async fn create(store: &dyn Store, group: &str, resource: &str, object: Value) -> Result<(), Status> {
+/// Writes an object; `false`: one of that name is there.
+pub async fn create(store: &dyn Store, group: &str, resource: &str, object: Value) -> Result<bool, Status> {
     let (key, object) = complete(group, resource, object)?;
     write(store, &key, &object, Precondition::Absent).await
 }
@@ -229,11 +215,12 @@ fn complete(group: &str, resource: &str, mut object: Value) -> Result<(String, V
     Ok((key, object))
 }
 
-async fn write(store: &dyn Store, key: &str, object: &Value, precondition: Precondition) -> Result<(), Status> {
+/// Writes an object; `false`: somebody else did so in the meantime.
+async fn write(store: &dyn Store, key: &str, object: &Value, precondition: Precondition) -> Result<bool, Status> {
     let draft = Draft::encode(object).map_err(Status::internal)?;
     match store.put(key, draft, precondition).await {
-        // Somebody else made it in the meantime.
-        Ok(_) | Err(coracle_store::Error::Conflict { .. }) => Ok(()),
+        Ok(_) => Ok(true),
+        Err(coracle_store::Error::Conflict { .. }) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }
@@ -257,10 +244,5 @@ mod tests {
             }
         }
         assert!(n > 180, "{n}");
-    }
-
-    #[test]
-    fn first_address() {
-        assert_eq!(service_ip("10.43.0.0/16"), "10.43.0.1".parse().ok());
     }
 }

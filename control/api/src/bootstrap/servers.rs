@@ -87,11 +87,11 @@ impl Servers {
                 "renewTime": micros(Timestamp::now())}});
         let (key, mut lease) = complete("coordination.k8s.io", "leases", lease)?;
         match self.store.get(&key).await? {
-            None => write(self.store.as_ref(), &key, &lease, Precondition::Absent).await,
+            None => write(self.store.as_ref(), &key, &lease, Precondition::Absent).await.map(drop),
             Some(entry) => {
                 let have: Value = serde_json::from_slice(&entry.value).map_err(Status::internal)?;
                 put(&mut lease, "metadata", have["metadata"].clone());
-                write(self.store.as_ref(), &key, &lease, Precondition::Revision(entry.revision)).await
+                write(self.store.as_ref(), &key, &lease, Precondition::Revision(entry.revision)).await.map(drop)
             }
         }
     }

@@ -1,5 +1,6 @@
 //! Services: defaults, addresses, validation (`pkg/apis/core/validation`, `pkg/registry/core/service`).
 
+use coracle_schema::FieldError;
 use serde_json::{Value, json};
 
 use crate::kinds::at::{At, Errs};
@@ -99,7 +100,7 @@ fn default(o: &mut Value) {
 }
 
 /// A change that leaves addresses, ports and families out means to keep them.
-fn keep_addresses(new: &mut Value, old: &Value) {
+pub(super) fn keep_addresses(new: &mut Value, old: &Value) {
     let none = Value::Null;
     let before = old.get("spec").unwrap_or(&none);
     let spec = child(new, "spec");
@@ -366,6 +367,13 @@ fn traffic_policies(spec: &At<'_>, e: &mut Errs) {
     }
 }
 
+/// What is wrong with the addresses and families that a service asks for.
+pub(super) fn address_errors(o: &Value) -> Vec<FieldError> {
+    let mut errors = Errs::default();
+    addresses(&At::root(o).at("spec"), &mut errors);
+    errors.0
+}
+
 fn addresses(spec: &At<'_>, e: &mut Errs) {
     if spec.at("type").str() == "ExternalName" {
         return;
@@ -383,11 +391,27 @@ fn addresses(spec: &At<'_>, e: &mut Errs) {
             e.check(&ip, names::ip_address);
         }
     }
-    for f in spec.at("ipFamilies").items() {
-        e.one_of(&f, &["IPv4", "IPv6"]);
+    let families = spec.at("ipFamilies");
+    for (i, family) in families.items().enumerate() {
+        e.one_of(&family, &["IPv4", "IPv6"]);
+        if families.array()[..i].contains(family.v) {
+            e.duplicate(&family);
+        }
     }
-    if spec.at("ipFamilies").len() > 2 {
-        e.invalid(&spec.at("ipFamilies"), "may only hold up to 2 values");
+    if families.len() > 2 {
+        e.invalid(&families, "may only hold up to 2 values");
+    }
+    let is_v6 = |ip: &At<'_>| ip.str().contains(':');
+    if ips.len() > 2 {
+        e.invalid(&ips, "may only hold up to 2 values");
+    } else if ips.len() == 2 && is_v6(&ips.item(0)) == is_v6(&ips.item(1)) {
+        e.invalid(&ips, "may specify no more than one IP for each IP family");
+    }
+    for (i, (ip, family)) in ips.items().zip(families.items()).enumerate() {
+        let (known, fits) = (["IPv4", "IPv6"].contains(&family.str()), is_v6(&ip) == (family.str() == "IPv6"));
+        if ip.str() != "None" && known && !fits {
+            e.invalid(&ip, format!("expected an {} value as indicated by `ipFamilies[{i}]`", family.str()));
+        }
     }
     if spec.at("ipFamilyPolicy").is_set() {
         e.one_of(&spec.at("ipFamilyPolicy"), &["PreferDualStack", "RequireDualStack", "SingleStack"]);
@@ -398,18 +422,17 @@ fn change(new: &At<'_>, old: &At<'_>, e: &mut Errs) {
     let (n, o) = (new.at("spec"), old.at("spec"));
     let kept = n.at("type").str() != "ExternalName" && o.at("type").str() != "ExternalName";
     let (was, is) = (o.at("clusterIPs"), n.at("clusterIPs"));
-    if kept && !was.is_empty() {
-        if is.is_empty() {
-            e.invalid_value(&is.item(0), is.v.clone(), "primary clusterIP can not be unset");
-        } else if was.array().first() != is.array().first() {
-            e.invalid_value(&is.item(0), is.v.clone(), "may not change once set");
+    if kept && !was.is_empty() && is.is_empty() {
+        e.invalid_value(&is.item(0), is.v.clone(), "primary clusterIP can not be unset");
+    } else if kept {
+        // The second may come and go, but not change.
+        for (_, ip) in was.items().zip(is.items()).filter(|(was, ip)| was.v != ip.v) {
+            e.invalid_value(&ip, is.v.clone(), "may not change once set");
         }
-    }
-    if kept
-        && !o.at("ipFamilies").is_empty()
-        && n.at("ipFamilies").array().first() != o.at("ipFamilies").array().first()
-    {
-        e.invalid(&n.at("ipFamilies").item(0), "may not change once set");
+        let (was, is) = (o.at("ipFamilies"), n.at("ipFamilies"));
+        for (_, family) in was.items().zip(is.items()).filter(|(was, family)| was.v != family.v) {
+            e.invalid(&family, "may not change once set");
+        }
     }
     if o.at("type").str() == "LoadBalancer"
         && n.at("type").str() == "LoadBalancer"

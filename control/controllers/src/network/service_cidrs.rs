@@ -135,9 +135,15 @@ impl ServiceCidrs {
         }
         let namespace = parent.namespace.clone().unwrap_or_default();
         let name = address.name_any();
+        let ip: Option<IpAddr> = name.parse().ok();
         let uses = |service: &Service| {
             let spec = service.spec.clone().unwrap_or_default();
-            spec.cluster_ip.as_ref() == Some(&name) || spec.cluster_ips.iter().flatten().any(|ip| *ip == name)
+            // A Service keeps the address as it was written; the object's name is its one usual form.
+            spec.cluster_ips
+                .iter()
+                .flatten()
+                .chain(&spec.cluster_ip)
+                .any(|text| ip.is_some() && text.parse().ok() == ip)
         };
         if self.services.get(&namespace, &parent.name).is_some_and(|service| uses(&service)) {
             return Ok(Outcome::Done);

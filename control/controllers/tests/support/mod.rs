@@ -82,7 +82,7 @@ impl Cluster {
             cluster_cidr: "10.42.0.0/16".into(),
             node_ports: (30000, 30010),
             cluster_domain: "cluster.local".into(),
-            dns_ip: Ipv4Addr::new(10, 43, 0, 10).into(),
+            dns_ips: vec![Ipv4Addr::new(10, 43, 0, 10).into()],
             advertise: (Ipv4Addr::new(192, 0, 2, 1), 6443).into(),
             shared_store: false,
             nodes,

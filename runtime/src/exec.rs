@@ -5,7 +5,7 @@ use crate::child::{self, Failure, Message, Program, Surroundings};
 use crate::error::{Result, Step, StepResult};
 use crate::hooks::StateTemplate;
 use crate::plan::{Options, Plan};
-use crate::spawn::{Init, Stdio, Story, Streams, procfs, set_oom_score};
+use crate::spawn::{Init, Stdio, Story, Streams, procfs};
 use crate::usher::{OwnPids, usher};
 use coracle_sys::process::{self, CloneRequest};
 use coracle_sys::{channel, identity, namespace, path};
@@ -54,6 +54,10 @@ pub fn spawn(
         process::close(parent_end);
         let mut work = || -> std::result::Result<(), Failure> {
             let at = |step| move |errno| Failure::new(step, c"", errno);
+            if let Some(score) = &plan.oom_score_adj {
+                child::write_procfs(procfs.as_fd(), c"self/oom_score_adj", score)
+                    .map_err(|errno| Failure::new(Step::OomScore, score, errno))?;
+            }
             // The container's own processes can see this one from now on; they shall not look into it.
             identity::set_dumpable(false).map_err(at(Step::JoinNamespace))?;
             identity::set_parent_death_signal(libc::SIGKILL).map_err(at(Step::JoinNamespace))?;
@@ -114,9 +118,5 @@ pub fn spawn(
         starts_itself: true,
         ..Story::default()
     };
-    let init = Init::new(child, sync, story);
-    if let Some(score) = &plan.oom_score_adj {
-        set_oom_score(procfs.as_fd(), init.pid(), score)?;
-    }
-    Ok(init)
+    Ok(Init::new(child, sync, story))
 }

@@ -105,7 +105,10 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
         joins: entry.later,
         listener,
         program: Program { arguments: plan.process.arguments.clone(), environment: plan.process.environment.clone() },
-        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks) || !plan.net_devices.is_empty() || resctrl.is_some(),
+        runtime_hooks: hooks::has_runtime_hooks(&plan.hooks)
+            || !plan.net_devices.is_empty()
+            || resctrl.is_some()
+            || (plan.namespaces.has_user() && plan.process.oom_score_adj.is_some()),
         own_mount,
         container_hooks: plan.hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty()),
         procfs,
@@ -137,7 +140,7 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
             starts_itself: false,
         },
     };
-    if let Some(score) = &plan.process.oom_score_adj {
+    if let Some(score) = plan.process.oom_score_adj.as_ref().filter(|_| plan.namespaces.has_user()) {
         set_oom_score(prepared.procfs.as_fd(), init.pid(), score)?;
     }
     Ok(init)
@@ -181,7 +184,7 @@ pub(crate) fn procfs() -> Result<OwnedFd> {
     Ok(procfs)
 }
 
-pub(crate) fn set_oom_score(procfs: BorrowedFd<'_>, pid: i32, score: &CStr) -> Result<()> {
+fn set_oom_score(procfs: BorrowedFd<'_>, pid: i32, score: &CStr) -> Result<()> {
     let name = std::ffi::CString::new(format!("{pid}/oom_score_adj")).expect("digits only");
     path::openat2(procfs, &name, libc::O_WRONLY, 0, path::RESOLVE_BENEATH | path::RESOLVE_NO_XDEV)
         .and_then(|file| path::write(file.as_fd(), score.to_bytes()))

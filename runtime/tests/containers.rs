@@ -97,7 +97,8 @@ fn a_limit_without_its_controller_names_it() {
 
 #[test]
 fn a_user_namespace_maps_ids() {
-    let mut bundle = Bundle::new("id -u; cat /proc/self/uid_map; echo x > /dev/null");
+    let mut bundle = Bundle::new("id -u; cat /proc/self/uid_map; cat /proc/self/oom_score_adj; echo x > /dev/null");
+    bundle.spec["process"]["oomScoreAdj"] = 500.into();
     bundle.spec["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({"type": "user"}));
     for map in ["uidMappings", "gidMappings"] {
         bundle.spec["linux"][map] = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
@@ -105,7 +106,7 @@ fn a_user_namespace_maps_ids() {
     bundle.give_root_to(100_000);
     let (status, out, err) = bundle.run();
     assert_eq!(status, 0, "{err}");
-    assert_eq!(out.split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "65536"]);
+    assert_eq!(out.split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "65536", "500"]);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use coracle_sys::{channel, identity, namespace};
 pub(crate) use devices::open_terminal;
 use message::{At, listen};
 pub(crate) use message::{Failure, MESSAGE_BYTES, Message, Note, Word};
-pub(crate) use process::{Program, Surroundings, finish};
+pub(crate) use process::{Program, Surroundings, finish, write_procfs};
 pub(crate) use root::{apply, root_tree};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -67,6 +67,10 @@ fn report(to: BorrowedFd<'_>, failure: &Failure) {
 
 fn set_up(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
     identity::set_parent_death_signal(libc::SIGKILL).at(Step::Synchronize)?;
+    // By the process itself, lest its program runs before; within a user namespace it has not the right to lower it.
+    if let Some(score) = plan.process.oom_score_adj.as_ref().filter(|_| !plan.namespaces.has_user()) {
+        process::write_procfs(prepared.procfs.as_fd(), c"self/oom_score_adj", score).on(Step::OomScore, score)?;
+    }
     let sync = prepared.sync.as_fd();
     if matches!(plan.namespaces.user, crate::plan::UserNamespace::New { .. }) {
         tell(sync, Note::NeedsIdMaps)?;

@@ -29,7 +29,7 @@ pub(crate) struct Surroundings<'fd> {
 }
 
 /// Writes a file of procfs that is reached without crossing another mount.
-pub(super) fn write_procfs(procfs: BorrowedFd<'_>, name: &CStr, value: &CStr) -> coracle_sys::Result<()> {
+pub(crate) fn write_procfs(procfs: BorrowedFd<'_>, name: &CStr, value: &CStr) -> coracle_sys::Result<()> {
     let file =
         path::openat2(procfs, name, libc::O_WRONLY, 0, RESOLVE_IN_ROOT | RESOLVE_NO_XDEV | RESOLVE_NO_MAGICLINKS)?;
     let bytes = value.to_bytes();

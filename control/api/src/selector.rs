@@ -321,9 +321,10 @@ impl FieldSelector {
 
     /// Whether it may match the object of this JSON, as far as a look at the bytes tells: the values that it asks for are in there.
     pub(crate) fn may_match(&self, json: &[u8]) -> bool {
-        // What absent fields stand for is not, and some characters are written otherwise.
+        // What absent fields stand for is not, and some characters may be written otherwise.
         let told = |value: &str| {
-            !matches!(value, "" | "false" | "0") && !value.contains(|c: char| matches!(c, '"' | '\\') || c.is_control())
+            let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '"' | '\\' | '<' | '>' | '&');
+            !matches!(value, "" | "false" | "0") && value.chars().all(plain)
         };
         let asked = self.0.iter().filter(|term| term.equal && told(&term.value));
         asked.into_iter().all(|term| memchr::memmem::find(json, term.value.as_bytes()).is_some())
@@ -459,6 +460,7 @@ mod tests {
         };
         assert!(may("a=node-1,b!=x", "{\"a\":\"node-1\"}"));
         assert!(!may("a=node-2", "{\"a\":\"node-1\"}"));
+        assert!(may("a=x<y", "{\"a\":\"x\\u003cy\"}"));
         assert!(may("a=false", "{}") && may("a=\"", "{\"a\":\"\\\"\"}") && may("a=", "{}"));
     }
 }

@@ -96,7 +96,7 @@ impl DeviceTaints {
 
     /// When the holders of a device must go because of its taints.
     fn end_of(&self, result: &DeviceRequestAllocationResult) -> Option<Timestamp> {
-        let slices = self.of_pool.get(&pool(&result.driver, &result.pool));
+        let slices: Vec<_> = self.of_pool.get(&pool(&result.driver, &result.pool)).collect();
         // What a driver has not removed yet says nothing about the pool as it is.
         let newest = slices.iter().map(|slice| slice.spec.pool.generation).max();
         let current = slices.iter().filter(|slice| Some(slice.spec.pool.generation) == newest);

@@ -152,7 +152,7 @@ impl Controller for LegacyTokens {
                 continue;
             }
             let (namespace, name) = (secret.namespace().unwrap_or_default(), secret.name_any());
-            let used: HashSet<String> = self.pods.list_ns(&namespace).iter().flat_map(|pod| mounted(pod)).collect();
+            let used: HashSet<String> = self.pods.list_ns(&namespace).flat_map(|pod| mounted(&pod)).collect();
             if used.contains(&name) {
                 continue;
             }

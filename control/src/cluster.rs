@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use coracle_netns::Overlay;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,18 @@ impl From<ProxyMode> for coracle_netns::ProxyMode {
 }
 
 impl Cluster {
+    /// Refuses ranges that are none, or of which two are of one family.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        for (name, text) in [("--cluster-cidr", &self.cluster_cidr), ("--service-cidr", &self.service_cidr)] {
+            match range(name, text)?.as_slice() {
+                [_] => {}
+                [first, second] if first.network().is_ipv4() != second.network().is_ipv4() => {}
+                _ => bail!("{name} {text}: give one range, or one of IPv4 and one of IPv6 with a comma between"),
+            }
+        }
+        Ok(())
+    }
+
     /// A node's part of the network.
     pub(crate) fn network(
         &self,

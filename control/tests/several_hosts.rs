@@ -178,6 +178,9 @@ fn an_overlay_carries_both_families() {
         assert_eventually!(PATIENCE_S, answers(&switch, &port).len() == 2, "at {port}");
         let port = format!("http://[fd00:99::{number}]:30080/");
         assert_eventually!(PATIENCE_S, answers(&hosts[2 - number], &port).len() == 2, "at {port}");
+        let node = format!("n{number}");
+        let addresses = hosts[0].get(&["get", "node", &node, "-o", "jsonpath={.status.addresses[*].address}"]);
+        assert_eq!(addresses, format!("10.99.0.{number} fd00:99::{number} {node}"));
     }
     assert!(hosts[0].kubectl(&["delete", "pods", "--all", "--grace-period=1"]).status.success());
     for host in hosts.iter_mut().rev() {

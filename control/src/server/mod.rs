@@ -46,6 +46,7 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
         cluster_domain: options.cluster_domain.clone(),
         network_backend: options.network_backend,
     };
+    cluster.check()?;
     let config = Config {
         tls_dir: folders.data_dir.join("tls"),
         tls_sans,

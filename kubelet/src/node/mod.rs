@@ -180,6 +180,10 @@ impl NodeAgent {
         let held = node.status.unwrap_or_default();
         let extended = status::extended(&held, wanted);
         let mut patch = json!({"status": status::merged(held, wanted.clone())});
+        // Merged by type, two addresses of one type would become one.
+        if let Some(addresses) = patch["status"]["addresses"].as_array_mut() {
+            addresses.push(json!({"$patch": "replace"}));
+        }
         for (name, amount) in extended {
             patch["status"]["allocatable"][name] = json!(amount);
         }

@@ -95,21 +95,18 @@ impl Hosts {
         socket: &mut Socket,
     ) -> Result<(), Error> {
         for (name, node) in nodes.into_iter().filter(|(name, _)| **name != *config.node_name) {
-            let old = match node.clone() {
-                Some(node) => self.others.insert(name.clone(), node),
-                None => self.others.remove(&name),
-            };
-            if old == node {
+            let old = self.others.get(&name);
+            if old == node.as_ref() {
                 continue;
             }
             let now = node.as_ref().map(|node| self.wanted(config, &name, node)).unwrap_or_default();
             if let Some(old) = old {
-                self.forget(&name, &old, &now, socket)?;
+                self.forget(config, &name, old, &now, socket)?;
             }
             let mut batch = Batch::default();
-            if let (Some(vxlan), Some(host)) = (self.vxlan, node.as_ref().and_then(|node| node.ips.first())) {
+            if let (Some(vxlan), Some(host)) = (self.vxlan, node.as_ref().and_then(|node| peer(config, node))) {
                 let hardware = vxlan_mac(&name);
-                route::set_forwarding(&mut batch, vxlan, hardware, *host, true);
+                route::set_forwarding(&mut batch, vxlan, hardware, host, true);
                 now.iter()
                     .filter_map(|route| route.gateway)
                     .for_each(|gateway| route::add_neighbour(&mut batch, vxlan, gateway, hardware));
@@ -121,6 +118,11 @@ impl Hosts {
                     tracing::warn!(node = %name, %error, "no way to the node; plain routes need all nodes on one network, else use VXLAN");
                 }
                 result => result?,
+            }
+            // Only now: a change that failed comes again.
+            match node {
+                Some(node) => drop(self.others.insert(name, node)),
+                None => drop(self.others.remove(&name)),
             }
         }
         Ok(())
@@ -169,16 +171,18 @@ impl Hosts {
         routes
     }
 
-    fn forget(&self, name: &str, old: &Node, now: &[Route], socket: &mut Socket) -> Result<(), Error> {
+    fn forget(&self, config: &Config, name: &str, old: &Node, now: &[Route], socket: &mut Socket) -> Result<(), Error> {
         let gone = old.pod_cidrs.iter().filter(|range| !now.iter().any(|route| route.destination == **range));
-        for range in gone.filter(|range| !self.others.values().any(|other| other.pod_cidrs.contains(range))) {
+        let others =
+            |range: &IpNet| self.others.iter().any(|(other, node)| **other != *name && node.pod_cidrs.contains(range));
+        for range in gone.filter(|range| !others(range)) {
             let mut batch = Batch::default();
             route::delete_route(&mut batch, *range);
             absent_is_fine(socket.execute(&batch))?;
         }
-        if let (Some(vxlan), Some(host)) = (self.vxlan, old.ips.first()) {
+        if let (Some(vxlan), Some(host)) = (self.vxlan, peer(config, old)) {
             let mut batch = Batch::default();
-            route::set_forwarding(&mut batch, vxlan, vxlan_mac(name), *host, false);
+            route::set_forwarding(&mut batch, vxlan, vxlan_mac(name), host, false);
             absent_is_fine(socket.execute(&batch))?;
         }
         Ok(())
@@ -243,6 +247,12 @@ fn gateway_of(range: IpNet) -> IpAddr {
         IpAddr::V4(network) => IpAddr::V4(u32::from(network).saturating_add(1).into()),
         IpAddr::V6(network) => IpAddr::V6(u128::from(network).saturating_add(1).into()),
     }
+}
+
+/// Where packets for a node's pods are sent in VXLAN: the link speaks the family of our first address, and no other.
+fn peer(config: &Config, node: &Node) -> Option<IpAddr> {
+    let ours = config.node_ips.first()?;
+    node.ips.iter().copied().find(|address| address.is_ipv4() == ours.is_ipv4())
 }
 
 fn vxlan_name(config: &Config) -> String {

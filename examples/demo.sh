@@ -85,7 +85,7 @@ address=$("$kubectl" get service hello -o jsonpath='{.spec.clusterIP}')
 answers() { # answers COUNT COMMAND…: how many different pods answer
     local count=$1
     shift
-    for _ in $(seq "$count"); do "$@"; done | sort | uniq -c | tee /dev/stderr | wc -l
+    for _ in $(seq "$count"); do "$@"; done | sort | uniq -c | tee >(cat >&2) | wc -l
 }
 fetch() { python3 -c 'import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode(), end="")' "$1"; }
 [ "$(answers 30 fetch "http://$address/")" = 3 ]

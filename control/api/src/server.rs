@@ -36,7 +36,7 @@ pub struct Config {
     pub node_ports: (u16, u16),
     /// DNS domain, such as `cluster.local`.
     pub cluster_domain: String,
-    /// Address of the cluster's DNS service.
+    /// Addresses of the cluster's DNS service: no other Service is given them by itself.
     pub dns_ips: Vec<IpAddr>,
     /// Address and port that pods and other hosts reach this server at (endpoints of the service `kubernetes`).
     pub advertise: SocketAddr,

@@ -45,8 +45,10 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        if self.is_latest() {
-            self.turns.lock().by_uid.remove(&self.uid);
+        // Under one lock: a turn that is taken in between would be forgotten, and never write.
+        let mut latest = self.turns.lock();
+        if latest.by_uid.get(&self.uid) == Some(&self.number) {
+            latest.by_uid.remove(&self.uid);
         }
     }
 }

@@ -23,8 +23,14 @@ const NODES: usize = 100;
 const LISTS: usize = 9;
 /// Watches that are opened at once.
 const OPENED_AT_ONCE: usize = 200;
+/// Time for watchers to begin to wait.
+const QUIET: Duration = Duration::from_millis(500);
 /// Time for one change to reach everybody.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Flags of a server that is an API and nothing else.
+const ALONE: [&str; 3] = ["--disable-agent", "--disable-controller-manager", "--disable-scheduler"];
+/// Time after which a server without work is measured.
+const SETTLED: Duration = Duration::from_secs(20);
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const WATCHED: &str = "/api/v1/namespaces/default/configmaps";
 
@@ -36,10 +42,9 @@ pub(crate) struct Scale {
 }
 
 pub(crate) async fn measure(coracle: &Path, scale: &Scale) -> anyhow::Result<Vec<Figure>> {
-    let alone = ["--disable-agent", "--disable-controller-manager", "--disable-scheduler"];
-    let mut figures = held(coracle, &alone, scale, "API alone").await?;
+    let mut figures = held(coracle, &ALONE, scale, "API alone").await?;
     figures.extend(held(coracle, &["--disable-agent"], scale, "with controllers and scheduler").await?);
-    let server = Server::start(coracle, &alone).await?;
+    let server = Server::start(coracle, &ALONE).await?;
     let measured = watched(&server, scale).await;
     server.stop().await.context("take the server down")?;
     figures.extend(measured?);
@@ -54,14 +59,12 @@ async fn held(coracle: &Path, flags: &[&str], scale: &Scale, what: &str) -> anyh
     let mut server = Server::start(coracle, flags).await?;
     let measured = async {
         let clients = try_join_all((0..CREATORS).map(|_| server.client())).await?;
-        let account = json!({"metadata": {"name": "default"}});
-        // With controllers it is there already.
-        let _ = call(&clients[0], "POST", "/api/v1/namespaces/default/serviceaccounts", &account).await;
+        account(&clients[0], flags == ALONE).await?;
         for node in 0..NODES {
             call(&clients[0], "POST", "/api/v1/nodes", &json!({"metadata": {"name": format!("node-{node}")}})).await?;
         }
         let empty = server.rss_mib()?;
-        let (share, started) = (scale.pods.div_ceil(CREATORS), Instant::now());
+        let (share, started, cpu) = (scale.pods.div_ceil(CREATORS), Instant::now(), server.cpu_s()?);
         try_join_all(clients.iter().enumerate().map(|(creator, client)| async move {
             for number in creator * share..scale.pods.min((creator + 1) * share) {
                 call(client, "POST", PODS, &pod(number)).await?;
@@ -70,6 +73,7 @@ async fn held(coracle: &Path, flags: &[&str], scale: &Scale, what: &str) -> anyh
         }))
         .await?;
         let rate = scale.pods as f64 / started.elapsed().as_secs_f64();
+        let cost = (server.cpu_s()? - cpu) * 1e6 / scale.pods as f64;
         let full = server.rss_mib()?;
         let mut figures = Vec::new();
         let (mut first, mut whole, mut bytes) = (Vec::new(), Vec::new(), 0);
@@ -90,14 +94,17 @@ async fn held(coracle: &Path, flags: &[&str], scale: &Scale, what: &str) -> anyh
         drop(clients);
         server.restart().await?;
         let (ready, again) = (server.started.elapsed().as_secs_f64(), server.rss_mib()?);
-        tokio::time::sleep(Duration::from_secs(20)).await;
+        let start_cpu = server.cpu_s()?;
+        tokio::time::sleep(SETTLED).await;
         let settled = server.rss_mib()?;
         let of = |name: &str| format!("{} pods, {what}: {name}", scale.pods);
         figures.extend([
             ours(of("created"), "per s", vec![rate]),
+            ours(of("the server's CPU time a creation"), "µs", vec![cost]),
             ours(of("memory"), "MiB", vec![full]),
             ours(of("memory a pod"), "KiB", vec![(full - empty) * 1024.0 / scale.pods as f64]),
             ours(of("ready after a restart"), "s", vec![ready]),
+            ours(of("CPU time until ready again"), "s", vec![start_cpu]),
             ours(of("memory when ready again"), "MiB", vec![again]),
             ours(of("memory 20 s later"), "MiB", vec![settled]),
             ours(format!("{listed}: first byte"), "ms", first),
@@ -113,6 +120,7 @@ async fn held(coracle: &Path, flags: &[&str], scale: &Scale, what: &str) -> anyh
 /// One change, and everybody who watches.
 async fn watched(server: &Server, scale: &Scale) -> anyhow::Result<Vec<Figure>> {
     let writer = server.client().await?;
+    tokio::time::sleep(SETTLED).await;
     let empty = server.rss_mib()?;
     let path = format!("{WATCHED}?watch=true&resourceVersion=0");
     let opened: Vec<anyhow::Result<Body>> = futures::stream::iter(0..scale.watchers)
@@ -126,9 +134,8 @@ async fn watched(server: &Server, scale: &Scale) -> anyhow::Result<Vec<Figure>> 
         .await;
     let mut watches = opened.into_iter().collect::<anyhow::Result<Vec<Body>>>()?;
     let with = server.rss_mib()?;
-    let mut times = Vec::new();
+    let (mut times, mut costs) = (Vec::new(), Vec::new());
     for round in 0..=LISTS {
-        let started = Instant::now();
         let reading = watches.into_iter().map(|mut body| {
             tokio::spawn(async move {
                 let frame = body.frame().await;
@@ -136,6 +143,9 @@ async fn watched(server: &Server, scale: &Scale) -> anyhow::Result<Vec<Figure>> 
             })
         });
         let reading: Vec<_> = reading.collect();
+        // Until everybody waits: what they do before is none of the change's cost.
+        tokio::time::sleep(QUIET).await;
+        let (started, cpu) = (Instant::now(), server.cpu_s()?);
         call(&writer, "POST", WATCHED, &json!({"metadata": {"name": format!("change-{round}")}})).await?;
         let mut last = started;
         watches = Vec::new();
@@ -146,13 +156,30 @@ async fn watched(server: &Server, scale: &Scale) -> anyhow::Result<Vec<Figure>> 
         // The first finds everything cold.
         if round > 0 {
             times.push((last - started).as_secs_f64() * 1e3);
+            costs.push((server.cpu_s()? - cpu) * 1e3);
         }
     }
     let a_watch = (with - empty) * 1024.0 / scale.watchers as f64;
     Ok(vec![
         ours(format!("one change to {} watchers, each on its own connection", scale.watchers), "ms", times),
+        ours(format!("one change to {} watchers: the server's CPU time", scale.watchers), "ms", costs),
+        ours("memory of an API alone without work".into(), "MiB", vec![empty]),
         ours(format!("{} watchers: memory a watcher", scale.watchers), "KiB", vec![a_watch]),
     ])
+}
+
+/// Without the account of their namespace there are no pods; with controllers it comes by itself.
+async fn account(client: &Client, make: bool) -> anyhow::Result<()> {
+    const ACCOUNTS: &str = "/api/v1/namespaces/default/serviceaccounts";
+    if make {
+        return call(client, "POST", ACCOUNTS, &json!({"metadata": {"name": "default"}})).await;
+    }
+    let made = async {
+        while call(client, "GET", &format!("{ACCOUNTS}/default"), &Value::Null).await.is_err() {
+            tokio::time::sleep(QUIET).await;
+        }
+    };
+    timeout(PATIENCE, made).await.context("no controller makes the account of the namespace")
 }
 
 fn pod(number: usize) -> Value {

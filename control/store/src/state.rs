@@ -23,6 +23,7 @@ pub(crate) fn list(objects: &Objects, past: &Past, scope: &str, options: &ListOp
         Some(after) if after >= scope => Bound::Excluded(after),
         _ => Bound::Included(scope),
     };
+    let end = last_of(scope);
     let limit = if options.limit == 0 { usize::MAX } else { options.limit };
 
     // What stood at a key that has changed since: the version before the first of these changes.
@@ -46,20 +47,58 @@ pub(crate) fn list(objects: &Objects, past: &Past, scope: &str, options: &ListOp
     removed.sort_unstable_by(|a, b| a.key.cmp(&b.key));
 
     let mut removed = removed.into_iter().peekable();
-    let mut present = objects
-        .range::<str, _>((start, Bound::Unbounded))
-        .take_while(|(key, _)| in_scope(scope, key))
+    let mut present = between(objects, start, &end)
         .filter_map(|(key, entry)| match then.get(&**key) {
             Some(then) => *then,
             None => Some(entry),
         })
         .peekable();
-    let mut merged = std::iter::from_fn(|| match (present.peek(), removed.peek()) {
+    let merged = std::iter::from_fn(|| match (present.peek(), removed.peek()) {
         (Some(a), Some(b)) if a.key > b.key => removed.next(),
         (None, Some(_)) => removed.next(),
         _ => present.next(),
     });
-    let entries: Vec<Entry> = merged.by_ref().take(limit).cloned().collect();
-    let remaining = merged.count() as u64;
+    let entries: Vec<Entry> = merged.take(limit).cloned().collect();
+    let remaining = match entries.last() {
+        Some(last) if entries.len() == limit => {
+            // Counted without a look at the keys: there may be very many.
+            let now = between(objects, Bound::Excluded(&last.key), &end).count();
+            let made_since =
+                then.iter().filter(|(key, then)| then.is_none() && **key > &*last.key && objects.contains_key(**key));
+            (now - made_since.count() + removed.count()) as u64
+        }
+        _ => 0,
+    };
     Ok(Listing { entries, revision, more: remaining > 0, remaining })
+}
+
+/// Where the keys of `scope` end: before the name that follows the folder's, or with the one key.
+fn last_of(scope: &str) -> Bound<String> {
+    const AFTER_SLASH: char = '0';
+    match scope.strip_suffix('/') {
+        Some(folder) => Bound::Excluded(format!("{folder}{AFTER_SLASH}")),
+        None => Bound::Included(scope.to_owned()),
+    }
+}
+
+/// The objects in a range of keys, which may be empty.
+fn between<'a>(
+    objects: &'a Objects,
+    start: Bound<&str>,
+    end: &Bound<String>,
+) -> std::collections::btree_map::Range<'a, Arc<str>, Entry> {
+    let end = match end {
+        Bound::Excluded(end) => Bound::Excluded(end.as_str()),
+        Bound::Included(end) => Bound::Included(end.as_str()),
+        Bound::Unbounded => Bound::Unbounded,
+    };
+    let empty = match (start, end) {
+        (Bound::Excluded(start), Bound::Excluded(end) | Bound::Included(end)) => start >= end,
+        _ => false,
+    };
+    if empty {
+        // Of a range that ends before it begins there is no iterator.
+        return objects.range::<str, _>((Bound::Included(""), Bound::Excluded("")));
+    }
+    objects.range::<str, _>((start, end))
 }

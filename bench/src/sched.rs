@@ -1,7 +1,7 @@
 //! The scheduler alone: pods that come all at once to a cluster that exists only in its tables. The workloads are those of
 //! Kubernetes' own scheduler benchmark (`test/integration/scheduler_perf`), by name.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -109,9 +109,13 @@ fn update(engine: &mut Engine, old: Option<Arc<Pod>>, new: Option<Arc<Pod>>, now
     engine.update(&Update::Pod(Delta { old, new }), now);
 }
 
+/// Pods by name.
+type Pods = HashMap<String, Arc<Pod>>;
+
 /// A cluster with its nodes, and for preemption the pods on them.
-fn cluster(workload: &Workload, nodes: usize) -> anyhow::Result<Engine> {
+fn cluster(workload: &Workload, nodes: usize) -> anyhow::Result<(Engine, Pods)> {
     let mut engine = Engine::new(Config::default(), 1);
+    let mut pods = Pods::new();
     let now = Instant::now();
     for index in 0..nodes {
         let name = format!("node-{index}");
@@ -122,11 +126,13 @@ fn cluster(workload: &Workload, nodes: usize) -> anyhow::Result<Engine> {
         engine.update(&Update::Node(Delta { old: None, new: Some(node) }), now);
         let lesser = json!({"containers": [{"name": "c", "image": "i", "resources": {"requests": {"cpu": "900m", "memory": "500Mi"}}}]});
         for at in 0..if workload.preempts { LESSER_PER_NODE } else { 0 } {
-            let lesser = pod(&format!("lesser-{index}-{at}"), "lesser", &lesser)?;
-            update(&mut engine, None, Some(on(&lesser, &name)), now);
+            let lesser_name = format!("lesser-{index}-{at}");
+            let lesser = on(&*pod(&lesser_name, "lesser", &lesser)?, &name);
+            pods.insert(lesser_name, lesser.clone());
+            update(&mut engine, None, Some(lesser), now);
         }
     }
-    Ok(engine)
+    Ok((engine, pods))
 }
 
 /// How long this thread has computed: the scheduler waits for nothing, and what else the machine does is not its work.
@@ -138,13 +144,17 @@ fn computed() -> anyhow::Result<Duration> {
 /// Pods placed a second of one core, from when the first is seen until the last one's binding is.
 fn run(workload: &Workload, nodes: usize, count: usize) -> anyhow::Result<f64> {
     let count = count.min((workload.admits)(nodes));
-    let mut engine = cluster(workload, nodes)?;
+    let (mut engine, mut pods) = cluster(workload, nodes)?;
     let spec = (workload.spec)();
     let waiting = (0..count).map(|index| pod(&format!("pod-{index}"), "measured", &spec));
-    let mut waiting: VecDeque<_> = waiting.collect::<anyhow::Result<_>>()?;
+    let waiting = waiting.collect::<anyhow::Result<Vec<_>>>()?;
+    for pod in &waiting {
+        pods.insert(pod.metadata.name.clone().unwrap_or_default(), pod.clone());
+    }
+    let known = |name: &str| pods.get(name).cloned().with_context(|| format!("nobody made a pod {name}"));
     let mut now = Instant::now();
     let started = computed()?;
-    for pod in waiting.drain(..) {
+    for pod in waiting {
         update(&mut engine, None, Some(pod), now);
     }
     let mut placed = 0;
@@ -156,19 +166,19 @@ fn run(workload: &Workload, nodes: usize, count: usize) -> anyhow::Result<f64> {
         };
         match action {
             Action::Bind(bind) => {
-                let pod = bind.pod().clone();
+                let pod = known(bind.pod())?;
                 engine.bound(&bind, true, now);
                 let bound = on(&pod, &bind.node);
                 update(&mut engine, Some(pod), Some(bound), now);
                 placed += 1;
             }
             Action::Report(report) => {
-                let mut victims = report.victims().cloned().peekable();
+                let mut victims = report.victims().peekable();
                 if !workload.preempts || victims.peek().is_none() {
                     bail!("a pod found no node: {}", report.message);
                 }
                 for victim in victims {
-                    update(&mut engine, Some(victim), None, now);
+                    update(&mut engine, Some(known(victim)?), None, now);
                 }
                 now += Duration::from_millis(1);
             }

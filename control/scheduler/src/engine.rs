@@ -54,21 +54,21 @@ pub struct Report {
 }
 
 impl Bind {
-    /// The pod.
-    pub fn pod(&self) -> &Arc<Pod> {
-        &self.pod.pod
+    /// Name of the pod.
+    pub fn pod(&self) -> &str {
+        &self.pod.name
     }
 }
 
 impl Report {
-    /// The pod.
-    pub fn pod(&self) -> &Arc<Pod> {
-        &self.pod.pod
+    /// Name of the pod.
+    pub fn pod(&self) -> &str {
+        &self.pod.name
     }
 
-    /// The pods that must leave.
-    pub fn victims(&self) -> impl Iterator<Item = &Arc<Pod>> {
-        self.victims.iter().map(|victim| &victim.pod)
+    /// Names of the pods that must leave.
+    pub fn victims(&self) -> impl Iterator<Item = &str> {
+        self.victims.iter().map(|victim| &*victim.name)
     }
 }
 
@@ -173,11 +173,11 @@ impl Engine {
         // A name that was deleted and made again in one delta is two pods.
         let gone = delta.old.as_ref().filter(|old| delta.new.as_ref().is_none_or(|new| new.uid() != old.uid()));
         if let Some(gone) = gone {
-            let state = PodState::new(gone.clone(), &mut self.shapes);
+            let state = PodState::new(gone, &mut self.shapes);
             self.forget(&state, now);
         }
         let Some(pod) = &delta.new else { return };
-        let state = PodState::new(pod.clone(), &mut self.shapes);
+        let state = PodState::new(pod, &mut self.shapes);
         let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).filter(|name| !name.is_empty());
         match node {
             _ if !takes_room(pod) => self.forget(&state, now),
@@ -186,13 +186,13 @@ impl Engine {
                 // Its binding is under way.
                 self.queue.add(state, false, now);
             }
-            None if state.is_terminating() || Self::profile(&self.config, &state).is_none() => {
+            None if state.is_terminating || Self::profile(&self.config, &state).is_none() => {
                 self.forget(&state, now);
             }
             None => {
                 let gates = pod.spec.as_ref().and_then(|spec| spec.scheduling_gates.as_ref());
                 let is_new = self.queue.get(&state.uid).is_none();
-                if let Some(node) = state.nominated().filter(|_| is_new) {
+                if let Some(node) = state.nominated.as_deref().filter(|_| is_new) {
                     self.cache.nominate(&state, Some(node));
                 }
                 self.queue.add(state, gates.is_some_and(|gates| !gates.is_empty()), now);
@@ -211,7 +211,7 @@ impl Engine {
         self.cache.place(pod.clone(), node);
         match old {
             Some(old) if before.as_deref() == Some(node) => {
-                if !Arc::ptr_eq(&old.shape, &pod.shape) || old.is_terminating() != pod.is_terminating() {
+                if !Arc::ptr_eq(&old.shape, &pod.shape) || old.is_terminating != pod.is_terminating {
                     self.left(&old, node, now);
                     self.event(Event::PodCame(pod), now);
                 }
@@ -310,7 +310,7 @@ impl Engine {
         now: Instant,
     ) -> Action {
         let message = failure.to_string();
-        let promised = self.cache.nominated(&pod.uid).is_some() || pod.nominated().is_some();
+        let promised = self.cache.nominated(&pod.uid).is_some() || pod.nominated.is_some();
         let (mut victims, mut displaced) = (Vec::new(), Vec::new());
         let mut nominated = (promised && !failure.keeps_nomination).then(String::new);
         if let Some(candidate) = candidate

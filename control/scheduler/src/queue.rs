@@ -95,8 +95,7 @@ impl Queue {
     }
 
     fn rank(&self, pod: &PodState, order: u64) -> Rank {
-        let created = pod.pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
-        (Reverse(pod.shape.priority), created, order)
+        (Reverse(pod.shape.priority), pod.created, order)
     }
 
     /// Moves a pod to its place.
@@ -253,7 +252,7 @@ mod tests {
 
     fn pod(uid: &str, priority: i32) -> Arc<PodState> {
         let json = serde_json::json!({"metadata": {"name": uid, "uid": uid}, "spec": {"containers": [], "priority": priority}});
-        PodState::new(Arc::new(serde_json::from_value(json).expect("a pod")), &mut Shapes::default())
+        PodState::new(&serde_json::from_value(json).expect("a pod"), &mut Shapes::default())
     }
 
     fn queue() -> Queue {
@@ -266,7 +265,7 @@ mod tests {
         for (uid, priority) in [("b", 0), ("a", 0), ("high", 10)] {
             queue.add(pod(uid, priority), false, now);
         }
-        let order: Vec<String> = std::iter::from_fn(|| queue.pop(now)).map(|pod| pod.name().to_owned()).collect();
+        let order: Vec<String> = std::iter::from_fn(|| queue.pop(now)).map(|pod| pod.name.to_string()).collect();
         assert_eq!(order, ["high", "b", "a"]);
     }
 
@@ -282,8 +281,8 @@ mod tests {
         queue.event(|_, rejectors| rejectors & 0b10 != 0, now);
         assert_eq!(queue.next_due(), Some(now + FIRST));
         // Others are ready, so it waits; then it comes early.
-        assert_eq!(queue.pop(now).expect("a pod").name(), "busy");
-        assert_eq!(queue.pop(now).expect("a pod").name(), "a");
+        assert_eq!(&*queue.pop(now).expect("a pod").name, "busy");
+        assert_eq!(&*queue.pop(now).expect("a pod").name, "a");
         queue.failed(&a, now);
         assert!(queue.pop(now).is_none(), "after an error nobody comes early");
         assert_eq!(queue.next_due(), Some(now + 2 * FIRST));

@@ -232,8 +232,7 @@ impl Pair {
             while let Some(action) = self.engine.step(self.now) {
                 match action {
                     Action::Bind(bind) => {
-                        let (name, host) =
-                            (number(bind.pod().metadata.name.as_deref().expect("a name")), number(&bind.node));
+                        let (name, host) = (number(bind.pod()), number(&bind.node));
                         let (wish, _) = self.model.pods[&name];
                         assert!(self.model.fits(&wish, host), "p{name} {wish:?} does not fit n{host}");
                         self.model.pods.insert(name, (wish, Some(host)));
@@ -241,7 +240,7 @@ impl Pair {
                         self.set_pod(name, Some(pod(name, &wish, None)), Some(pod(name, &wish, Some(host))));
                     }
                     Action::Report(report) => {
-                        let name = number(report.pod().metadata.name.as_deref().expect("a name"));
+                        let name = number(report.pod());
                         let (wish, _) = self.model.pods[&name];
                         let fits: Vec<&usize> =
                             self.model.hosts.keys().filter(|host| self.model.fits(&wish, **host)).collect();
@@ -332,7 +331,7 @@ proptest! {
             Action::Bind(bind) => prop_assert!(pair.model.fits(&wish, number(&bind.node))),
             Action::Report(report) => {
                 prop_assert!((0..hosts.len()).all(|host| !pair.model.fits(&wish, host)), "p{} fits: {}", name, report.message);
-                let victims: Vec<usize> = report.victims().map(|pod| number(pod.metadata.name.as_deref().expect("a name"))).collect();
+                let victims: Vec<usize> = report.victims().map(number).collect();
                 prop_assert_eq!(victims.is_empty(), !possible, "{}", report.message);
                 let places: BTreeSet<Option<usize>> = victims.iter().map(|pod| pair.model.pods[pod].1).collect();
                 prop_assert!(places.len() <= 1, "victims on {:?}", places);

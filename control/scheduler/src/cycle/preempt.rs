@@ -48,14 +48,14 @@ impl Candidate {
         // Counted from the lowest priority there is, so that more victims never sum up to less.
         let sum = self.victims.iter().map(|victim| i64::from(victim.shape.priority) + i64::from(i32::MAX) + 1).sum();
         let top = self.victims.iter().filter(|victim| victim.shape.priority == highest);
-        let since = top.map(|victim| victim.started()).min().unwrap_or(Timestamp::MAX);
+        let since = top.map(|victim| victim.started).min().unwrap_or(Timestamp::MAX);
         (self.violations, highest, sum, self.victims.len(), Reverse(since))
     }
 }
 
 /// How important a pod is: more first.
 fn importance(pod: &Arc<PodState>) -> (Reverse<i32>, Timestamp, Arc<str>) {
-    (Reverse(pod.shape.priority), pod.started(), pod.uid.clone())
+    (Reverse(pod.shape.priority), pod.started, pod.uid.clone())
 }
 
 /// Splits pods, the most important first, into those whose eviction breaks a budget and the others.
@@ -73,7 +73,7 @@ fn by_budgets(pods: Vec<Arc<PodState>>, cluster: &Cluster) -> (Vec<Arc<PodState>
             }
             let status = budget.status.as_ref();
             let disrupted = status.and_then(|status| status.disrupted_pods.as_ref());
-            if disrupted.is_some_and(|pods| pods.contains_key(pod.name())) {
+            if disrupted.is_some_and(|pods| pods.contains_key(&*pod.name)) {
                 continue;
             }
             let name = |text: &Option<String>| text.clone().unwrap_or_default();
@@ -126,14 +126,14 @@ fn may_preempt(pod: &PodState, world: &World<'_>, failure: &Failure) -> Result<(
     if pod.shape.never_preempts {
         return Err("not eligible due to preemptionPolicy=Never.");
     }
-    let nominated = world.cache.nominated(&pod.uid).or(pod.nominated());
+    let nominated = world.cache.nominated(&pod.uid).or(pod.nominated.as_deref());
     let Some(slot) = nominated.and_then(|name| world.cache.slot(name)) else {
         return Ok(());
     };
     if !failure.resolvable.contains(&slot) {
         return Ok(());
     }
-    let leaving = |other: &Arc<PodState>| other.is_terminating() && other.shape.priority < pod.shape.priority;
+    let leaving = |other: &Arc<PodState>| other.is_terminating && other.shape.priority < pod.shape.priority;
     if world.cache.node(slot).is_some_and(|node| node.pods.values().any(leaving)) {
         return Err("not eligible due to a terminating pod on the nominated node.");
     }

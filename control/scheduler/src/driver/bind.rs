@@ -40,7 +40,7 @@ pub(super) async fn run(writer: Writer, mut bind: Bind, permit: OwnedSemaphorePe
     let (pod, node) = (bind.pod.clone(), bind.node.clone());
     let succeeded = result.is_ok();
     if let Err(Failed::Error(message)) = result {
-        tracing::warn!(pod = %pod.name(), %node, error = %message, "binding failed, trying again");
+        tracing::warn!(pod = %pod.name, %node, error = %message, "binding failed, trying again");
         // Before the pod may be tried again: what comes of that is the later news.
         let turn = writer.turns.take(&pod.uid);
         report::failed(&writer, &pod, &turn, "SchedulerError", message, None).await;
@@ -60,13 +60,12 @@ enum Failed {
 }
 
 async fn bind_pod(writer: &Writer, bind: &Bind) -> Result<(), Failed> {
-    let pod = &bind.pod.pod;
-    let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+    let (namespace, name) = (&*bind.pod.shape.namespace, &*bind.pod.name);
     let binding = PodBinding {
         metadata: ObjectMeta {
-            name: pod.metadata.name.clone(),
-            namespace: pod.metadata.namespace.clone(),
-            uid: pod.uid(),
+            name: Some(name.to_owned()),
+            namespace: Some(namespace.to_owned()),
+            uid: Some(bind.pod.uid.to_string()),
             ..ObjectMeta::default()
         },
         target: ObjectReference {
@@ -169,7 +168,7 @@ async fn bind_volumes(writer: &Writer, bind: &Bind) -> Result<(), Failed> {
 const RECHECK: Duration = Duration::from_secs(5);
 
 fn pod_is_gone(pods: &Informer<Pod>, bind: &Bind) -> bool {
-    let pod = pods.get(&bind.pod.shape.namespace, bind.pod.name());
+    let pod = pods.get(&bind.pod.shape.namespace, &bind.pod.name);
     pod.is_none_or(|pod| pod.metadata.uid.as_deref() != Some(&*bind.pod.uid))
 }
 

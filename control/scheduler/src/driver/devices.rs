@@ -21,7 +21,7 @@ pub(super) async fn bind(writer: &Writer, bind: &mut Bind) -> Result<(), String>
     let consumer = ResourceClaimConsumerReference {
         api_group: None,
         resource: "pods".into(),
-        name: bind.pod.name().to_owned(),
+        name: bind.pod.name.to_string(),
         uid: bind.pod.uid.to_string(),
     };
     for choice in &mut bind.devices {

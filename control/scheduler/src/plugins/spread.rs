@@ -177,7 +177,7 @@ impl Spread {
             constraint.histogram.retain(|_, domains| *domains > 0);
             constraint.find_fewest();
             for (slot, other) in cache.pods_of(&pod.namespace) {
-                if !other.is_terminating() && constraint.counts_pod(&pod.namespace, &other.shape) {
+                if !other.is_terminating && constraint.counts_pod(&pod.namespace, &other.shape) {
                     constraint.add(slot, 1);
                 }
             }
@@ -187,7 +187,7 @@ impl Spread {
 
     /// Follows a pod that came or went.
     pub(crate) fn apply(&mut self, pod: &Shape, change: &Change) {
-        if change.pod.is_terminating() {
+        if change.pod.is_terminating {
             return;
         }
         for constraint in &mut self.counted {

@@ -260,7 +260,7 @@ impl Cache {
         let namespace = &pod.shape.namespace;
         if let Some(before) = self.pods.get_mut(namespace).and_then(|pods| pods.get_mut(&pod.uid)) {
             let counted =
-                Arc::ptr_eq(&before.pod.shape, &pod.shape) && before.pod.is_terminating() == pod.is_terminating();
+                Arc::ptr_eq(&before.pod.shape, &pod.shape) && before.pod.is_terminating == pod.is_terminating;
             if *before.node == *node && counted {
                 before.pod = pod.clone();
                 self.replace(pod, node);
@@ -398,7 +398,7 @@ mod tests {
             "metadata": {"name": uid, "uid": uid},
             "spec": {"containers": [{"name": "a", "resources": {"requests": {"cpu": "1"}}}]},
         });
-        PodState::new(Arc::new(serde_json::from_value(json).expect("a pod")), &mut Shapes::default())
+        PodState::new(&serde_json::from_value(json).expect("a pod"), &mut Shapes::default())
     }
 
     #[test]

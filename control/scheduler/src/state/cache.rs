@@ -259,8 +259,7 @@ impl Cache {
         self.nominate(&pod, None);
         let namespace = &pod.shape.namespace;
         if let Some(before) = self.pods.get_mut(namespace).and_then(|pods| pods.get_mut(&pod.uid)) {
-            let counted =
-                Arc::ptr_eq(&before.pod.shape, &pod.shape) && before.pod.is_terminating == pod.is_terminating;
+            let counted = Arc::ptr_eq(&before.pod.shape, &pod.shape) && before.pod.is_terminating == pod.is_terminating;
             if *before.node == *node && counted {
                 before.pod = pod.clone();
                 self.replace(pod, node);

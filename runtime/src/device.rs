@@ -13,6 +13,11 @@ const READ: u8 = 2;
 const WRITE: u8 = 4;
 const ALL: u8 = MKNOD | READ | WRITE;
 
+/// A device's number in one word: the minor in as many low bits, the major above.
+const MINOR_BITS: u32 = 20;
+/// As many devices are compared in a row; a jump has 15 bits for its distance.
+const MAX_ROW: usize = 1 << 10;
+
 /// What the kernel calls the two kinds of device (`BPF_DEVCG_DEV_*`).
 const BLOCK: u8 = 1;
 const CHARACTER: u8 = 2;
@@ -73,18 +78,31 @@ impl Rule {
     fn is_total(&self) -> bool {
         self.kind.is_none() && self.major.is_none() && self.minor.is_none() && self.access == ALL
     }
+
+    /// Kind and number of the one device that it allows all of, the number as the kernel puts it into one word.
+    fn key(&self) -> Option<(u8, i32)> {
+        // A comparison extends the sign of what stands in the instruction.
+        const MAJORS: u32 = 1 << (31 - MINOR_BITS);
+        match (self.kind, self.major, self.minor) {
+            (Some(kind), Some(major), Some(minor)) if major < MAJORS && minor < 1 << MINOR_BITS => {
+                (self.allow && self.access == ALL).then_some((kind, (major << MINOR_BITS | minor) as i32))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Allowed in every container whatever its rules say: making nodes, and use of the default devices and ptys.
 const ALWAYS: [Rule; 10] = [
     Rule { allow: true, kind: None, major: None, minor: None, access: MKNOD },
+    Rule::allow(CHARACTER, Some(136), None, ALL),
+    // Those that name one device each stand together: see `Rule::key`.
     Rule::allow(CHARACTER, Some(1), Some(3), ALL),
     Rule::allow(CHARACTER, Some(1), Some(8), ALL),
     Rule::allow(CHARACTER, Some(1), Some(7), ALL),
     Rule::allow(CHARACTER, Some(5), Some(0), ALL),
     Rule::allow(CHARACTER, Some(1), Some(5), ALL),
     Rule::allow(CHARACTER, Some(1), Some(9), ALL),
-    Rule::allow(CHARACTER, Some(136), None, ALL),
     Rule::allow(CHARACTER, Some(5), Some(2), ALL),
     Rule::allow(CHARACTER, Some(10), Some(200), ALL),
 ];
@@ -104,7 +122,7 @@ pub fn compile(rules: &[Rule]) -> Option<Vec<Instruction>> {
     if rules.iter().rev().find(|rule| rule.is_total() || !rule.allow).is_some_and(|rule| rule.allow) {
         return None;
     }
-    // Registers: 1 context, 2 kind, 3 access still asked for, 4 major, 5 minor, 6 scratch, 0 answer.
+    // Registers: 1 context, 2 kind, 3 access still asked for, 4 major, 5 minor, 6 scratch, 7 both numbers, 0 answer.
     let mut program = vec![
         instruction(LOAD_WORD, 2, 1, 0, 0),
         instruction(MOVE, 3, 2, 0, 0),
@@ -112,8 +130,28 @@ pub fn compile(rules: &[Rule]) -> Option<Vec<Instruction>> {
         instruction(SHIFT_RIGHT_IMMEDIATE, 3, 0, 0, 16),
         instruction(LOAD_WORD, 4, 1, 4, 0),
         instruction(LOAD_WORD, 5, 1, 8, 0),
+        instruction(MOVE, 7, 4, 0, 0),
+        instruction(SHIFT_LEFT_IMMEDIATE, 7, 0, 0, MINOR_BITS as i32),
+        instruction(OR, 7, 5, 0, 0),
     ];
-    for rule in rules.iter().rev() {
+    let mut left = rules;
+    while let Some((rule, earlier)) = left.split_last() {
+        left = earlier;
+        if let Some((kind, key)) = rule.key() {
+            // One comparison for each of the neighbours of this kind: each branch is another way for the verifier to go.
+            let same = |other: &&Rule| other.key().is_some_and(|(of, _)| of == kind);
+            let more: Vec<i32> =
+                left.iter().rev().take(MAX_ROW).take_while(same).filter_map(Rule::key).map(|(_, key)| key).collect();
+            left = &left[..left.len() - more.len()];
+            let count = more.len() as i16;
+            program.push(instruction(JUMP_NOT_EQUAL, 2, 0, count + 3, kind.into()));
+            program.extend(
+                more.iter().zip((1..=count).rev()).map(|(key, distance)| instruction(JUMP_EQUAL, 7, 0, distance, *key)),
+            );
+            program.push(instruction(JUMP_NOT_EQUAL, 7, 0, 2, key));
+            program.extend(answer(true));
+            continue;
+        }
         if rule.is_total() {
             program.extend(answer(rule.allow));
             return Some(program);
@@ -149,6 +187,8 @@ const LOAD_WORD: u8 = 0x61;
 const MOVE: u8 = 0xbf;
 const MOVE_IMMEDIATE: u8 = 0xb7;
 const AND_IMMEDIATE: u8 = 0x57;
+const OR: u8 = 0x4f;
+const SHIFT_LEFT_IMMEDIATE: u8 = 0x67;
 const SHIFT_RIGHT_IMMEDIATE: u8 = 0x77;
 const JUMP_EQUAL: u8 = 0x15;
 const JUMP_NOT_EQUAL: u8 = 0x55;
@@ -197,6 +237,8 @@ mod tests {
                 MOVE => registers[to] = registers[from],
                 MOVE_IMMEDIATE => registers[to] = immediate,
                 AND_IMMEDIATE => registers[to] &= immediate,
+                OR => registers[to] |= registers[from],
+                SHIFT_LEFT_IMMEDIATE => registers[to] <<= immediate,
                 SHIFT_RIGHT_IMMEDIATE => registers[to] >>= immediate,
                 JUMP_EQUAL if registers[to] == immediate => counter += now.offset as usize,
                 JUMP_NOT_EQUAL if registers[to] != immediate => counter += now.offset as usize,

@@ -7,12 +7,14 @@ use std::path::Path;
 
 /// A longer configuration is refused.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
+const EVERYDAY_BYTES: usize = 16 << 10;
 
 /// Reads a file whole, up to a bound.
 pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
     use std::io::Read;
     let error = |source| Error::Read { path: path.to_path_buf(), source };
-    let mut bytes = Vec::new();
+    // Room for an everyday configuration: two calls read it.
+    let mut bytes = Vec::with_capacity(EVERYDAY_BYTES);
     std::fs::File::open(path)
         .and_then(|file| file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut bytes))
         .map_err(error)?;

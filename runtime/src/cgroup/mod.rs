@@ -35,6 +35,8 @@ pub struct Cgroup {
     path: PathBuf,
     /// Below the mount point, beginning with a slash.
     name: PathBuf,
+    /// Whether it was made when this was.
+    new: bool,
 }
 
 /// Where version 2 is mounted.
@@ -68,26 +70,34 @@ impl Cgroup {
         {
             return Err(Error::config("linux.cgroupsPath", format!("{} is not a path of a cgroup", name.display())));
         }
-        parts.try_for_each(|part| {
+        let new = parts.try_fold(false, |_, part| {
             delegate(&path)?;
             path.push(part);
             match std::fs::create_dir(&path) {
-                Err(source) if source.kind() != std::io::ErrorKind::AlreadyExists => {
-                    Err(Error::Cgroup { action: "create", path: path.clone(), source })
-                }
-                _ => Ok(()),
+                Err(source) if source.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+                Err(source) => Err(Error::Cgroup { action: "create", path: path.clone(), source }),
+                Ok(()) => Ok(true),
             }
         })?;
-        Self::open(name)
+        Ok(Self { new, ..Self::open_below(top, name)? })
     }
 
     /// Opens an existing cgroup.
     pub fn open(name: &Path) -> Result<Self> {
+        Self::open_below(mount_point()?, name)
+    }
+
+    fn open_below(top: &Path, name: &Path) -> Result<Self> {
         let below = name.strip_prefix("/").unwrap_or(name);
-        let path = mount_point()?.join(below);
+        let path = top.join(below);
         let error = |source| Error::Cgroup { action: "open", path: path.clone(), source };
         let folder = std::fs::File::open(&path).map_err(error)?;
-        Ok(Self { folder: folder.into(), name: Path::new("/").join(below), path })
+        Ok(Self { folder: folder.into(), name: Path::new("/").join(below), path, new: false })
+    }
+
+    /// Whether somebody else has processes in it.
+    pub fn is_taken(&self) -> Result<bool> {
+        Ok(!self.new && !self.processes()?.is_empty())
     }
 
     /// Its folder on the host.
@@ -228,6 +238,10 @@ impl Cgroup {
 
     /// Kills what is left in it and removes it, through systemd where a unit of systemd's has it.
     pub fn take_down(&self, unit: Option<&str>) -> Result<()> {
+        // Most are empty by now.
+        if unit.is_none() && std::fs::remove_dir(&self.path).is_ok() {
+            return Ok(());
+        }
         if !self.processes()?.is_empty() {
             self.kill()?;
         }

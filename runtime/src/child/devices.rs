@@ -20,9 +20,16 @@ const LINKS: [(&CStr, &CStr); 4] = [
 
 pub(super) fn make(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure> {
     let root = prepared.root.as_fd();
+    let mut last: Option<(&CStr, OwnedFd)> = None;
     for (step, node) in plan.devices.iter().zip(&mut prepared.nodes) {
-        let folder =
-            resolve::find_or_make(root, below_root(&step.folder), Kind::Folder).on(Step::MakeDevice, &step.path)?;
+        // Nearly all are in the same one.
+        let folder = match last.take() {
+            Some((name, folder)) if name == step.folder.as_c_str() => folder,
+            _ => {
+                resolve::find_or_make(root, below_root(&step.folder), Kind::Folder).on(Step::MakeDevice, &step.path)?
+            }
+        };
+        let (_, folder) = last.insert((&step.folder, folder));
         let node = match node.take() {
             None if plan.namespaces.has_user() => {
                 Some(mount::clone_tree(None, &step.path, false).on(Step::OpenSource, &step.path)?)

@@ -6,6 +6,8 @@
 
 pub mod bpf;
 pub mod channel;
+#[cfg(target_arch = "x86_64")]
+pub mod entry;
 pub mod identity;
 pub mod mount;
 pub mod namespace;

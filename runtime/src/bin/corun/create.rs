@@ -177,7 +177,7 @@ fn cgroup(context: &Context, plan: &Plan, id: &str) -> Result<Option<Cgroup>> {
         }
         other => other?,
     };
-    if !cgroup.processes()?.is_empty() {
+    if cgroup.is_taken()? {
         bail!("cgroup {} has processes already: choose another linux.cgroupsPath", cgroup.name().display());
     }
     let applied = cgroup.apply(plan.resources()).or_else(|error| match error {

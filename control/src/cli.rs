@@ -199,6 +199,23 @@ pub(crate) struct NodeOptions {
     /// Most seconds that a pod gets to end when a soft threshold evicts it
     #[arg(long, default_value_t = 0, value_name = "SECONDS")]
     pub(crate) eviction_max_pod_grace_period: u64,
+    /// Seconds that pods get to end when the host goes down; 0: it does not wait for them
+    #[arg(long, default_value_t = 0, value_name = "SECONDS")]
+    pub(crate) shutdown_grace_period: u64,
+    /// The last part of these seconds, which critical pods have to themselves
+    #[arg(long, default_value_t = 0, value_name = "SECONDS")]
+    pub(crate) shutdown_grace_period_critical_pods: u64,
+    /// The same by priority instead: seconds for pods of each priority and above, such as `0=30,1000=20`
+    #[arg(long, value_delimiter = ',', value_name = "PRIORITY=SECONDS", value_parser = priority_time, conflicts_with = "shutdown_grace_period", allow_hyphen_values = true)]
+    pub(crate) shutdown_grace_period_by_pod_priority: Vec<(i32, Duration)>,
+}
+
+/// `1000=20`
+fn priority_time(text: &str) -> Result<(i32, Duration), String> {
+    let wrong = || format!("{text:?} is not of the form priority=seconds, such as 1000=20");
+    let (priority, seconds) = text.split_once('=').ok_or_else(wrong)?;
+    let seconds = seconds.parse().map_err(|_| wrong())?;
+    Ok((priority.parse().map_err(|_| wrong())?, Duration::from_secs(seconds)))
 }
 
 /// `memory.available=90s` or `=2m`.

@@ -10,6 +10,7 @@ use coracle_kubelet::config::Threshold;
 use coracle_kubelet::images::GcPolicy;
 use coracle_kubelet::node::{Facts, NodeAgent};
 use coracle_kubelet::server::ServerConfig;
+use coracle_kubelet::shutdown::{self, Period};
 use coracle_kubelet::{Config, Kubelet, Layout};
 use coracle_netns::{CniConfig, Network};
 use kube::Client;
@@ -72,6 +73,19 @@ fn image_gc(options: &NodeOptions) -> anyhow::Result<GcPolicy> {
     Ok(GcPolicy { high_percent: high.into(), low_percent: low.into(), ..GcPolicy::default() })
 }
 
+/// How long pods of which priority get when the host goes down.
+fn shutdown_periods(options: &NodeOptions) -> anyhow::Result<Vec<Period>> {
+    let (all, critical) = (options.shutdown_grace_period, options.shutdown_grace_period_critical_pods);
+    anyhow::ensure!(
+        critical <= all,
+        "--shutdown-grace-period-critical-pods {critical} is a part of --shutdown-grace-period {all}, and cannot be more"
+    );
+    if options.shutdown_grace_period_by_pod_priority.is_empty() {
+        return Ok(shutdown::periods(Duration::from_secs(all), Duration::from_secs(critical)));
+    }
+    Ok(options.shutdown_grace_period_by_pod_priority.clone())
+}
+
 /// Registers the node and starts it; returns when it can run pods, with the port of its own API and its pod ranges.
 pub(crate) async fn start(
     options: &NodeOptions,
@@ -98,6 +112,7 @@ pub(crate) async fn start(
         },
         eviction_soft: soft_thresholds(options)?,
         image_gc: image_gc(options)?,
+        shutdown_periods: shutdown_periods(options)?,
         eviction_max_pod_grace_period: Duration::from_secs(options.eviction_max_pod_grace_period),
         node_ips: ips.clone(),
         node_labels: host::labels(&options.node_label)?,

@@ -4,6 +4,11 @@
 #[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
+#[path = "pods/faults.rs"]
+mod faults;
+#[path = "pods/shutdown.rs"]
+mod shutdown;
+
 use coracle_testkit::{Image, assert_eventually};
 use serde_json::{Value, json};
 use support::{Host, PATIENCE_S};

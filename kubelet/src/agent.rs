@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use coracle_netns::Network;
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{NodeCondition, ObjectReference, Pod, Service};
+use k8s_openapi::api::core::v1::{NodeCondition, Pod, Service};
 use kube::runtime::events::EventType;
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
@@ -170,6 +170,7 @@ impl Kubelet {
             pulls: Semaphore::new(MAX_PULLS),
             image_ids: Default::default(),
             probes: Default::default(),
+            shutdown: Default::default(),
             metrics,
             config: config.clone(),
         });
@@ -201,16 +202,7 @@ impl Kubelet {
             }
         });
         if let Some(message) = lacking(&context) {
-            let name = context.config.node_name.clone();
-            // Events about nodes carry the name in the place of a UID, as a kubelet's do.
-            let about = ObjectReference {
-                api_version: Some("v1".into()),
-                kind: Some("Node".into()),
-                uid: Some(name.clone()),
-                name: Some(name),
-                ..ObjectReference::default()
-            };
-            context.events.publish(about, EventType::Warning, LACKING, "Starting", message);
+            context.event_of_node(EventType::Warning, LACKING, message);
         }
         let csi = context.csi.clone();
         parts.spawn(async move {
@@ -250,6 +242,7 @@ impl Kubelet {
         });
         parts.spawn(PodManager::new(context.clone()).run());
         parts.spawn(crate::pods::eviction::run(context.clone()));
+        parts.spawn(crate::shutdown::run(context.clone()));
         let cri = self.cri;
         parts.spawn(async move {
             if let Err(error) = cri.run().await {
@@ -308,6 +301,10 @@ impl NodeState for State {
 
     fn configz(&self) -> serde_json::Value {
         let config = &self.0.config;
+        let periods = config.shutdown_periods.iter();
+        let periods = periods.map(
+            |(priority, time)| serde_json::json!({"priority": priority, "shutdownGracePeriodSeconds": time.as_secs()}),
+        );
         serde_json::json!({"kubeletconfig": {
             "kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "port": config.port, "maxPods": config.max_pods, "clusterDomain": config.cluster_domain,
@@ -315,6 +312,7 @@ impl NodeState for State {
             "containerLogMaxFiles": config.container_log_max_files,
             "containerLogMaxSize": config.container_log_max_size_bytes.to_string(),
             "allowedUnsafeSysctls": config.allowed_unsafe_sysctls, "staticPodPath": config.static_pod_path,
+            "shutdownGracePeriodByPodPriority": periods.collect::<Vec<_>>(),
         }})
     }
 }
@@ -325,6 +323,7 @@ impl Health for State {
         if let Some(message) = lacking(&self.0) {
             conditions.push(condition("CgroupControllersMissing", "True", LACKING, &message));
         }
+        conditions.extend(self.0.shutdown.condition());
         conditions
     }
 

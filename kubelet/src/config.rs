@@ -111,10 +111,9 @@ pub struct Config {
     pub lease_renew_interval: Duration,
     /// How often an unchanged node status is written all the same.
     pub node_status_report_interval: Duration,
-    /// Time pods get at node shutdown, and the part of it kept for critical pods.
-    pub shutdown_grace_period: Duration,
-    /// Part of `shutdown_grace_period` that critical pods have to themselves.
-    pub shutdown_grace_period_critical_pods: Duration,
+    /// Time that pods get when the host goes down, by priority; none: the host does not wait
+    /// (`shutdownGracePeriodByPodPriority`).
+    pub shutdown_periods: Vec<crate::shutdown::Period>,
 }
 
 impl Config {
@@ -153,8 +152,7 @@ impl Config {
             eviction_max_pod_grace_period: Duration::ZERO,
             lease_renew_interval: Duration::from_secs(10),
             node_status_report_interval: Duration::from_secs(300),
-            shutdown_grace_period: Duration::ZERO,
-            shutdown_grace_period_critical_pods: Duration::ZERO,
+            shutdown_periods: Vec::new(),
         }
     }
 }

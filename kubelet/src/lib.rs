@@ -26,6 +26,7 @@ pub mod plugins;
 pub mod pods;
 pub mod probes;
 pub mod server;
+pub mod shutdown;
 pub mod streaming;
 pub mod supervisor;
 pub mod volumes;

@@ -63,6 +63,7 @@ pub struct Context {
     /// Digest references by image id, for statuses.
     pub image_ids: Mutex<HashMap<String, String>>,
     pub probes: crate::probes::Counts,
+    pub shutdown: crate::shutdown::Shutdown,
     pub metrics: Arc<Metrics>,
 }
 
@@ -70,6 +71,20 @@ impl Context {
     /// Publishes an event about a pod, without waiting for the API.
     pub fn event(&self, pod: &Pod, type_: EventType, reason: &str, action: &str, note: String) {
         self.events.publish(pod.object_ref(&()), type_, reason, action, note);
+    }
+
+    /// The same about the node.
+    pub fn event_of_node(&self, type_: EventType, reason: &str, note: String) {
+        let name = Some(self.config.node_name.clone());
+        // Events about nodes carry the name in the place of a UID, as a kubelet's do.
+        let about = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Node".into()),
+            uid: name.clone(),
+            name,
+            ..ObjectReference::default()
+        };
+        self.events.publish(about, type_, reason, reason, note);
     }
 
     /// The same about one of its containers.

@@ -26,4 +26,5 @@ pub use context::Context;
 pub(crate) use context::allocatable;
 pub(crate) use id_ranges::IdRanges;
 pub use manager::PodManager;
+pub(crate) use status::is_final;
 pub use table::PodTable;

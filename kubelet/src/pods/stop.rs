@@ -104,7 +104,7 @@ impl Worker {
         self.stop_containers(pod, Instant::now() + grace, true).await;
     }
 
-    /// A pod that has ended: sidecars stop, and its network goes.
+    /// A pod that has ended: sidecars stop, and its network, devices and volumes go.
     pub(super) async fn wind_up(&mut self, pod: &Arc<Pod>) -> Next {
         self.end(pod, grace(pod)).await;
         if let Some(sandbox) = self.sandbox().await.filter(|sandbox| sandbox.ready)
@@ -118,8 +118,29 @@ impl Worker {
             return Next::At(Instant::now() + RETRY);
         }
         self.context.devices.release(&self.key.uid);
-        self.context.table.ended(pod, &self.key);
+        // Others may wait for them, on other nodes too.
+        self.volumes = None;
+        if let Err(error) = self.context.volumes.teardown(&self.key.uid).await {
+            tracing::warn!(pod = %self.key, %error, "volumes of a finished pod are not let go");
+            return Next::At(Instant::now() + RETRY);
+        }
+        self.context.table.was_final(pod, &self.key);
         Next::Wait
+    }
+
+    /// Returns when the newest status is written; false if the pod's object goes before.
+    pub(super) async fn told_or_gone(&mut self) -> bool {
+        let mut wanted = self.wanted.clone();
+        tokio::select! {
+            () = self.reporter.flushed() => true,
+            _ = wanted.wait_for(|wanted| matches!(wanted, Wanted::Gone(_))) => false,
+        }
+    }
+
+    /// Time that the pod has to end, and the node leaves it.
+    fn grace(&self, pod: &Pod) -> Duration {
+        let given = self.context.table.verdict(&self.key.uid).and_then(|verdict| verdict.grace);
+        given.map_or_else(|| grace(pod), |given| given.min(grace(pod)))
     }
 
     /// Ends a pod: containers, sandbox, volumes, files, object.
@@ -127,11 +148,12 @@ impl Worker {
         let pod = &self.latest(pod);
         self.monitors.stop_all();
         let with_hook = self.deadline.is_none();
-        let limit = if gone { Duration::ZERO } else { grace(pod) };
+        let limit = if gone { Duration::ZERO } else { self.grace(pod) };
         let deadline = self.deadline.map_or(Instant::now() + limit, |known| known.min(Instant::now() + limit));
         self.deadline = Some(deadline);
         let mut wanted = self.wanted.clone();
         wanted.borrow_and_update();
+        let (wake, table, uid) = (self.wake.clone(), self.context.table.clone(), self.key.uid.clone());
         let hurried = {
             let stopping = self.stop_containers(pod, deadline, with_hook);
             tokio::pin!(stopping);
@@ -148,6 +170,12 @@ impl Worker {
                             break true;
                         }
                     }
+                    () = wake.notified() => {
+                        let given = table.verdict(&uid).and_then(|verdict| verdict.grace);
+                        if given.is_some_and(|given| Instant::now() + given < deadline) {
+                            break true;
+                        }
+                    }
                 }
             }
         };
@@ -156,16 +184,9 @@ impl Worker {
         }
         if !gone {
             self.report(pod).await;
-            let context = self.context.clone();
-            let written = async {
-                tokio::select! {
-                    () = self.reporter.flushed() => true,
-                    // The object may go while the API is asked in vain.
-                    _ = wanted.wait_for(|wanted| matches!(wanted, Wanted::Gone(_))) => false,
-                }
-            };
+            let (context, key) = (self.context.clone(), self.key.clone());
             // The network can go meanwhile; what the status is made of stays until it is written.
-            let (written, stopped) = tokio::join!(written, stop_sandboxes(&context, &self.key));
+            let (written, stopped) = tokio::join!(self.told_or_gone(), stop_sandboxes(&context, &key));
             if !written {
                 return Next::At(Instant::now());
             }

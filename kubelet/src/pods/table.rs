@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use parking_lot::RwLock;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::names::{ContainerId, PodKey};
 
@@ -61,8 +61,14 @@ pub struct Verdict {
     pub grace: Option<Duration>,
 }
 
-/// What wakes a worker, and what was decided.
-type Worker = (Arc<Notify>, Option<Verdict>);
+/// A worker as others see it.
+#[derive(Debug)]
+struct Worker {
+    wake: Arc<Notify>,
+    verdict: Option<Verdict>,
+    /// Whether the verdict is carried out.
+    ended: watch::Sender<bool>,
+}
 
 /// The table. Cheap to share; readers never wait for a worker.
 #[derive(Debug, Default)]
@@ -106,25 +112,44 @@ impl PodTable {
 
     /// Notes what wakes a pod's worker.
     pub(super) fn register(&self, uid: &str, wake: Arc<Notify>) {
-        self.workers.write().insert(uid.to_owned(), (wake, None));
+        let worker = Worker { wake, verdict: None, ended: watch::Sender::new(false) };
+        self.workers.write().insert(uid.to_owned(), worker);
     }
 
     /// Notes a pod that had ended before its worker saw it.
-    pub(super) fn ended(&self, pod: &Arc<Pod>, key: &PodKey) {
+    pub(super) fn was_final(&self, pod: &Arc<Pod>, key: &PodKey) {
         let entry = || Arc::new(PodEntry { key: key.clone(), pod: pod.clone(), sandbox: None, containers: Vec::new() });
         self.by_uid.write().entry(key.uid.clone()).or_insert_with(entry);
     }
 
     /// Has a pod fail; the first verdict counts.
     pub fn fail(&self, uid: &str, verdict: Verdict) {
-        if let Some((wake, held)) = self.workers.write().get_mut(uid) {
-            held.get_or_insert(verdict);
-            wake.notify_one();
+        if let Some(worker) = self.workers.write().get_mut(uid) {
+            worker.verdict.get_or_insert(verdict);
+            worker.wake.notify_one();
+        }
+    }
+
+    /// Returns when a pod that was to fail has, and its status is written; or when it is gone.
+    pub(crate) fn ended(&self, uid: &str) -> impl Future<Output = ()> + use<> {
+        let ended = self.workers.read().get(uid).map(|worker| worker.ended.subscribe());
+        async move {
+            if let Some(mut ended) = ended {
+                // An error means that its worker is gone.
+                drop(ended.wait_for(|ended| *ended).await);
+            }
+        }
+    }
+
+    /// Tells those who wait for it that a pod which was to fail has.
+    pub(super) fn carried_out(&self, uid: &str) {
+        if let Some(worker) = self.workers.read().get(uid) {
+            worker.ended.send_replace(true);
         }
     }
 
     /// What was decided about a pod.
     pub(super) fn verdict(&self, uid: &str) -> Option<Verdict> {
-        self.workers.read().get(uid)?.1.clone()
+        self.workers.read().get(uid)?.verdict.clone()
     }
 }

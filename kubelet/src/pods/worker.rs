@@ -79,14 +79,14 @@ pub(super) struct Worker {
     pub(super) reporter: Reporter,
     /// When the containers of a pod that ends are killed.
     pub(super) deadline: Option<Instant>,
-    wake: Arc<Notify>,
+    pub(super) wake: Arc<Notify>,
     backoffs: Backoffs,
     /// Containers that cannot be started at the moment: reason, message.
     waiting: HashMap<String, (String, String)>,
     /// Containers that start again at once, whatever their restart policy says.
     forced: HashSet<String>,
     failure: Option<(String, String)>,
-    volumes: Option<(PodVolumes, usize)>,
+    pub(super) volumes: Option<(PodVolumes, usize)>,
     admitted: bool,
     allocation: Option<Allocation>,
     progress: Option<Progress>,
@@ -251,7 +251,11 @@ impl Worker {
             self.context.event(pod, EventType::Warning, &reason, "Killing", message.clone());
             self.failure = Some((reason, message));
             self.end(pod, verdict.grace.unwrap_or_else(|| stop::grace(pod))).await;
-            return self.report(pod).await;
+            self.report(pod).await;
+            let next = self.wind_up(pod).await;
+            self.told_or_gone().await;
+            self.context.table.carried_out(&self.key.uid);
+            return next;
         }
         if status::is_final(asked) {
             // Decided by another, or by this node before it started anew: it never runs again.
@@ -273,7 +277,9 @@ impl Worker {
         if !self.admitted {
             if !observed.sandbox_ready && observed.containers.values().all(|seen| seen.current.is_none()) {
                 let others = self.others();
-                let mut verdict = admit(&self.context.config, &self.context.allocatable(), &others, pod);
+                let shutdown = self.context.shutdown.refusal();
+                let mut verdict =
+                    shutdown.and_then(|()| admit(&self.context.config, &self.context.allocatable(), &others, pod));
                 if verdict.is_ok() {
                     let given = self.context.devices.admit(pod).await;
                     verdict = given.map_err(|message| ("UnexpectedAdmissionError".to_owned(), message));

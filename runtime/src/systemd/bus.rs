@@ -1,15 +1,18 @@
-//! As much of D-Bus as a few calls to systemd need (D-Bus Specification 0.43, "Message Protocol"; sd-bus(3)): method calls on
-//! systemd's private socket, their answers, and signals.
+//! As much of D-Bus as a few calls to systemd and logind need (D-Bus Specification 0.43, "Message Protocol"; sd-bus(3)): method
+//! calls on systemd's private socket or on a bus, their answers with descriptors, and signals.
 //!
 //! The libraries that speak D-Bus bring an async runtime or the C library's into a program that is started for every container.
 
 use std::collections::VecDeque;
 use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// Longest that systemd may be silent.
+/// The broker of a bus.
+const BROKER: [&str; 3] = ["org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus"];
+/// Longest that the other side may owe an answer.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// Messages of systemd about units are far below.
 const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
@@ -31,15 +34,24 @@ const SIGNATURE: u8 = 8;
 
 /// A value of a property.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Value {
+pub enum Value {
+    /// `b`
     Bool(bool),
+    /// `u`
     U32(u32),
+    /// `i`
     I32(i32),
+    /// `t`
     U64(u64),
+    /// `x`
     I64(i64),
+    /// `s`
     Text(String),
+    /// `as`
     Texts(Vec<String>),
+    /// `au`
     Numbers(Vec<u32>),
+    /// `ay`
     Bytes(Vec<u8>),
 }
 
@@ -61,7 +73,7 @@ impl Value {
 
 /// What a message is written into; every value is aligned to its size from the beginning.
 #[derive(Debug, Default)]
-pub(super) struct Body(Vec<u8>);
+pub struct Body(Vec<u8>);
 
 impl Body {
     fn align(&mut self, to: usize) {
@@ -78,11 +90,18 @@ impl Body {
         u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes()
     }
 
-    pub(super) fn bool(&mut self, value: bool) -> &mut Self {
+    /// `b`
+    pub fn bool(&mut self, value: bool) -> &mut Self {
         self.number(u32::from(value).to_le_bytes())
     }
 
-    pub(super) fn text(&mut self, text: &str) -> &mut Self {
+    /// `i`
+    pub fn i32(&mut self, value: i32) -> &mut Self {
+        self.number(value.to_le_bytes())
+    }
+
+    /// `s` and `o`
+    pub fn text(&mut self, text: &str) -> &mut Self {
         self.number(Self::length(text.len()));
         self.0.extend(text.as_bytes());
         self.0.push(0);
@@ -97,7 +116,7 @@ impl Body {
     }
 
     /// An array whose elements are aligned to `align`.
-    pub(super) fn array<T>(&mut self, align: usize, items: &[T], write: impl Fn(&mut Self, &T)) -> &mut Self {
+    pub fn array<T>(&mut self, align: usize, items: &[T], write: impl Fn(&mut Self, &T)) -> &mut Self {
         self.number([0; 4]);
         let length = self.0.len() - 4;
         self.align(align);
@@ -109,7 +128,7 @@ impl Body {
     }
 
     /// `a(sv)`
-    pub(super) fn properties(&mut self, properties: &[(String, Value)]) -> &mut Self {
+    pub fn properties(&mut self, properties: &[(String, Value)]) -> &mut Self {
         self.array(8, properties, |body, (name, value)| {
             body.align(8);
             body.text(name).signature(value.signature());
@@ -177,15 +196,17 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A message of systemd's.
+/// A message of the other side's.
 #[derive(Debug, Default)]
-pub(super) struct Message {
+pub struct Message {
     kind: u8,
     reply_to: u32,
-    pub(super) member: String,
+    /// Name of the signal.
+    pub member: String,
     /// Name of the error.
-    pub(super) error: String,
+    pub error: String,
     body: Vec<u8>,
+    fds: Vec<OwnedFd>,
 }
 
 impl Message {
@@ -207,15 +228,35 @@ impl Message {
         Some(message)
     }
 
+    /// The truth value that the body begins with.
+    pub fn bool(&self) -> Option<bool> {
+        Reader { bytes: &self.body, at: 0 }.u32().map(|value| value != 0)
+    }
+
+    /// The value of a property, if it is a truth value (as 0 or 1) or a number without a sign.
+    pub fn property(&self) -> Option<u64> {
+        let mut reader = Reader { bytes: &self.body, at: 0 };
+        match reader.signature()? {
+            b"b" | b"u" => reader.u32().map(u64::from),
+            b"t" => Some(u64::from_le_bytes(reader.take(8, 8)?.try_into().ok()?)),
+            _ => None,
+        }
+    }
+
+    /// The first descriptor that came with it.
+    pub fn descriptor(mut self) -> Option<OwnedFd> {
+        (!self.fds.is_empty()).then(|| self.fds.swap_remove(0))
+    }
+
     /// The strings that the body begins with, after `skip` numbers.
-    pub(super) fn texts(&self, skip: usize) -> Vec<String> {
+    pub fn texts(&self, skip: usize) -> Vec<String> {
         let mut reader = Reader { bytes: &self.body, at: skip * 4 };
         std::iter::from_fn(|| reader.text()).collect()
     }
 }
 
-/// A connection to a service that speaks D-Bus without a broker between.
-pub(super) struct Connection {
+/// A connection to a service that speaks D-Bus, or to the broker of a bus.
+pub struct Connection {
     stream: UnixStream,
     serial: u32,
     signals: VecDeque<Message>,
@@ -226,31 +267,65 @@ fn garbled() -> Error {
 }
 
 impl Connection {
-    pub(super) fn open(socket: &Path) -> Result<Self> {
+    /// To a service without a broker between.
+    ///
+    /// # Errors
+    /// When nobody listens, or this user is not let in.
+    pub fn open(socket: &Path) -> Result<Self> {
+        Self::authenticated(socket, &["OK "], "")
+    }
+
+    /// To a bus.
+    ///
+    /// # Errors
+    /// When nobody listens, or this user is not let in.
+    pub fn on_bus(socket: &Path) -> Result<Self> {
+        let mut connection = Self::authenticated(socket, &["OK ", "AGREE_UNIX_FD"], "NEGOTIATE_UNIX_FD\r\n")?;
+        let answer = connection.call(BROKER, "Hello", "", &Body::default())?;
+        if answer.error.is_empty() { Ok(connection) } else { Err(Error::other(answer.error)) }
+    }
+
+    fn authenticated(socket: &Path, answers: &[&str], wish: &str) -> Result<Self> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(SILENCE_LIMIT))?;
         // Who we are says the kernel; the user id is the mechanism's form (D-Bus Specification, "EXTERNAL").
         let uid: String = nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:x}")).collect();
         // In one go: systemd does not look again at what it has read together with the word BEGIN, so no call may be there yet
         // when it reads that.
-        stream.write_all(format!("\0AUTH EXTERNAL {uid}\r\nBEGIN\r\n").as_bytes())?;
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"\r\n") {
-            let mut byte = [0];
-            stream.read_exact(&mut byte)?;
-            answer.push(byte[0]);
-            if answer.len() > MESSAGE_LIMIT_BYTES {
-                return Err(garbled());
+        stream.write_all(format!("\0AUTH EXTERNAL {uid}\r\n{wish}BEGIN\r\n").as_bytes())?;
+        for expected in answers {
+            let mut answer = Vec::new();
+            while !answer.ends_with(b"\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte)?;
+                answer.push(byte[0]);
+                if answer.len() > MESSAGE_LIMIT_BYTES {
+                    return Err(garbled());
+                }
             }
-        }
-        if !answer.starts_with(b"OK ") {
-            return Err(Error::new(ErrorKind::PermissionDenied, "it does not let this user in"));
+            if !answer.starts_with(expected.as_bytes()) {
+                return Err(Error::new(ErrorKind::PermissionDenied, "it does not let this user in"));
+            }
         }
         Ok(Self { stream, serial: 0, signals: VecDeque::new() })
     }
 
+    /// Asks the broker for the signals that fit a rule.
+    ///
+    /// # Errors
+    /// When the connection fails, or the broker refuses.
+    pub fn subscribe(&mut self, rule: &str) -> Result<()> {
+        let mut body = Body::default();
+        body.text(rule);
+        let answer = self.call(BROKER, "AddMatch", "s", &body)?;
+        if answer.error.is_empty() { Ok(()) } else { Err(Error::other(answer.error)) }
+    }
+
     /// Calls a method and returns its answer, which may be an error of the other side.
-    pub(super) fn call(&mut self, target: [&str; 3], member: &str, signature: &str, body: &Body) -> Result<Message> {
+    ///
+    /// # Errors
+    /// When the connection fails.
+    pub fn call(&mut self, target: [&str; 3], member: &str, signature: &str, body: &Body) -> Result<Message> {
         let [destination, path, interface] = target;
         self.serial += 1;
         let mut message = Body(vec![LITTLE_ENDIAN, METHOD_CALL, 0, PROTOCOL_VERSION]);
@@ -279,7 +354,10 @@ impl Connection {
     }
 
     /// The next signal.
-    pub(super) fn signal(&mut self) -> Result<Message> {
+    ///
+    /// # Errors
+    /// When the connection fails, or nothing is said for the time that an answer may take.
+    pub fn signal(&mut self) -> Result<Message> {
         if let Some(message) = self.signals.pop_front() {
             return Ok(message);
         }
@@ -291,9 +369,38 @@ impl Connection {
         }
     }
 
+    /// The next signal, however long it takes.
+    ///
+    /// # Errors
+    /// When the connection fails.
+    pub fn signal_some_day(&mut self) -> Result<Message> {
+        self.stream.set_read_timeout(None)?;
+        let signal = self.signal();
+        self.stream.set_read_timeout(Some(SILENCE_LIMIT))?;
+        signal
+    }
+
+    /// Fills `buffer`; descriptors come with the first byte of their message.
+    fn fill(&mut self, buffer: &mut [u8]) -> Result<Vec<OwnedFd>> {
+        let mut fds = Vec::new();
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match coracle_sys::packet::receive(self.stream.as_fd(), &mut buffer[filled..]) {
+                Ok((0, _)) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok((bytes, more)) => {
+                    filled += bytes;
+                    fds.extend(more);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(fds)
+    }
+
     fn receive(&mut self) -> Result<Message> {
         let mut header = vec![0; FIXED_HEADER_BYTES];
-        self.stream.read_exact(&mut header)?;
+        let fds = self.fill(&mut header)?;
         let number = |at: usize| {
             header[at..at + 4].try_into().ok().and_then(|bytes| usize::try_from(u32::from_le_bytes(bytes)).ok())
         };
@@ -307,7 +414,8 @@ impl Connection {
         header.truncate(end);
         let mut content = vec![0; body];
         self.stream.read_exact(&mut content)?;
-        Message::parse(&header, content).ok_or_else(garbled)
+        let message = Message::parse(&header, content).ok_or_else(garbled)?;
+        Ok(Message { fds, ..message })
     }
 }
 
@@ -340,6 +448,10 @@ mod tests {
         let message = Message::parse(&header.0, body.0.clone()).expect("a message");
         assert_eq!((message.kind, message.member.as_str()), (SIGNAL, "JobRemoved"));
         assert_eq!(message.texts(1), ["/job/5", "a.scope", "done"]);
+        assert_eq!(message.bool(), Some(true));
+        let number =
+            Message { body: [&[1, b't', 0, 0, 0, 0, 0, 0][..], &7_u64.to_le_bytes()].concat(), ..Message::default() };
+        assert_eq!(number.property(), Some(7));
         for cut in FIXED_HEADER_BYTES + 1..header.0.len() {
             assert!(Message::parse(&header.0[..cut], Vec::new()).is_none_or(|message| message.kind == SIGNAL));
         }

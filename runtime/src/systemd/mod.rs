@@ -1,7 +1,7 @@
 //! Cgroups that systemd makes (`--systemd-cgroup`): a transient scope for each container, delegated to us, so that the
 //! host's service manager shows and keeps what engines ask for (systemd.scope(5), "Control Group APIs and Delegation").
 
-mod bus;
+pub mod bus;
 mod property;
 
 use std::collections::HashMap;

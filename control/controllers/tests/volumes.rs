@@ -3,7 +3,7 @@
 mod support;
 
 use coracle_testkit::assert_eventually_async;
-use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Event, Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass, VolumeAttachment, VolumeAttributesClass};
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
@@ -200,8 +200,28 @@ async fn volumes_of_drivers_are_attached_where_pods_use_them() {
         held().await == [("one".to_owned(), "a".to_owned())],
         "the volume that needs it is attached"
     );
+    // Another node has to wait for a volume of one node, and its pod is told for whom.
+    cluster.create(&cluster.all::<Node>(), json!({"metadata": {"name": "b"}})).await;
+    cluster
+        .create(
+            &pods,
+            json!({"metadata": {"name": "q"}, "spec": {"nodeName": "b", "terminationGracePeriodSeconds": 0,
+            "tolerations": [{"operator": "Exists"}], "containers": [{"name": "c", "image": "i"}], "volumes": [
+            {"name": "v1", "persistentVolumeClaim": {"claimName": "one"}}]}}),
+        )
+        .await;
+    let events: Api<Event> = cluster.ns("n");
+    let told = async || {
+        let list = events.list(&ListParams::default().fields("reason=FailedAttachVolume")).await.expect("listed").items;
+        list.into_iter().filter_map(|event| event.message).collect::<Vec<_>>()
+    };
+    let words = "Multi-Attach error for volume \"one\" Volume is already used by pod(s) p";
+    assert_eventually_async!(20, told().await == [words], "{:?}", told().await);
+    assert_eq!(held().await, [("one".to_owned(), "a".to_owned())]);
     pods.delete("p", &DeleteParams::default().grace_period(0)).await.expect("deleted");
-    assert_eventually_async!(20, held().await.is_empty(), "and detached");
+    assert_eventually_async!(20, held().await == [("one".to_owned(), "b".to_owned())], "it has gone over");
+    pods.delete("q", &DeleteParams::default().grace_period(0)).await.expect("deleted");
+    assert_eventually_async!(20, held().await.is_empty(), "and is detached");
 }
 
 #[tokio::test]

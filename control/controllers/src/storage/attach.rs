@@ -10,6 +10,7 @@ use coracle_api::server::ApiServer;
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment, VolumeAttachmentSource, VolumeAttachmentSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::runtime::events::EventType;
 use kube::{Api, ResourceExt};
 use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
@@ -37,6 +38,10 @@ pub(crate) struct Attach {
     attachments: Arc<Informer<VolumeAttachment>>,
     /// Since when an attachment has been unwanted, by its name; only such are here.
     unwanted: Mutex<BTreeMap<String, Instant>>,
+    /// Nodes that volumes of one node were given to, by volume: the cache may not know it yet.
+    given: Mutex<BTreeMap<String, String>>,
+    /// Attachments that a node does not get as long as another has the volume, by node; their pods have been told.
+    refused: Mutex<BTreeMap<String, BTreeSet<String>>>,
 }
 
 impl Attach {
@@ -52,6 +57,8 @@ impl Attach {
             drivers: host.informer(),
             attachments: host.informer(),
             unwanted: Mutex::default(),
+            given: Mutex::default(),
+            refused: Mutex::default(),
             host,
         }
     }
@@ -105,6 +112,42 @@ impl Attach {
         node.status.iter().flat_map(|status| status.volumes_in_use.iter().flatten()).any(|name| *name == unique)
     }
 
+    /// Gives a volume of one node to this one; false if another has it.
+    fn gives(&self, attachment: &VolumeAttachment) -> bool {
+        let (name, node) = (volume_name(attachment), &attachment.spec.node_name);
+        let Some(volume) = self.volumes.get("", name).filter(|volume| is_of_one_node(volume)) else { return true };
+        let mut given = self.given.lock();
+        let mut held = self.attachments.list();
+        if held.any(|held| volume_name(&held) == name && held.spec.node_name != *node) {
+            return false;
+        }
+        given.entry(volume.name_any()).or_insert_with(|| node.clone()) == node
+    }
+
+    /// Tells the pods of a node why they do not get a volume.
+    async fn tell(&self, refused: &VolumeAttachment) {
+        let (name, node) = (volume_name(refused), &refused.spec.node_name);
+        let Some(volume) = self.volumes.get("", name) else { return };
+        let users = |pod: &Arc<Pod>| self.volumes_of(pod).iter().any(|used| used.name_any() == name);
+        let claim = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref());
+        let claim = claim.map(|claim| {
+            format!("{}/{}", claim.namespace.as_deref().unwrap_or_default(), claim.name.as_deref().unwrap_or_default())
+        });
+        let elsewhere = |pod: &Arc<Pod>| pods::node_of(pod).iter().any(|other| other != node);
+        let others: Vec<_> = claim.iter().flat_map(|claim| self.users.get(claim)).filter(elsewhere).collect();
+        let waiting: Vec<_> = self.on_node.get(node).filter(|pod| users(pod)).collect();
+        for pod in waiting {
+            let why = if others.is_empty() {
+                "already exclusively attached to one node and can't be attached to another".to_owned()
+            } else {
+                let names: Vec<_> = others.iter().map(|other| other.name_any()).collect();
+                format!("already used by pod(s) {}", names.join(", "))
+            };
+            let note = format!("Multi-Attach error for volume \"{name}\" Volume is {why}");
+            self.host.event(&*pod, EventType::Warning, "FailedAttachVolume", "FailedAttachVolume", note).await;
+        }
+    }
+
     fn queue_pod(&self, pod: &Pod, queue: &WorkQueue<Key>) {
         for node in pods::node_of(pod) {
             if self.volumes_of(pod).iter().any(|volume| self.needs_attachment(volume)) {
@@ -130,6 +173,16 @@ fn attachment(volume: &PersistentVolume, node: &str) -> Option<VolumeAttachment>
         },
         status: None,
     })
+}
+
+fn volume_name(attachment: &VolumeAttachment) -> &str {
+    attachment.spec.source.persistent_volume_name.as_deref().unwrap_or_default()
+}
+
+/// Whether only one node at a time may have the volume.
+fn is_of_one_node(volume: &PersistentVolume) -> bool {
+    let modes: Vec<_> = volume.spec.iter().flat_map(|spec| spec.access_modes.iter().flatten()).collect();
+    !modes.is_empty() && modes.iter().all(|mode| matches!(mode.as_str(), "ReadWriteOnce" | "ReadWriteOncePod"))
 }
 
 /// Whether an attachment is named as ours are: others are their makers' affair.
@@ -163,9 +216,15 @@ impl Controller for Attach {
             let claim = format!("{}/{}", claim.namespace().unwrap_or_default(), claim.name_any());
             this.users.get(&claim).for_each(|pod| this.queue_pod(&pod, queue));
         });
-        sources.watch(&self.attachments, |_, delta, queue| {
+        sources.watch(&self.attachments, |this, delta, queue| {
             for held in [&delta.old, &delta.new].into_iter().flatten() {
                 queue.add(Key::new("", &held.spec.node_name));
+            }
+            if let (Some(gone), None) = (&delta.old, &delta.new) {
+                let name = volume_name(gone);
+                this.given.lock().retain(|volume, node| volume != name || *node != gone.spec.node_name);
+                // Another node may wait for it.
+                this.refused.lock().keys().for_each(|node| queue.add(Key::new("", node)));
             }
         });
         sources.watch(&self.nodes, |_, delta, queue| {
@@ -203,8 +262,28 @@ impl Controller for Attach {
             self.host.delete(&api, &*held).await?;
             self.unwanted.lock().remove(&held.name_any());
         }
-        for attachment in wanted.values() {
-            self.host.create(&api, attachment).await?;
+        if !wanted.is_empty() {
+            // So that a volume that is let go from here on brings this node back.
+            self.refused.lock().entry(node.to_owned()).or_default();
+        }
+        let mut refused = BTreeSet::new();
+        for (name, attachment) in &wanted {
+            if !self.gives(attachment) {
+                refused.insert(name.clone());
+                if !self.refused.lock().get(node).is_some_and(|told| told.contains(name)) {
+                    self.tell(attachment).await;
+                }
+                continue;
+            }
+            if let Err(error) = self.host.create(&api, attachment).await {
+                self.given.lock().remove(volume_name(attachment));
+                return Err(error);
+            }
+        }
+        let mut all = self.refused.lock();
+        all.remove(node);
+        if !refused.is_empty() {
+            all.insert(node.to_owned(), refused);
         }
         Ok(outcome)
     }

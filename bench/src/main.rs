@@ -6,6 +6,7 @@ mod api_scale;
 mod hollow;
 mod host;
 mod kube_apiserver;
+mod node;
 mod oci;
 mod peers;
 mod pod_start;
@@ -38,6 +39,8 @@ enum Verb {
     Oci,
     /// Server start, pod create → Ready, idle memory
     PodStart,
+    /// The end of pods, many that run, fast logs, probes
+    Node,
     /// Requests over TLS: coracle, kube-apiserver with etcd
     Api,
     /// Memory, start and lists with many pods; one change that many watch
@@ -46,7 +49,7 @@ enum Verb {
     Hollow,
     /// The scheduler alone: pods a second by what they ask for, on 500, 5,000 and 50,000 nodes
     Sched,
-    /// Everything but api-scale, hollow and sched
+    /// Everything but node, api-scale, hollow and sched
     All,
 }
 
@@ -85,6 +88,9 @@ struct Options {
     /// Pods made at once
     #[arg(long, global = true, default_value_t = 30)]
     burst: usize,
+    /// Pods that run at once on one node
+    #[arg(long, global = true, default_value_t = 500)]
+    many: usize,
     /// Rounds of each kind of request, with each contestant
     #[arg(long, global = true, default_value_t = 5)]
     rounds: usize,
@@ -123,8 +129,9 @@ fn main() -> anyhow::Result<()> {
         Measure::PeakRss { command } => return oci::peak_rss(&command),
         Measure::Verb(verb) => verb,
     };
-    let wanted =
-        |one| verb == one || (verb == Verb::All && !matches!(one, Verb::ApiScale | Verb::Hollow | Verb::Sched));
+    let wanted = |one| {
+        verb == one || (verb == Verb::All && !matches!(one, Verb::Node | Verb::ApiScale | Verb::Hollow | Verb::Sched))
+    };
     if let (Verb::Hollow, Some(kubeconfig)) = (verb, &options.kubeconfig) {
         let runtime = tokio::runtime::Runtime::new().context("start the async runtime")?;
         return runtime.block_on(hollow::serve(kubeconfig, options.nodes));
@@ -138,13 +145,22 @@ fn main() -> anyhow::Result<()> {
     if wanted(Verb::Sched) {
         figures.extend(sched::measure(&options.clusters, options.scheduled, options.rounds).context("sched")?);
     }
-    if wanted(Verb::PodStart) || wanted(Verb::Api) || wanted(Verb::ApiScale) || wanted(Verb::Hollow) {
+    if wanted(Verb::PodStart)
+        || wanted(Verb::Node)
+        || wanted(Verb::Api)
+        || wanted(Verb::ApiScale)
+        || wanted(Verb::Hollow)
+    {
         let coracle = program(&options.coracle, "coracle")?;
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
         if wanted(Verb::PodStart) {
             let measured = runtime.block_on(pod_start::measure(&coracle, options.pods, options.burst));
             figures.extend(measured.context("pod-start")?);
+        }
+        if wanted(Verb::Node) {
+            let measured = runtime.block_on(node::measure(&coracle, options.pods, options.many));
+            figures.extend(measured.context("node")?);
         }
         if wanted(Verb::ApiScale) {
             let scale = api_scale::Scale { pods: options.held, listed: options.objects, watchers: options.watchers };

@@ -14,16 +14,16 @@ use kube::api::PostParams;
 use kube::runtime::wait::await_condition;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::report::Figure;
 use crate::server::{NODE, Server};
 
 /// Time for any one thing to come about.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-const IMAGE: &str = "docker.io/library/bench:1";
+pub(crate) const IMAGE: &str = "docker.io/library/bench:1";
 
 pub(crate) async fn measure(coracle: &Path, pods: usize, burst: usize) -> anyhow::Result<Vec<Figure>> {
     let server = Server::start(coracle, &[]).await?;
@@ -34,12 +34,9 @@ pub(crate) async fn measure(coracle: &Path, pods: usize, burst: usize) -> anyhow
 
 async fn on(server: &Server, pods: usize, burst: usize) -> anyhow::Result<Vec<Figure>> {
     let client = server.client().await?;
-    timeout(PATIENCE, await_condition(Api::all(client.clone()), NODE, node_ready)).await.context("no Ready node")??;
+    settle(&client).await?;
     let node_s = server.started.elapsed().as_secs_f64();
     server.import(&Image::busybox(IMAGE)).await.context("import the image")?;
-    let exists = |account: Option<&ServiceAccount>| account.is_some();
-    let accounts = Api::default_namespaced(client.clone());
-    timeout(PATIENCE, await_condition(accounts, "default", exists)).await.context("no default account")??;
     let idle_mib = server.rss_mib()?;
 
     let api: Api<Pod> = Api::default_namespaced(client.clone());
@@ -67,23 +64,38 @@ async fn on(server: &Server, pods: usize, burst: usize) -> anyhow::Result<Vec<Fi
     ])
 }
 
+/// Returns when pods can be made.
+pub(crate) async fn settle(client: &Client) -> anyhow::Result<()> {
+    timeout(PATIENCE, await_condition(Api::all(client.clone()), NODE, node_ready)).await.context("no Ready node")??;
+    let exists = |account: Option<&ServiceAccount>| account.is_some();
+    let accounts = Api::default_namespaced(client.clone());
+    timeout(PATIENCE, await_condition(accounts, "default", exists)).await.context("no default account")??;
+    Ok(())
+}
+
+/// The specification of a pod that does nothing, with other fields over it.
+pub(crate) fn spec(more: Value) -> Value {
+    let mut spec = json!({
+        "automountServiceAccountToken": false,
+        "terminationGracePeriodSeconds": 0,
+        "containers": [{
+            "name": "main", "image": IMAGE, "imagePullPolicy": "Never", "command": ["/bin/sleep", "100000"],
+        }],
+    });
+    for (key, value) in more.as_object().into_iter().flatten() {
+        spec[key] = value.clone();
+    }
+    spec
+}
+
 async fn create(client: &Client, name: &str) -> anyhow::Result<()> {
-    let pod: Pod = serde_json::from_value(json!({
-        "metadata": {"name": name},
-        "spec": {
-            "automountServiceAccountToken": false,
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{
-                "name": "main", "image": IMAGE, "imagePullPolicy": "Never", "command": ["/bin/sleep", "100000"],
-            }],
-        },
-    }))?;
+    let pod: Pod = serde_json::from_value(json!({"metadata": {"name": name}, "spec": spec(json!({}))}))?;
     Api::default_namespaced(client.clone()).create(&PostParams::default(), &pod).await.context("create a pod")?;
     Ok(())
 }
 
 /// Reads changes until each of these pods was seen Ready.
-async fn all_ready<S>(changes: &mut S, mut waiting: HashSet<String>) -> anyhow::Result<()>
+pub(crate) async fn all_ready<S>(changes: &mut S, mut waiting: HashSet<String>) -> anyhow::Result<()>
 where
     S: Stream<Item = Result<Pod, watcher::Error>> + Unpin,
 {

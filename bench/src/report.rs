@@ -71,11 +71,16 @@ impl fmt::Display for Report {
         writeln!(out, "Linux {}, {} CPUs; x = times ours, median of interleaved pairs", self.kernel, self.cpus)?;
         for figure in &self.figures {
             writeln!(out, "\n{} ({})", figure.name, figure.unit)?;
-            writeln!(out, "  {:<24}{:>10}{:>10}{:>10}{:>8}{:>9}", "", "median", "p10", "p90", "runs", "x")?;
+            writeln!(
+                out,
+                "  {:<24}{:>10}{:>10}{:>10}{:>10}{:>8}{:>9}",
+                "", "median", "p10", "p90", "p99", "runs", "x"
+            )?;
             for row in &figure.rows {
                 write!(out, "  {:<24}", row.who)?;
                 if let Some(of) = &row.summary {
-                    write!(out, "{:>10.2}{:>10.2}{:>10.2}{:>8}", of.median, of.p10, of.p90, of.samples)?;
+                    let Summary { median, p10, p90, p99, samples } = of;
+                    write!(out, "{median:>10.2}{p10:>10.2}{p90:>10.2}{p99:>10.2}{samples:>8}")?;
                 }
                 if let Some(times) = &row.times_ours {
                     write!(out, "{:>9.2}", times.median)?;

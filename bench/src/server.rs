@@ -89,34 +89,69 @@ impl Server {
         run(Command::new(&self.program).args(["image", "--data-dir"]).arg(data).arg("import").arg(archive)).await
     }
 
-    /// Resident memory of every process of ours, the server's and its supervisor's, in MiB.
-    pub(crate) fn rss_mib(&self) -> anyhow::Result<f64> {
+    /// Ids of every process of ours: the server's and its supervisor's, with whether it is the latter.
+    fn processes(&self) -> anyhow::Result<Vec<(PathBuf, bool)>> {
         let folder = self.folder.path().display().to_string();
-        let mut kib = 0_u64;
+        let mut found = Vec::new();
         for entry in std::fs::read_dir("/proc").context("read /proc")? {
             let process = entry?.path();
-            // A process may end while we look: then it holds no memory.
+            // A process may end while we look: then it is none of ours.
             let Ok(command) = std::fs::read(process.join("cmdline")) else { continue };
+            let command = String::from_utf8_lossy(&command);
             let ours = std::fs::read_link(process.join("exe")).is_ok_and(|exe| exe == self.program);
-            if !ours || !String::from_utf8_lossy(&command).contains(&folder) {
-                continue;
+            if ours && command.contains(&folder) {
+                found.push((process, command.contains("\0supervisor\0")));
             }
-            let Ok(rollup) = std::fs::read_to_string(process.join("smaps_rollup")) else { continue };
-            let rss = rollup.lines().find_map(|line| line.strip_prefix("Rss:")?.split_whitespace().next());
-            kib += rss.context("smaps_rollup names no Rss")?.parse::<u64>().context("read smaps_rollup")?;
         }
-        ensure!(kib > 0, "no process of {} was found", self.program.display());
-        Ok(kib as f64 / 1024.0)
+        ensure!(!found.is_empty(), "no process of {} was found", self.program.display());
+        Ok(found)
+    }
+
+    /// Memory of every process of ours by `field` of proc_pid_smaps(5), such as `Rss`.
+    pub(crate) fn memory_mib(&self, field: &str) -> anyhow::Result<Memory> {
+        let mut memory = Memory::default();
+        for (process, is_supervisor) in self.processes()? {
+            let Ok(rollup) = std::fs::read_to_string(process.join("smaps_rollup")) else { continue };
+            let of = |field: &str| {
+                let line = rollup.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+                line.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok())
+                    .with_context(|| format!("smaps_rollup names no {field}"))
+            };
+            memory.all += of(field)? / 1024.0;
+            if is_supervisor {
+                memory.supervisor_rss += of("Rss")? / 1024.0;
+            }
+        }
+        Ok(memory)
+    }
+
+    /// Resident memory of every process of ours, in MiB.
+    pub(crate) fn rss_mib(&self) -> anyhow::Result<f64> {
+        Ok(self.memory_mib("Rss")?.all)
+    }
+
+    /// The control group of a pod.
+    pub(crate) fn cgroup_of(&self, uid: &str) -> anyhow::Result<PathBuf> {
+        let folders =
+            |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let root = Path::new(crate::host::CGROUPS).join(&self.cgroup);
+        let mut all =
+            folders(&root).flat_map(|class| std::iter::once(class.clone()).chain(folders(&class).collect::<Vec<_>>()));
+        all.find(|folder| folder.is_dir() && folder.to_string_lossy().contains(uid))
+            .with_context(|| format!("no control group of pod {uid} in {}", root.display()))
+    }
+
+    /// Time that all our processes have computed, in seconds.
+    pub(crate) fn all_cpu_s(&self) -> anyhow::Result<f64> {
+        let all = self.processes()?;
+        // One that has ended meanwhile is not counted.
+        Ok(all.iter().filter_map(|(process, _)| cpu_s(process).ok()).sum())
     }
 
     /// Time that the server itself has computed, in seconds.
     pub(crate) fn cpu_s(&self) -> anyhow::Result<f64> {
         let id = self.child.id().context("the server has ended")?;
-        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).context("read the server's times")?;
-        // proc(5): user and system time are the 14th and 15th field; the name before may hold spaces.
-        let fields = stat.rsplit_once(')').context("read the server's times")?.1;
-        let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-        Ok(ticks as f64 / 100.0)
+        cpu_s(Path::new(&format!("/proc/{id}")))
     }
 
     fn log(&self) -> String {
@@ -129,6 +164,23 @@ impl Server {
         let arguments = folders(self.folder.path(), &self.cgroup);
         run(Command::new(&self.program).arg("cleanup").args(arguments)).await
     }
+}
+
+/// Memory in MiB.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Memory {
+    /// Of all our processes, by the field that was asked for.
+    pub(crate) all: f64,
+    pub(crate) supervisor_rss: f64,
+}
+
+/// Time that a process has computed, in seconds.
+fn cpu_s(process: &Path) -> anyhow::Result<f64> {
+    let stat = std::fs::read_to_string(process.join("stat")).context("read a process' times")?;
+    // proc(5): user and system time are the 14th and 15th field; the name before may hold spaces.
+    let fields = stat.rsplit_once(')').context("read a process' times")?.1;
+    let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    Ok(ticks as f64 / 100.0)
 }
 
 /// Starts the program, and opens the socket on which it says that it is ready.

@@ -9,6 +9,7 @@ pub(crate) struct Summary {
     pub(crate) median: f64,
     pub(crate) p10: f64,
     pub(crate) p90: f64,
+    pub(crate) p99: f64,
 }
 
 /// `None` of no samples.
@@ -20,6 +21,7 @@ pub(crate) fn summary(samples: &[f64]) -> Option<Summary> {
         median: percentile(&sorted, 0.5)?,
         p10: percentile(&sorted, 0.1)?,
         p90: percentile(&sorted, 0.9)?,
+        p99: percentile(&sorted, 0.99)?,
     })
 }
 
@@ -48,7 +50,7 @@ mod tests {
         let of = summary(&[4.0, 1.0, 3.0, 2.0]).unwrap();
         assert_eq!((of.samples, of.median), (4, 2.5));
         assert!((of.p10 - 1.3).abs() < 1e-9 && (of.p90 - 3.7).abs() < 1e-9);
-        assert_eq!(summary(&[7.0]).unwrap(), Summary { samples: 1, median: 7.0, p10: 7.0, p90: 7.0 });
+        assert_eq!(summary(&[7.0]).unwrap(), Summary { samples: 1, median: 7.0, p10: 7.0, p90: 7.0, p99: 7.0 });
         assert_eq!(summary(&[]), None);
     }
 

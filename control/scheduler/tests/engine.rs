@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use coracle_api::informer::Delta;
 use coracle_scheduler::{Action, Config, Engine, Update};
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -16,9 +16,36 @@ use tokio::time::Instant;
 const BACKOFF: Duration = Duration::from_secs(10);
 const ZONES: usize = 3;
 
+const NAMESPACES: usize = 3;
+
+/// The namespaces whose pods a term of affinity means.
+#[derive(Clone, Copy, Debug)]
+enum Reach {
+    Own,
+    /// Those of this team, by a selector.
+    Team(usize),
+    /// This one by name, and those of the team.
+    Named(usize, usize),
+    All,
+}
+
+impl Reach {
+    fn json(self) -> Value {
+        match self {
+            Self::Own => json!({}),
+            Self::Team(team) => json!({"namespaceSelector": {"matchLabels": {"team": format!("t{team}")}}}),
+            Self::Named(name, team) => json!({"namespaces": [format!("d{name}")],
+                "namespaceSelector": {"matchLabels": {"team": format!("t{team}")}}}),
+            Self::All => json!({"namespaceSelector": {}}),
+        }
+    }
+}
+
 /// What a pod asks for.
 #[derive(Clone, Copy, Debug)]
 struct Wish {
+    namespace: usize,
+    reach: Reach,
     app: usize,
     cpu: i64,
     priority: i32,
@@ -29,9 +56,27 @@ struct Wish {
     apart: Option<usize>,
     /// Only beside pods of this app in one zone.
     near: Option<usize>,
-    /// At most one more in a zone than in the emptiest.
-    spread: bool,
+    /// At most one more in a zone than in the emptiest, or than none as long as there are fewer zones than this.
+    spread: Option<i32>,
+    /// Whether zones count from which only a taint keeps the pod away.
+    honors_taints: bool,
 }
+
+/// A pod that asks for nothing.
+const MODEST: Wish = Wish {
+    namespace: 0,
+    reach: Reach::Own,
+    app: 0,
+    cpu: 0,
+    priority: 0,
+    disk: false,
+    tolerates: false,
+    port: false,
+    apart: None,
+    near: None,
+    spread: None,
+    honors_taints: false,
+};
 
 #[derive(Clone, Copy, Debug)]
 struct Host {
@@ -48,12 +93,15 @@ enum Op {
     HostGone(usize),
     Pod(Wish),
     PodGone(usize),
+    /// A namespace goes to another team.
+    Team(usize, usize),
 }
 
 #[derive(Default)]
 struct Model {
     hosts: BTreeMap<usize, Host>,
     pods: BTreeMap<usize, (Wish, Option<usize>)>,
+    teams: [usize; NAMESPACES],
 }
 
 impl Model {
@@ -71,20 +119,41 @@ impl Model {
         !wish.disk || host.disk
     }
 
+    /// Whether the terms of a pod mean the namespace of another.
+    fn reaches(&self, wish: &Wish, other: &Wish) -> bool {
+        match wish.reach {
+            Reach::Own => other.namespace == wish.namespace,
+            Reach::Team(team) => self.teams[other.namespace] == team,
+            Reach::Named(name, team) => other.namespace == name || self.teams[other.namespace] == team,
+            Reach::All => true,
+        }
+    }
+
+    /// Whether a pod's spreading counts with a host.
+    fn spreads_over(wish: &Wish, host: &Host) -> bool {
+        Self::selects(wish, host) && (!wish.honors_taints || !host.tainted || wish.tolerates)
+    }
+
     fn fits(&self, wish: &Wish, at: usize) -> bool {
         let host = &self.hosts[&at];
         let used: i64 = self.on(at).map(|other| other.cpu).sum();
+        let means = |from: &Wish, app: usize, other: &Wish| other.app == app && self.reaches(from, other);
         let near_somebody = |app: usize| {
-            self.in_zone(host.zone).any(|other| other.app == app)
-                || (app == wish.app && !self.pods.values().any(|(other, at)| at.is_some() && other.app == app))
+            self.in_zone(host.zone).any(|other| means(wish, app, other))
+                || (means(wish, app, wish)
+                    && !self.pods.values().any(|(other, at)| at.is_some() && means(wish, app, other)))
         };
         let count = |zone: usize| {
-            let hosts = self.hosts.iter().filter(|(_, host)| host.zone == zone && Self::selects(wish, host));
-            let pods = |host| self.on(host).filter(|other| other.app == wish.app).count();
-            hosts.map(|(host, _)| pods(*host)).sum::<usize>()
+            let hosts = self.hosts.iter().filter(|(_, host)| host.zone == zone && Self::spreads_over(wish, host));
+            let alike = |other: &&Wish| other.app == wish.app && other.namespace == wish.namespace;
+            hosts.map(|(host, _)| self.on(*host).filter(alike).count()).sum::<usize>()
         };
         let zones: BTreeSet<usize> =
-            self.hosts.values().filter(|host| Self::selects(wish, host)).map(|host| host.zone).collect();
+            self.hosts.values().filter(|host| Self::spreads_over(wish, host)).map(|host| host.zone).collect();
+        let fewest = |least: i32| match zones.iter().map(|zone| count(*zone)).min() {
+            _ if i32::try_from(zones.len()).is_ok_and(|zones| zones < least) => Some(0),
+            fewest => fewest,
+        };
         Self::selects(wish, host)
             && !host.cordoned
             && (!host.tainted || wish.tolerates)
@@ -92,14 +161,14 @@ impl Model {
             && !(wish.port && self.on(at).any(|other| other.port))
             && match wish.apart {
                 None => true,
-                Some(0) => self.on(at).all(|other| other.app != wish.app),
-                Some(_) => self.in_zone(host.zone).all(|other| other.app != wish.app),
+                Some(0) => self.on(at).all(|other| !means(wish, wish.app, other)),
+                Some(_) => self.in_zone(host.zone).all(|other| !means(wish, wish.app, other)),
             }
             // Those who stand there may not want it beside them.
-            && self.on(at).all(|other| other.app != wish.app || other.apart != Some(0))
-            && self.in_zone(host.zone).all(|other| other.app != wish.app || other.apart != Some(1))
+            && self.on(at).all(|other| !means(other, other.app, wish) || other.apart != Some(0))
+            && self.in_zone(host.zone).all(|other| !means(other, other.app, wish) || other.apart != Some(1))
             && wish.near.is_none_or(near_somebody)
-            && (!wish.spread || zones.iter().map(|zone| count(*zone)).min().is_none_or(|least| count(host.zone) < least + 1))
+            && wish.spread.is_none_or(|least| fewest(least).is_none_or(|fewest| count(host.zone) < fewest + 1))
     }
 }
 
@@ -115,6 +184,13 @@ fn node(name: usize, host: &Host) -> Arc<Node> {
 
 fn pod(name: usize, wish: &Wish, at: Option<usize>) -> Arc<Pod> {
     let app = |app: usize| json!({"matchLabels": {"app": format!("a{app}")}});
+    let term = |key: &str, of: usize| {
+        let mut term = json!({"topologyKey": key, "labelSelector": app(of)});
+        if let (Some(term), Value::Object(reach)) = (term.as_object_mut(), wish.reach.json()) {
+            term.extend(reach);
+        }
+        json!([term])
+    };
     let mut spec = json!({
         "priority": wish.priority, "schedulerName": "default-scheduler",
         "containers": [{"name": "c", "resources": {"requests": {"cpu": wish.cpu.to_string()}}}],
@@ -131,24 +207,29 @@ fn pod(name: usize, wish: &Wish, at: Option<usize>) -> Arc<Pod> {
     if let Some(scope) = wish.apart {
         let key = ["kubernetes.io/hostname", "zone"][scope];
         spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] =
-            json!([{"topologyKey": key, "labelSelector": app(wish.app)}]);
+            term(key, wish.app);
     }
     if let Some(near) = wish.near {
         spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] =
-            json!([{"topologyKey": "zone", "labelSelector": app(near)}]);
+            term("zone", near);
     }
-    if wish.spread {
-        spec["topologySpreadConstraints"] = json!([{"maxSkew": 1, "topologyKey": "zone",
-            "whenUnsatisfiable": "DoNotSchedule", "labelSelector": app(wish.app)}]);
+    if let Some(least) = wish.spread {
+        let taints = if wish.honors_taints { "Honor" } else { "Ignore" };
+        spec["topologySpreadConstraints"] = json!([{"maxSkew": 1, "topologyKey": "zone", "minDomains": least,
+            "whenUnsatisfiable": "DoNotSchedule", "labelSelector": app(wish.app), "nodeTaintsPolicy": taints}]);
     }
     if let Some(host) = at {
         spec["nodeName"] = format!("n{host}").into();
     }
     let labels = json!({"app": format!("a{}", wish.app)});
     parse(
-        json!({"metadata": {"name": format!("p{name}"), "namespace": "d", "uid": format!("p{name}"), "labels": labels},
+        json!({"metadata": {"name": format!("p{name}"), "namespace": format!("d{}", wish.namespace), "uid": format!("p{name}"), "labels": labels},
         "spec": spec, "status": {"phase": "Pending"}}),
     )
+}
+
+fn namespace(name: usize, team: usize) -> Arc<Namespace> {
+    parse(json!({"metadata": {"name": format!("d{name}"), "labels": {"team": format!("t{team}")}}}))
 }
 
 fn parse<K: serde::de::DeserializeOwned>(value: Value) -> Arc<K> {
@@ -169,7 +250,12 @@ struct Pair {
 
 impl Pair {
     fn new(seed: u64) -> Self {
-        Self { engine: Engine::new(Config::default(), seed), model: Model::default(), now: Instant::now(), serial: 0 }
+        let mut engine = Engine::new(Config::default(), seed);
+        let (model, now) = (Model::default(), Instant::now());
+        for (name, team) in model.teams.iter().enumerate() {
+            engine.update(&Update::Namespace(Delta { old: None, new: Some(namespace(name, *team)) }), now);
+        }
+        Self { engine, model, now, serial: 0 }
     }
 
     fn set_pod(&mut self, name: usize, old: Option<Arc<Pod>>, new: Option<Arc<Pod>>) {
@@ -222,6 +308,11 @@ impl Pair {
                     self.remove_pod(*name);
                 }
             }
+            Op::Team(name, team) => {
+                let old = std::mem::replace(&mut self.model.teams[*name], *team);
+                let delta = Delta { old: Some(namespace(*name, old)), new: Some(namespace(*name, *team)) };
+                self.engine.update(&Update::Namespace(delta), self.now);
+            }
         }
     }
 
@@ -260,23 +351,34 @@ impl Pair {
 
 fn wish() -> impl Strategy<Value = Wish> {
     let kind = prop_oneof![
-        4 => Just((None, None, false)),
-        2 => (0..2_usize).prop_map(|scope| (Some(scope), None, false)),
-        1 => (0..3_usize).prop_map(|app| (None, Some(app), false)),
-        2 => Just((None, None, true)),
+        4 => Just((None, None, None)),
+        2 => (0..2_usize).prop_map(|scope| (Some(scope), None, None)),
+        2 => (0..3_usize).prop_map(|app| (None, Some(app), None)),
+        2 => (1..5_i32).prop_map(|least| (None, None, Some(least))),
     ];
-    (0..3_usize, 1..4_i64, prop::bool::weighted(0.2), prop::bool::weighted(0.3), prop::bool::weighted(0.1), kind)
-        .prop_map(|(app, cpu, disk, tolerates, port, (apart, near, spread))| Wish {
+    let reach = prop_oneof![
+        2 => Just(Reach::Own),
+        1 => (0..2_usize).prop_map(Reach::Team),
+        1 => (0..NAMESPACES, 0..2_usize).prop_map(|(name, team)| Reach::Named(name, team)),
+        1 => Just(Reach::All),
+    ];
+    let likes = (prop::bool::weighted(0.2), prop::bool::weighted(0.3), prop::bool::weighted(0.1), any::<bool>());
+    (0..NAMESPACES, reach, 0..3_usize, 1..4_i64, likes, kind).prop_map(
+        |(namespace, reach, app, cpu, (disk, tolerates, port, honors_taints), (apart, near, spread))| Wish {
+            namespace,
+            reach,
             app,
             cpu,
-            priority: 0,
             disk,
             tolerates,
             port,
             apart,
             near,
             spread,
-        })
+            honors_taints,
+            ..MODEST
+        },
+    )
 }
 
 fn host() -> impl Strategy<Value = Host> {
@@ -290,6 +392,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..6_usize).prop_map(Op::HostGone),
         8 => wish().prop_map(Op::Pod),
         3 => (0..64_usize).prop_map(Op::PodGone),
+        1 => (0..NAMESPACES, 0..2_usize).prop_map(|(name, team)| Op::Team(name, team)),
     ]
 }
 
@@ -312,17 +415,16 @@ proptest! {
         cpu in 1..9_i64,
     ) {
         let mut pair = Pair::new(7);
-        let usual = Wish { app: 0, cpu: 0, priority: 0, disk: false, tolerates: false, port: false, apart: None, near: None, spread: false };
         for (name, cpu) in hosts.iter().enumerate() {
             pair.set_host(name, Some(Host { zone: 0, cpu: *cpu, disk: false, tainted: false, cordoned: false }));
         }
         for (cpu, priority, at) in standing {
-            let (wish, at) = (Wish { cpu, priority, ..usual }, at % hosts.len());
+            let (wish, at) = (Wish { cpu, priority, ..MODEST }, at % hosts.len());
             if pair.model.fits(&wish, at) {
                 pair.add_pod(wish, Some(at));
             }
         }
-        let wish = Wish { cpu, priority: 2, ..usual };
+        let wish = Wish { cpu, priority: 2, ..MODEST };
         let name = pair.add_pod(wish, None);
         let lower = |model: &Model, host: usize| model.on(host).filter(|other| other.priority < 2).map(|other| other.cpu).sum::<i64>();
         let used = |model: &Model, host: usize| model.on(host).map(|other| other.cpu).sum::<i64>();
@@ -352,17 +454,7 @@ proptest! {
 /// Words that users and tools look for.
 #[test]
 fn messages_are_the_known_ones() {
-    let usual = Wish {
-        app: 0,
-        cpu: 4,
-        priority: 0,
-        disk: false,
-        tolerates: false,
-        port: false,
-        apart: None,
-        near: None,
-        spread: false,
-    };
+    let usual = Wish { cpu: 4, ..MODEST };
     let mut pair = Pair::new(1);
     let message = |pair: &mut Pair| match pair.engine.step(pair.now).expect("a verdict") {
         Action::Report(report) => report.message,

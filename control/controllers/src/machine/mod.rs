@@ -48,6 +48,9 @@ impl fmt::Display for Key {
     }
 }
 
+/// A race that is lost again and again until the back-off has grown to this is worth a warning.
+const NEWS: Duration = Duration::from_secs(2);
+
 /// What a reconciliation asks for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Outcome {
@@ -72,9 +75,11 @@ impl Error {
         move |source| Self::Api { step, source }
     }
 
-    /// Whether another writer was faster, which is no news: the next look sees its write.
-    fn is_conflict(&self) -> bool {
-        matches!(self, Self::Api { source: kube::Error::Api(status), .. } if status.code == 409)
+    /// Whether another writer was faster, or what this is about is gone or going: the next look sees that.
+    fn is_race(&self) -> bool {
+        let crossed = |code: u16| matches!(code, 404 | 409);
+        matches!(self, Self::Api { source: kube::Error::Api(status), .. } if crossed(status.code))
+            || self.in_terminating_namespace()
     }
 
     /// Whether the object is not there (any more).
@@ -214,7 +219,7 @@ async fn work<C: Controller>(
         }
         Err(error) => {
             let delay = queue.retry(key.clone());
-            if error.is_conflict() {
+            if error.is_race() && delay < NEWS {
                 tracing::debug!(controller = C::NAME, %key, %error, ?delay, "trying again");
             } else {
                 tracing::warn!(controller = C::NAME, %key, %error, ?delay, "reconciliation failed, trying again");

@@ -260,7 +260,8 @@ impl Deployments {
             return Ok(());
         }
         let patch = serde_json::json!({
-            "metadata": {"annotations": {DESIRED: desired, MAXIMUM: maximum}},
+            // What was counted may have changed, and who counted may lead no longer: then this is not to be written.
+            "metadata": {"resourceVersion": set.resource_version(), "annotations": {DESIRED: desired, MAXIMUM: maximum}},
             "spec": {"replicas": to},
         });
         let api = self.sets_api(&deployment.namespace().unwrap_or_default());

@@ -24,11 +24,11 @@ use tokio::sync::watch;
 
 pub use feed::{Delta, Deltas};
 pub use held::Objects;
-pub use index::Index;
+pub use index::{Digests, Index};
 
 use feed::Feed;
 use held::{Held, Recent};
-use index::{Follow, IndexState};
+use index::{DigestState, Follow, IndexState};
 
 /// Pause after a failed list, before the next.
 const RETRY: Duration = Duration::from_millis(200);
@@ -216,6 +216,21 @@ impl<K: Cached> Informer<K> {
         values: impl Fn(&K) -> Vec<V> + Send + Sync + 'static,
     ) -> Index<K, V> {
         let index = Arc::new(IndexState::new(values));
+        self.attach(index.clone());
+        Index { state: index, recent: self.recent.clone() }
+    }
+
+    /// What is computed of each object, with a value to find it by; kept up to date with the cache.
+    pub fn digests<V: Ord + Send + Sync + 'static, D: Send + Sync + 'static>(
+        &self,
+        digest: impl Fn(&K) -> (V, D) + Send + Sync + 'static,
+    ) -> Digests<K, D, V> {
+        let state = Arc::new(DigestState::new(digest));
+        self.attach(state.clone());
+        Digests { state }
+    }
+
+    fn attach(&self, index: Arc<dyn Follow<K>>) {
         // Objects are decoded without the lock; few change meanwhile.
         let known = self.state.read().objects.clone();
         for (key, held) in &known {
@@ -229,8 +244,7 @@ impl<K: Cached> Informer<K> {
         for (key, held) in state.objects.iter().filter(|(key, held)| !same(known.get(*key), held)) {
             index.change(key, None, Some(held));
         }
-        state.indexes.push(index.clone());
-        Index { state: index, recent: self.recent.clone() }
+        state.indexes.push(index);
     }
 
     /// The deltas from now on, the objects that exist first.

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use common::labelled::Labelled;
 use common::owned::Owned;
+use common::replica::Replicas;
 use coracle_api::server::ApiServer;
 use k8s_openapi::api::apps::v1::{ControllerRevision, ReplicaSet};
 use k8s_openapi::api::core::v1::{Pod, ReplicationController};
@@ -65,8 +66,9 @@ pub async fn run(api: Arc<ApiServer>) {
     running.spawn(machine::run(storage::protect::AttributeClasses::new(&api)));
     running.spawn(machine::run(storage::attach::Attach::new(&api, &on_node, &users)));
     let pods = Arc::new(Owned::<Pod>::new(&api));
-    running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicationController>::new(&api, &pods)));
-    running.spawn(machine::run(workloads::replica_set::Replicas::<ReplicaSet>::new(&api, &pods)));
+    let replicas = Arc::new(Replicas::new(&api));
+    running.spawn(machine::run(workloads::replica_set::Sets::<ReplicationController>::new(&api, &replicas)));
+    running.spawn(machine::run(workloads::replica_set::Sets::<ReplicaSet>::new(&api, &replicas)));
     let revisions = Arc::new(Owned::<ControllerRevision>::new(&api));
     running.spawn(machine::run(workloads::stateful_set::StatefulSets::new(&api, &pods, &revisions)));
     running.spawn(machine::run(workloads::daemon_set::DaemonSets::new(&api, &pods, &revisions)));

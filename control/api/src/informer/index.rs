@@ -76,3 +76,56 @@ impl<K, V: Ord> Index<K, V> {
         Objects::new(selected.flat_map(|(_, objects)| objects.values()).cloned().collect(), &self.recent)
     }
 }
+
+/// How a digest is computed: the value by which it is found, and itself.
+type Digest<K, V, D> = Box<dyn Fn(&K) -> (V, D) + Send + Sync>;
+
+/// The digests of each value, by namespace and name.
+type Digested<V, D> = BTreeMap<V, BTreeMap<Arc<str>, Arc<D>>>;
+
+pub(super) struct DigestState<K, V, D> {
+    digest: Digest<K, V, D>,
+    found: RwLock<Digested<V, D>>,
+}
+
+impl<K, V: Ord, D> DigestState<K, V, D> {
+    pub(super) fn new(digest: impl Fn(&K) -> (V, D) + Send + Sync + 'static) -> Self {
+        Self { digest: Box::new(digest), found: RwLock::default() }
+    }
+}
+
+impl<K: Cached, V: Ord + Send + Sync, D: Send + Sync> Follow<K> for DigestState<K, V, D> {
+    fn change(&self, key: &Arc<str>, old: Option<&Arc<Held<K>>>, new: Option<&Arc<Held<K>>>) {
+        let digest = |held: &Arc<Held<K>>| held.glance().map(|object| (self.digest)(&object));
+        let (before, now) = (old.and_then(digest), new.and_then(digest));
+        let mut found = self.found.write();
+        if let Some((value, _)) = before
+            && now.as_ref().is_none_or(|(now, _)| *now != value)
+            && let Some(digests) = found.get_mut(&value)
+        {
+            digests.remove(key);
+            if digests.is_empty() {
+                found.remove(&value);
+            }
+        }
+        if let Some((value, digest)) = now {
+            found.entry(value).or_default().insert(key.clone(), Arc::new(digest));
+        }
+    }
+}
+
+/// What was computed of objects, for who goes through many again and again: the objects are decoded once a version, and need
+/// not be kept.
+pub struct Digests<K, D, V = String> {
+    pub(super) state: Arc<DigestState<K, V, D>>,
+}
+
+impl<K, D, V: Ord> Digests<K, D, V> {
+    /// The digests of the objects with this value, by namespace and name.
+    pub fn get<Q: Ord + ?Sized>(&self, value: &Q) -> Vec<Arc<D>>
+    where
+        V: Borrow<Q>,
+    {
+        self.state.found.read().get(value).into_iter().flat_map(BTreeMap::values).cloned().collect()
+    }
+}

@@ -6,6 +6,7 @@ pub(crate) mod intstr;
 pub(crate) mod labelled;
 pub(crate) mod owned;
 pub(crate) mod pods;
+pub(crate) mod replica;
 pub(crate) mod revisions;
 pub(crate) mod scale;
 pub(crate) mod selector;

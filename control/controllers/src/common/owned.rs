@@ -23,19 +23,21 @@ pub(crate) struct Owned<K> {
 }
 
 /// The index value of an object that nothing controls.
-fn orphans(namespace: &str) -> String {
+pub(super) fn orphans(namespace: &str) -> String {
     format!("/{namespace}")
+}
+
+/// The index value of an object: who controls it.
+pub(super) fn owner_of(meta: &ObjectMeta) -> String {
+    let owner = controller_of(meta).map(|owner| owner.uid.clone());
+    owner.unwrap_or_else(|| orphans(meta.namespace.as_deref().unwrap_or_default()))
 }
 
 impl<K: Cached> Owned<K> {
     /// An index over the shared cache of the kind.
     pub(crate) fn new(api: &Arc<ApiServer>) -> Self {
         let informer: Arc<Informer<K>> = api.informer();
-        let by = |object: &K| {
-            let owner = controller_of(object.meta()).map(|owner| owner.uid.clone());
-            vec![owner.unwrap_or_else(|| orphans(object.meta().namespace.as_deref().unwrap_or_default()))]
-        };
-        Self { index: informer.index(by) }
+        Self { index: informer.index(|object: &K| vec![owner_of(object.meta())]) }
     }
 
     /// What the object with this UID controls.

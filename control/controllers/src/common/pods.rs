@@ -1,17 +1,11 @@
 //! Pods as the workload controllers see them.
 
-use std::cmp::Reverse;
-use std::collections::HashMap;
-
 use k8s_openapi::api::core::v1::{Pod, PodCondition, PodTemplateSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::{Api, ResourceExt};
 
 use crate::machine::{Error, Host};
-
-/// Annotation by which users rank pods for removal (KEP-2255); lower goes first.
-const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
 
 /// A pod as a template describes it, owned by `owner`, named after `prefix` by the server.
 pub(crate) fn from_template(template: &PodTemplateSpec, prefix: &str, owner: OwnerReference) -> Pod {
@@ -56,23 +50,29 @@ pub(crate) fn is_ready(pod: &Pod) -> bool {
 /// How long a pod must still stay ready to count as available: zero when it does already, `None` when it is not ready.
 pub(crate) fn until_available(pod: &Pod, min_ready_seconds: i32, now: Timestamp) -> Option<SignedDuration> {
     let ready = condition(pod, "Ready").filter(|condition| condition.status == "True")?;
+    left_to_wait(ready.last_transition_time.as_ref().map(|time| time.0), min_ready_seconds, now)
+}
+
+/// How long a pod that is ready since then must stay so to count as available.
+pub(super) fn left_to_wait(since: Option<Timestamp>, min_ready_seconds: i32, now: Timestamp) -> Option<SignedDuration> {
     if min_ready_seconds == 0 {
         return Some(SignedDuration::ZERO);
     }
-    let Time(since) = ready.last_transition_time.as_ref()?;
-    let left = SignedDuration::from_secs(min_ready_seconds.into()) - now.duration_since(*since);
+    let left = SignedDuration::from_secs(min_ready_seconds.into()) - now.duration_since(since?);
     Some(left.max(SignedDuration::ZERO))
 }
 
-/// How many of the pods are available, and how long until the next one is if none changes.
-pub(crate) fn available(
-    pods: &[std::sync::Arc<Pod>],
-    min_ready_seconds: i32,
-    now: Timestamp,
-) -> (usize, Option<SignedDuration>) {
-    let waits: Vec<_> = pods.iter().filter_map(|pod| until_available(pod, min_ready_seconds, now)).collect();
-    let next = waits.iter().filter(|wait| !wait.is_zero()).min().copied();
-    (waits.iter().filter(|wait| wait.is_zero()).count(), next)
+/// How many pods are available, and how long until the next one is if none changes, from how long each must still wait.
+pub(crate) fn available(waits: impl Iterator<Item = Option<SignedDuration>>) -> (usize, Option<SignedDuration>) {
+    let (mut available, mut next) = (0, None);
+    for wait in waits.flatten() {
+        if wait.is_zero() {
+            available += 1;
+        } else {
+            next = Some(next.map_or(wait, |next: SignedDuration| next.min(wait)));
+        }
+    }
+    (available, next)
 }
 
 /// Whether the pod has been ready for long enough.
@@ -138,78 +138,4 @@ pub(crate) async fn mark_disrupted(
     });
     host.patch_status(api, &pod.name_any(), patch).await?;
     Ok(())
-}
-
-/// The order in which pods are given up when there are too many (kube-controller `ActivePodsWithRanks`): unbound before
-/// bound, pending before running, not ready before ready, cheap before dear, more doubled up on one node before less,
-/// shorter ready before longer, more restarts before fewer, younger before older.
-pub(crate) fn rank_for_removal(pods: &mut [std::sync::Arc<Pod>], on_node: &HashMap<String, usize>) {
-    pods.sort_by_cached_key(|pod| {
-        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
-        let phase = match phase(pod) {
-            "Pending" | "" => 0,
-            "Unknown" => 1,
-            _ => 2,
-        };
-        let cost = pod.annotations().get(DELETION_COST).and_then(|cost| cost.parse::<i32>().ok()).unwrap_or_default();
-        let doubled = on_node.get(&node).copied().unwrap_or_default();
-        let ready_since = condition(pod, "Ready")
-            .filter(|condition| condition.status == "True")
-            .and_then(|condition| condition.last_transition_time.as_ref())
-            .map(|time| Reverse(time.0));
-        let restarts = pod
-            .status
-            .iter()
-            .flat_map(|status| status.container_statuses.iter().flatten())
-            .map(|status| status.restart_count)
-            .max()
-            .unwrap_or_default();
-        let created = pod.creation_timestamp().map(|time| Reverse(time.0));
-        (!node.is_empty(), phase, is_ready(pod), cost, Reverse(doubled), ready_since, Reverse(restarts), created)
-    });
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use serde_json::json;
-
-    use super::*;
-
-    fn pod(name: &str, node: &str, ready: bool, restarts: i32) -> Arc<Pod> {
-        let conditions = json!([{"type": "Ready", "status": if ready { "True" } else { "False" }, "lastTransitionTime": "2026-01-01T00:00:00Z"}]);
-        let node = if node.is_empty() { json!(null) } else { json!(node) };
-        let statuses = json!([{"name": "a", "image": "", "imageID": "", "ready": ready, "restartCount": restarts}]);
-        Arc::new(
-            serde_json::from_value(json!({
-                "metadata": {"name": name, "creationTimestamp": "2026-01-01T00:00:00Z"},
-                "spec": {"containers": [], "nodeName": node},
-                "status": {"phase": if ready { "Running" } else { "Pending" }, "conditions": conditions, "containerStatuses": statuses},
-            }))
-            .expect("a pod"),
-        )
-    }
-
-    #[test]
-    fn the_least_useful_pods_go_first() {
-        let mut pods = vec![
-            pod("steady", "n", true, 0),
-            pod("restarting", "n", true, 3),
-            pod("unready", "n", false, 0),
-            pod("unbound", "", false, 0),
-        ];
-        rank_for_removal(&mut pods, &HashMap::new());
-        let names: Vec<_> = pods.iter().map(|pod| pod.name_any()).collect();
-        assert_eq!(names, ["unbound", "unready", "restarting", "steady"]);
-    }
-
-    #[test]
-    fn availability_counts_from_readiness() {
-        let pod = pod("a", "n", true, 0);
-        let now: Timestamp = "2026-01-01T00:00:04Z".parse().expect("a time");
-        assert_eq!(until_available(&pod, 0, now), Some(SignedDuration::ZERO));
-        assert_eq!(until_available(&pod, 10, now), Some(SignedDuration::from_secs(6)));
-        assert_eq!(until_available(&pod, 3, now), Some(SignedDuration::ZERO));
-    }
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 pub(crate) use host::{Host, Kind, Write};
 pub(crate) use owners::{controller_of, controller_reference, is_controlled_by};
@@ -115,6 +116,12 @@ pub(crate) trait Controller: Send + Sync + Sized + 'static {
     /// How many keys are reconciled at once.
     const WORKERS: usize = 4;
 
+    /// Least time between the beginnings of two looks at a key. What takes long to look at and changes all the time is looked
+    /// at less often, and sees more changes at once.
+    fn pace(&self, _key: &Key) -> Duration {
+        Duration::ZERO
+    }
+
     /// Tells which changes concern which keys.
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>);
 
@@ -179,8 +186,10 @@ pub(crate) async fn run<C: Controller>(controller: C) {
         workers.spawn(async move {
             loop {
                 let key = queue.next().await;
+                let began = Instant::now();
                 work(&*controller, &queue, &written, &key).await;
-                queue.done(&key);
+                let rest = controller.pace(&key).saturating_sub(began.elapsed());
+                queue.done_after(key, rest);
             }
         });
     }

@@ -2,7 +2,7 @@
 //! rate-limited queue: a key that is being worked on and added again is handed out again after it is done.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
 use std::hash::Hash;
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ struct State<K> {
     /// Keys that wait or are to be handed out again once done.
     dirty: HashSet<K>,
     working: HashSet<K>,
+    /// Keys whose work is done, and until when they count as worked on.
+    resting: BTreeMap<(Instant, u64), K>,
     /// When a delayed key comes due; an entry of the heap that differs is stale.
     due: HashMap<K, Instant>,
     delayed: BinaryHeap<Reverse<(Instant, u64)>>,
@@ -43,6 +45,7 @@ impl<K: Clone + Eq + Hash> Default for WorkQueue<K> {
                 ready: VecDeque::new(),
                 dirty: HashSet::new(),
                 working: HashSet::new(),
+                resting: BTreeMap::new(),
                 due: HashMap::new(),
                 delayed: BinaryHeap::new(),
                 delayed_keys: HashMap::new(),
@@ -114,7 +117,8 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
                     }
                     return key;
                 }
-                state.delayed.peek().map(|Reverse((due, _))| *due)
+                let delayed = state.delayed.peek().map(|Reverse((due, _))| *due);
+                delayed.into_iter().chain(state.resting.keys().next().map(|(until, _)| *until)).min()
             };
             match wait {
                 Some(due) => {
@@ -130,13 +134,22 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
 
     /// Ends the work on `key`; hands it out again if it was added meanwhile.
     pub fn done(&self, key: &K) {
-        let mut state = self.state.lock();
-        state.working.remove(key);
-        if state.dirty.contains(key) {
-            state.ready.push_back(key.clone());
-            drop(state);
+        if self.state.lock().done(key) {
             self.changed.notify_one();
         }
+    }
+
+    /// Ends the work on `key` when `rest` has passed: it is not handed out before, however often it is added.
+    pub fn done_after(&self, key: K, rest: Duration) {
+        if rest.is_zero() {
+            return self.done(&key);
+        }
+        let mut state = self.state.lock();
+        state.sequence += 1;
+        let until = (Instant::now() + rest, state.sequence);
+        state.resting.insert(until, key);
+        drop(state);
+        self.changed.notify_one();
     }
 
     /// How many keys wait, are delayed or are worked on.
@@ -161,8 +174,22 @@ impl<K: Clone + Eq + Hash> State<K> {
         true
     }
 
+    /// Whether a worker should wake.
+    fn done(&mut self, key: &K) -> bool {
+        self.working.remove(key);
+        let again = self.dirty.contains(key);
+        if again {
+            self.ready.push_back(key.clone());
+        }
+        again
+    }
+
     /// Moves what has come due to the ready keys.
     fn release(&mut self, now: Instant) {
+        while let Some(rested) = self.resting.first_entry().filter(|rested| rested.key().0 <= now) {
+            let key = rested.remove();
+            self.done(&key);
+        }
         while let Some(Reverse((due, sequence))) = self.delayed.peek().copied() {
             let Some(key) = self.delayed_keys.get(&sequence) else {
                 self.delayed.pop();
@@ -198,6 +225,24 @@ mod tests {
         queue.done(&key);
         assert_eq!(queue.next().await, "a");
         queue.done(&"a");
+        assert!(queue.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_rests_comes_again_once_and_not_before() {
+        let queue = WorkQueue::default();
+        let start = Instant::now();
+        queue.add("a");
+        let key = queue.next().await;
+        queue.add("a");
+        queue.done_after(key, Duration::from_secs(2));
+        queue.add("a");
+        queue.add("b");
+        assert_eq!(queue.next().await, "b", "others need not wait");
+        assert_eq!((queue.next().await, start.elapsed().as_secs()), ("a", 2));
+        queue.done_after("a", Duration::from_secs(2));
+        queue.done(&"b");
+        assert!(tokio::time::timeout(Duration::from_secs(9), queue.next()).await.is_err(), "nobody asked again");
         assert!(queue.is_empty());
     }
 

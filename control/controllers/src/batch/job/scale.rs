@@ -1,6 +1,6 @@
 //! Which pods a Job makes and removes next. Values to values.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 
 use super::tally::{self, FINALIZER, INDEX, INDEX_FAILURES, INDEX_IGNORED, Tally, index_of, indexed, terminating};
+use crate::common::replica::Replica;
 use crate::common::{control, pods};
 use crate::machine::controller_reference;
 
@@ -122,7 +123,7 @@ pub(super) fn change(job: &Job, spec: &JobSpec, all: &[Arc<Pod>], tally: &Tally,
 /// Active pods that are too many: first those whose index has another, is over or is none, then the least useful.
 fn surplus(spec: &JobSpec, active: &[Arc<Pod>], tally: &Tally, wanted: usize) -> Vec<Arc<Pod>> {
     let mut ranked = active.to_vec();
-    pods::rank_for_removal(&mut ranked, &HashMap::new());
+    ranked.sort_by_cached_key(|pod| Replica::of(pod).rank(0));
     if !indexed(spec) {
         ranked.truncate(active.len().saturating_sub(wanted));
         return ranked;

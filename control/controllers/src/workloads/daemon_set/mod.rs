@@ -228,7 +228,9 @@ impl Controller for DaemonSets {
         let live: BTreeSet<String> =
             mine.iter().filter_map(|pod| pod.labels().get(revisions::HASH_LABEL).cloned()).collect();
         revisions::truncate(&self.host, &*set, &history.old, &live, spec.revision_history_limit, hash_of).await?;
-        let (_, next) = pods::available(&mine, spec.min_ready_seconds.unwrap_or_default(), now);
+        let (_, next) = pods::available(
+            mine.iter().map(|pod| pods::until_available(pod, spec.min_ready_seconds.unwrap_or_default(), now)),
+        );
         let next = next.and_then(|wait| Duration::try_from(wait).ok());
         Ok(wait.into_iter().chain(next).min().map_or(Outcome::Done, Outcome::After))
     }

@@ -233,7 +233,9 @@ impl Controller for StatefulSets {
             revision.name_any()
         })
         .await?;
-        let (_, next) = pods::available(&mine, spec.min_ready_seconds.unwrap_or_default(), now);
+        let (_, next) = pods::available(
+            mine.iter().map(|pod| pods::until_available(pod, spec.min_ready_seconds.unwrap_or_default(), now)),
+        );
         Ok(next.and_then(|wait| Duration::try_from(wait).ok()).map_or(Outcome::Done, Outcome::After))
     }
 }

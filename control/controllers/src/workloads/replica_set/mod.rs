@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use coracle_api::informer::Informer;
+use coracle_api::informer::{Delta, Informer};
 use coracle_api::server::ApiServer;
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
 use k8s_openapi::api::core::v1::{
@@ -14,11 +14,16 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::{Api, ResourceExt};
 
-use crate::common::owned::{self, Owned, Owner};
+use crate::common::owned::{self, Owner};
+use crate::common::replica::{Replica, Replicas};
 use crate::common::{control, pods, selector};
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources, controller_reference, own};
 
 type Labels = BTreeMap<String, String>;
+
+/// Time between two looks at a set, for each pod of it: to count those of a large one takes a while, and its pods change all
+/// the time while they start.
+const PACE_OF_POD: Duration = Duration::from_micros(20);
 
 /// A kind that keeps a number of equal pods.
 pub(crate) trait Replicated: Owner {
@@ -114,91 +119,115 @@ impl Replicated for ReplicationController {
     }
 }
 
-pub(crate) struct Replicas<K> {
+pub(crate) struct Sets<K> {
     host: Host,
     sets: Arc<Informer<K>>,
     pods: Arc<Informer<Pod>>,
-    owned: Arc<Owned<Pod>>,
+    replicas: Arc<Replicas>,
 }
 
-impl<K: Replicated> Replicas<K> {
-    pub(crate) fn new(api: &Arc<ApiServer>, owned: &Arc<Owned<Pod>>) -> Self {
+impl<K: Replicated> Sets<K> {
+    pub(crate) fn new(api: &Arc<ApiServer>, replicas: &Arc<Replicas>) -> Self {
         let mut host = Host::new(api, K::CONTROLLER);
-        Self { sets: host.informer(), pods: host.informer(), owned: owned.clone(), host }
+        Self { sets: host.informer(), pods: host.informer(), replicas: replicas.clone(), host }
     }
 
-    /// How many of its pods are on their way out.
-    fn terminating(&self, set: &K) -> usize {
-        let leaving = |pod: &Arc<Pod>| {
-            pod.metadata.deletion_timestamp.is_some() && !matches!(pods::phase(pod), "Succeeded" | "Failed")
-        };
-        self.owned.of(&set.uid().unwrap_or_default()).filter(leaving).count()
+    /// The active pods of the set, after adopting and releasing; of the others only how many are on their way out.
+    async fn claim(&self, set: &K) -> Result<(Vec<Arc<Replica>>, usize), Error> {
+        let (ours, others) = (self.replicas.of(&set.uid().unwrap_or_default()), self.replicas.orphans(set));
+        let leaving = ours.iter().filter(|pod| pod.is_leaving).count();
+        let selects = |pod: &Arc<Replica>| set.selects(Some(&pod.labels));
+        let (mut active, strays): (Vec<_>, Vec<_>) = ours.into_iter().filter(|pod| pod.is_active).partition(selects);
+        let orphans = others.into_iter().filter(|pod| pod.is_active && selects(pod));
+        let namespace = set.namespace().unwrap_or_default();
+        let open = strays.into_iter().chain(orphans).filter_map(|pod| self.pods.get(&namespace, &pod.name));
+        let open: Vec<_> = open.collect();
+        let selects = |pod: &Pod| set.selects(pod.metadata.labels.as_ref());
+        let adopted = owned::claim(&self.host, set, open, None, selects).await?;
+        active.extend(adopted.iter().map(|pod| Arc::new(Replica::of(pod))));
+        Ok((active, leaving))
     }
 
     /// Makes or removes pods until there are as many as wanted; returns what the API refused.
-    async fn scale(&self, set: &K, api: &Api<Pod>, active: &[Arc<Pod>], wanted: usize) -> Result<(), Error> {
+    async fn scale(&self, set: &K, active: &[Arc<Replica>], wanted: usize) -> Result<(), Error> {
+        let namespace = set.namespace().unwrap_or_default();
+        let api: Api<Pod> = Api::namespaced(self.host.client.clone(), &namespace);
         if active.len() < wanted {
             let Some(template) = set.template() else {
                 return Ok(());
             };
             let missing = (wanted - active.len()).min(control::BURST);
             let pod = pods::from_template(template, &set.name_any(), controller_reference(set));
-            return control::create_all(&self.host, set, api, vec![pod; missing]).await;
+            return control::create_all(&self.host, set, &api, vec![pod; missing]).await;
         }
+        let neighbours = self.neighbours(set);
+        let doubled = |pod: &Replica| neighbours.get(pod.node.as_deref().unwrap_or_default()).copied();
         let mut surplus = active.to_vec();
-        pods::rank_for_removal(&mut surplus, &self.neighbours(set));
-        surplus.truncate(active.len() - wanted);
-        control::delete_all(&self.host, set, api, surplus).await
+        surplus.sort_by_cached_key(|pod| pod.rank(doubled(pod).unwrap_or_default()));
+        surplus.truncate((active.len() - wanted).min(control::BURST));
+        let surplus: Vec<_> = surplus.iter().filter_map(|pod| self.pods.get(&namespace, &pod.name)).collect();
+        control::delete_all(&self.host, set, &api, surplus).await
     }
 
     /// How many pods of the set, and of others with the same owner, are on each node: the sets of one Deployment look at
     /// each other's pods, so that what is given up is what is doubled up.
-    fn neighbours(&self, set: &K) -> HashMap<String, usize> {
+    fn neighbours(&self, set: &K) -> HashMap<Box<str>, usize> {
         let owner = crate::machine::controller_of(set.meta()).map(|owner| owner.uid.clone());
         let related = self.sets.list_ns(&set.namespace().unwrap_or_default()).filter(|other| {
             other.uid() == set.uid()
                 || owner.as_ref().is_some_and(|uid| crate::machine::is_controlled_by(other.meta(), uid))
         });
-        let mut on_node: HashMap<String, usize> = HashMap::new();
-        for pod in related.flat_map(|other| self.owned.of(&other.uid().unwrap_or_default())) {
-            if let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone())
-                && pods::is_active(&pod)
-            {
-                *on_node.entry(node).or_default() += 1;
+        let mut on_node: HashMap<Box<str>, usize> = HashMap::new();
+        for pod in related.flat_map(|other| self.replicas.of(&other.uid().unwrap_or_default())) {
+            if let Some(node) = pod.node.as_ref().filter(|_| pod.is_active) {
+                *on_node.entry(node.clone()).or_default() += 1;
             }
         }
         on_node
     }
 }
 
-impl<K: Replicated> Controller for Replicas<K> {
+/// Whether a change of a pod is one to who counts it.
+fn is_news(delta: &Delta<Pod>) -> bool {
+    let (Some(old), Some(new)) = (&delta.old, &delta.new) else { return true };
+    old.metadata.owner_references != new.metadata.owner_references
+        || old.metadata.uid != new.metadata.uid
+        || !Replica::of(old).counts_as(&Replica::of(new))
+}
+
+impl<K: Replicated> Controller for Sets<K> {
     const NAME: &'static str = K::CONTROLLER;
 
     fn host(&self) -> &Host {
         &self.host
     }
 
+    fn pace(&self, key: &Key) -> Duration {
+        let wanted = self.sets.get(&key.namespace, &key.name).map(|set| set.wanted()).unwrap_or_default();
+        PACE_OF_POD * u32::try_from(wanted).unwrap_or_default()
+    }
+
     fn sources(self: &Arc<Self>, sources: &mut Sources<Self>) {
         sources.watch(&self.sets, own);
-        sources.watch(&self.pods, |this, delta, queue| owned::enqueue(delta, &this.sets, queue, K::selects));
+        sources.watch(&self.pods, |this, delta, queue| {
+            if is_news(delta) {
+                owned::enqueue(delta, &this.sets, queue, K::selects);
+            }
+        });
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, Error> {
         let Some(set) = self.sets.get(&key.namespace, &key.name) else {
             return Ok(Outcome::Done);
         };
-        let api: Api<Pod> = Api::namespaced(self.host.client.clone(), &key.namespace);
-        let candidates = self.owned.candidates(&*set).filter(|pod| pods::is_active(pod));
-        let active =
-            owned::claim(&self.host, &*set, candidates, None, |pod: &Pod| set.selects(pod.metadata.labels.as_ref()))
-                .await?;
+        let (active, leaving) = self.claim(&*set).await?;
         let wanted = usize::try_from(set.wanted()).unwrap_or_default();
         let scaled = if set.meta().deletion_timestamp.is_none() && active.len() != wanted {
-            self.scale(&set, &api, &active, wanted).await
+            self.scale(&set, &active, wanted).await
         } else {
             Ok(())
         };
-        let (status, next) = status(&*set, &active, self.terminating(&set), scaled.as_ref().err(), Timestamp::now());
+        let (status, next) = status(&*set, &active, leaving, scaled.as_ref().err(), Timestamp::now());
         let mut changed = (*set).clone();
         changed.set_status(status);
         if changed.status() != set.status() {
@@ -213,15 +242,15 @@ impl<K: Replicated> Controller for Replicas<K> {
 /// The status that the pods amount to, and when it changes by time alone.
 fn status<K: Replicated>(
     set: &K,
-    active: &[Arc<Pod>],
+    active: &[Arc<Replica>],
     terminating: usize,
     failure: Option<&Error>,
     now: Timestamp,
 ) -> (ReplicaSetStatus, Option<Duration>) {
     let labels = set.template().and_then(|template| template.metadata.as_ref()?.labels.clone()).unwrap_or_default();
     let count =
-        |keep: &dyn Fn(&Pod) -> bool| i32::try_from(active.iter().filter(|pod| keep(pod)).count()).unwrap_or(i32::MAX);
-    let (available, next) = pods::available(active, set.min_ready_seconds(), now);
+        |keep: &dyn Fn(&Replica) -> bool| i32::try_from(active.iter().filter(|pod| keep(pod)).count()).unwrap_or(i32::MAX);
+    let (available, next) = pods::available(active.iter().map(|pod| pod.until_available(set.min_ready_seconds(), now)));
     let old = set.status();
     let mut conditions = old.conditions.unwrap_or_default();
     let replica_failure = conditions.iter().position(|condition| condition.type_ == "ReplicaFailure");
@@ -247,8 +276,8 @@ fn status<K: Replicated>(
     }
     let status = ReplicaSetStatus {
         replicas: count(&|_| true),
-        fully_labeled_replicas: non_zero(count(&|pod| selector::matches_map(&labels, pod.metadata.labels.as_ref()))),
-        ready_replicas: non_zero(count(&|pod| pods::is_ready(pod))),
+        fully_labeled_replicas: non_zero(count(&|pod| selector::matches_map(&labels, Some(&pod.labels)))),
+        ready_replicas: non_zero(count(&|pod| pod.is_ready)),
         available_replicas: non_zero(i32::try_from(available).unwrap_or(i32::MAX)),
         observed_generation: set.meta().generation,
         conditions: (!conditions.is_empty()).then_some(conditions),

@@ -206,12 +206,10 @@ fn pod(name: usize, wish: &Wish, at: Option<usize>) -> Arc<Pod> {
     }
     if let Some(scope) = wish.apart {
         let key = ["kubernetes.io/hostname", "zone"][scope];
-        spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] =
-            term(key, wish.app);
+        spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = term(key, wish.app);
     }
     if let Some(near) = wish.near {
-        spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] =
-            term("zone", near);
+        spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = term("zone", near);
     }
     if let Some(least) = wish.spread {
         let taints = if wish.honors_taints { "Honor" } else { "Ignore" };

@@ -248,8 +248,9 @@ fn status<K: Replicated>(
     now: Timestamp,
 ) -> (ReplicaSetStatus, Option<Duration>) {
     let labels = set.template().and_then(|template| template.metadata.as_ref()?.labels.clone()).unwrap_or_default();
-    let count =
-        |keep: &dyn Fn(&Replica) -> bool| i32::try_from(active.iter().filter(|pod| keep(pod)).count()).unwrap_or(i32::MAX);
+    let count = |keep: &dyn Fn(&Replica) -> bool| {
+        i32::try_from(active.iter().filter(|pod| keep(pod)).count()).unwrap_or(i32::MAX)
+    };
     let (available, next) = pods::available(active.iter().map(|pod| pod.until_available(set.min_ready_seconds(), now)));
     let old = set.status();
     let mut conditions = old.conditions.unwrap_or_default();

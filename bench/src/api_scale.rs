@@ -31,6 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const ALONE: [&str; 3] = ["--disable-agent", "--disable-controller-manager", "--disable-scheduler"];
 /// Time after which a server without work is measured.
 const SETTLED: Duration = Duration::from_secs(20);
+/// Time between renewals of a node's lease.
+const RENEWED: Duration = Duration::from_secs(10);
+const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const WATCHED: &str = "/api/v1/namespaces/default/configmaps";
 
@@ -42,16 +45,23 @@ pub(crate) struct Scale {
 }
 
 pub(crate) async fn measure(coracle: &Path, scale: &Scale) -> anyhow::Result<Vec<Figure>> {
-    let mut figures = held(coracle, &ALONE, scale, "API alone").await?;
-    figures.extend(held(coracle, &["--disable-agent"], scale, "with controllers and scheduler").await?);
-    let server = Server::start(coracle, &ALONE).await?;
-    let measured = watched(&server, scale).await;
-    server.stop().await.context("take the server down")?;
-    figures.extend(measured?);
+    let mut figures = Vec::new();
+    if scale.watchers > 0 {
+        let server = Server::start(coracle, &ALONE).await?;
+        let measured = watched(&server, scale).await;
+        server.stop().await.context("take the server down")?;
+        figures.extend(measured?);
+    }
+    if scale.pods > 0 {
+        figures.extend(held(coracle, &ALONE, scale, "API alone").await?);
+        figures.extend(held(coracle, &["--disable-agent"], scale, "with controllers and scheduler").await?);
+    }
     Ok(figures)
 }
 
+/// A figure of ours; it takes long until all are there, so each is told when it is.
 fn ours(name: String, unit: &'static str, samples: Vec<f64>) -> Figure {
+    eprintln!("{name}: {samples:.1?} {unit}");
     Figure::ours(name, unit, samples)
 }
 
@@ -60,8 +70,10 @@ async fn held(coracle: &Path, flags: &[&str], scale: &Scale, what: &str) -> anyh
     let measured = async {
         let clients = try_join_all((0..CREATORS).map(|_| server.client())).await?;
         account(&clients[0], flags == ALONE).await?;
+        let alive = (flags != ALONE).then(|| tokio::spawn(keep_alive(clients[0].clone())));
         for node in 0..NODES {
-            call(&clients[0], "POST", "/api/v1/nodes", &json!({"metadata": {"name": format!("node-{node}")}})).await?;
+            let name = format!("node-{node}");
+            call(&clients[0], "POST", "/api/v1/nodes", &json!({"metadata": {"name": name}})).await?;
         }
         let empty = server.rss_mib()?;
         let (share, started, cpu) = (scale.pods.div_ceil(CREATORS), Instant::now(), server.cpu_s()?);
@@ -92,6 +104,9 @@ async fn held(coracle: &Path, flags: &[&str], scale: &Scale, what: &str) -> anyh
         }
         let listed = format!("list {} of {} pods ({:.1} MB), {what}", scale.listed, scale.pods, bytes as f64 / 1e6);
         drop(clients);
+        if let Some(alive) = alive {
+            alive.abort();
+        }
         server.restart().await?;
         let (ready, again) = (server.started.elapsed().as_secs_f64(), server.rss_mib()?);
         let start_cpu = server.cpu_s()?;
@@ -180,6 +195,30 @@ async fn account(client: &Client, make: bool) -> anyhow::Result<()> {
         }
     };
     timeout(PATIENCE, made).await.context("no controller makes the account of the namespace")
+}
+
+/// Renews the leases of the nodes, so that their pods are left where they are.
+async fn keep_alive(client: Client) {
+    loop {
+        let now = k8s_openapi::jiff::Timestamp::now();
+        for node in 0..NODES {
+            let name = format!("node-{node}");
+            let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name},
+                "spec": {"holderIdentity": name, "leaseDurationSeconds": 40,
+                    "renewTime": now.strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string()}});
+            let path = format!("{LEASES}/{name}?fieldManager=bench&force=true");
+            let request = http::Request::patch(path).header("content-type", "application/apply-patch+yaml");
+            let renewed = match request.body(Body::from(lease.to_string().into_bytes())) {
+                Ok(request) => client.send(request).await.map(|response| response.status()),
+                Err(error) => return eprintln!("renew a lease: {error}"),
+            };
+            match renewed {
+                Ok(status) if status.is_success() => {}
+                other => eprintln!("renew the lease of {name}: {other:?}"),
+            }
+        }
+        tokio::time::sleep(RENEWED).await;
+    }
 }
 
 fn pod(number: usize) -> Value {

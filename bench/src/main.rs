@@ -112,10 +112,10 @@ struct Options {
     /// Clusters in which it does, by their nodes
     #[arg(long, global = true, value_delimiter = ',', default_values_t = [500, 5_000, 50_000])]
     clusters: Vec<usize>,
-    /// Pods that a server holds
+    /// Pods that a server holds; 0 leaves that out
     #[arg(long, global = true, default_value_t = 100_000)]
     held: usize,
-    /// Watchers of one change
+    /// Watchers of one change; 0 leaves that out
     #[arg(long, global = true, default_value_t = 10_000)]
     watchers: usize,
     /// Objects that a LIST returns

@@ -104,7 +104,7 @@ pub(crate) struct ServerOptions {
     #[arg(long, value_name = "FILE")]
     pub(crate) authentication_config: Option<PathBuf>,
     /// Which requests are written down: an audit.k8s.io/v1 Policy
-    #[arg(long, value_name = "FILE", requires = "audit_log_path")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) audit_policy_file: Option<PathBuf>,
     /// Where they are written, one JSON object a line
     #[arg(long, value_name = "FILE", requires = "audit_policy_file")]
@@ -118,6 +118,15 @@ pub(crate) struct ServerOptions {
     /// How many days they stay; 0 for ever
     #[arg(long, value_name = "DAYS", default_value_t = 0)]
     pub(crate) audit_log_maxage: u64,
+    /// Whom they are sent to, in batches: a kubeconfig
+    #[arg(long, value_name = "FILE", requires = "audit_policy_file")]
+    pub(crate) audit_webhook_config_file: Option<PathBuf>,
+    /// Longest time that an event waits for others to be sent with, such as `30s` or `2m`
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+    pub(crate) audit_webhook_batch_max_wait: Duration,
+    /// Pause before events are sent again; each is half as long again as the one before
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
+    pub(crate) audit_webhook_initial_backoff: Duration,
     /// Where the administrator's kubeconfig is written, with mode 0600
     #[arg(long, default_value = "/etc/coracle/kubeconfig.yaml", value_name = "FILE")]
     pub(crate) write_kubeconfig: PathBuf,
@@ -221,13 +230,19 @@ fn priority_time(text: &str) -> Result<(i32, Duration), String> {
 /// `memory.available=90s` or `=2m`.
 fn signal_time(text: &str) -> Result<(String, Duration), String> {
     let wrong = || format!("{text:?} is not of the form signal=time, such as memory.available=90s");
-    let (signal, time) = text.split_once('=').ok_or_else(wrong)?;
-    let (number, unit) = match time.strip_suffix('s') {
+    let (signal, length) = text.split_once('=').ok_or_else(wrong)?;
+    Ok((signal.to_owned(), time(length).map_err(|_| wrong())?))
+}
+
+/// `90s` or `2m`.
+fn time(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a time such as 90s or 2m");
+    let (number, unit) = match text.strip_suffix('s') {
         Some(number) => (number, 1),
-        None => (time.strip_suffix('m').ok_or_else(wrong)?, 60),
+        None => (text.strip_suffix('m').ok_or_else(wrong)?, 60),
     };
     let number: u64 = number.parse().map_err(|_| wrong())?;
-    Ok((signal.to_owned(), Duration::from_secs(number.saturating_mul(unit))))
+    Ok(Duration::from_secs(number.saturating_mul(unit)))
 }
 
 /// Options of `coracle agent`.

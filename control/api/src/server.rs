@@ -163,8 +163,8 @@ impl ApiServer {
     }
 
     /// Writes requests down from now on, as the settings say; called once, before the server listens.
-    pub fn audit(&self, settings: &crate::audit::Settings) -> Result<(), StartError> {
-        if let Some(audit) = crate::audit::Audit::open(settings)? {
+    pub async fn audit(&self, settings: &crate::audit::Settings) -> Result<(), StartError> {
+        if let Some(audit) = crate::audit::Audit::open(settings, &self.shutdown).await? {
             self.audit.get_or_init(|| audit);
         }
         Ok(())

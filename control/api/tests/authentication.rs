@@ -105,6 +105,72 @@ async fn impersonation_asks_for_every_part() {
     assert_eq!(whoami(&server, &[eve, ("impersonate-user", "jane")]).await.0, 403);
 }
 
+#[tokio::test]
+async fn who_acts_for_some_actions_alone_does_no_others() {
+    let agent = coracle_api::user::UserInfo {
+        extra: [("authentication.kubernetes.io/node-name".to_owned(), vec!["n1".to_owned()])].into(),
+        ..coracle_api::user::UserInfo::new("system:serviceaccount:default:agent", &["system:serviceaccounts"])
+    };
+    let eve = coracle_api::user::UserInfo::new("eve", &[]);
+    let tokens = vec![("eve".into(), eve), ("agent".into(), agent)];
+    let server = Server::start_with(|config| config.authn.tokens = tokens).await;
+    let admin = server.client().await;
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let grant = async |namespace: &str, name: &str, user: &str, rules: Value| {
+        let (place, role, binding) = match namespace {
+            "" => (rbac.to_owned(), "ClusterRole", "ClusterRoleBinding"),
+            _ => (format!("{rbac}/namespaces/{namespace}"), "Role", "RoleBinding"),
+        };
+        let version = "rbac.authorization.k8s.io/v1";
+        let object = json!({"apiVersion": version, "kind": role, "metadata": {"name": name}, "rules": rules});
+        let path = format!("{place}/{}s", role.to_lowercase());
+        assert_eq!(send(&admin, "POST", &path, &[], &object).await.0, 201);
+        let object = json!({"apiVersion": version, "kind": binding, "metadata": {"name": name},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": role, "name": name},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}]});
+        let path = format!("{place}/{}s", binding.to_lowercase());
+        assert_eq!(send(&admin, "POST", &path, &[], &object).await.0, 201);
+    };
+    let be = |resource: &str, names: &[&str], verb: &str| json!([{"apiGroups": ["authentication.k8s.io"],
+        "resources": [resource], "resourceNames": names, "verbs": [verb]}]);
+    grant("", "be-jane", "eve", be("users", &["jane"], "impersonate:user-info")).await;
+    let list = json!([{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["impersonate-on:user-info:list"]}]);
+    grant("default", "list-as", "eve", list).await;
+    grant("", "jane", "jane", json!([{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["*"]}])).await;
+    let (eve, jane) = (("authorization", "Bearer eve"), ("impersonate-user", "jane"));
+    let maps = "/api/v1/namespaces/default/configmaps";
+    let none = Value::Null;
+    coracle_testkit::assert_eventually_async!(
+        20,
+        ask(&server, "GET", maps, &[eve, jane], &none).await.0 == 200,
+        "the roles count"
+    );
+    let (code, answer) = ask(&server, "GET", "/api/v1/namespaces/kube-system/configmaps", &[eve, jane], &none).await;
+    let refused = "configmaps is forbidden: User \"eve\" cannot impersonate-on:user-info:list resource \"configmaps\" in API \
+                   group \"\" in the namespace \"kube-system\"";
+    assert_eq!((code, answer["message"].as_str()), (403, Some(refused)));
+    assert_eq!(ask(&server, "GET", &format!("{maps}/a"), &[eve, jane], &none).await.0, 403);
+    assert_eq!(ask(&server, "GET", maps, &[eve, ("impersonate-user", "joe")], &none).await.0, 403);
+    assert_eq!(ask(&server, "GET", maps, &[eve, jane, ("impersonate-group", "dev")], &none).await.0, 403);
+    assert_eq!(ask(&server, "GET", maps, &[eve], &none).await.0, 403);
+    let (code, answer) = ask(&server, "GET", maps, &[eve, ("impersonate-group", "dev")], &none).await;
+    let refused = "requested &user.DefaultInfo{Name:\"\", UID:\"\", Groups:[]string{\"dev\"}, \
+                   Extra:map[string][]string(nil)} without impersonating a user name";
+    assert_eq!((code, answer["message"].as_str()), (400, Some(refused)));
+    // A pod's account may be the node that the pod is on, and no other.
+    grant("", "be-node", "system:serviceaccount:default:agent", json!([
+        {"apiGroups": ["authentication.k8s.io"], "resources": ["nodes"], "verbs": ["impersonate:associated-node"]},
+        {"apiGroups": ["authentication.k8s.io"], "resources": ["selfsubjectreviews"],
+            "verbs": ["impersonate-on:associated-node:create"]}]))
+    .await;
+    let agent = ("authorization", "Bearer agent");
+    let own = ("impersonate-user", "system:node:n1");
+    coracle_testkit::assert_eventually_async!(20, whoami(&server, &[agent, own]).await.0 == 201, "the role counts");
+    let (_, user) = whoami(&server, &[agent, own]).await;
+    assert_eq!((&user["username"], &user["groups"]), (&json!("system:node:n1"), &json!(["system:nodes", "system:authenticated"])));
+    assert_eq!(whoami(&server, &[agent, ("impersonate-user", "system:node:n2")]).await.0, 403);
+}
+
 /// An issuer on loopback: discovery and keys. Its URL, its CA and the key that signs.
 async fn issuer() -> (String, String, EcdsaKeyPair) {
     let random = ring::rand::SystemRandom::new();

@@ -97,6 +97,27 @@ async fn built_in_rules_come_back_and_open_watches_are_counted() {
             "{resource} is there again"
         );
     }
+    // What the server keeps has the server's spec again; what an administrator has taken over stays as it is.
+    let path = format!("{GROUP}/flowschemas/service-accounts");
+    let get = || async {
+        let text = send(&client, "", "GET", &path, Value::Null).await.into_body();
+        serde_json::from_str::<Value>(&text).expect("JSON")
+    };
+    let precedence = |schema: &Value| schema["spec"]["matchingPrecedence"].as_i64();
+    let mut schema = get().await;
+    assert_eq!(precedence(&schema), Some(9000));
+    schema["spec"]["matchingPrecedence"] = 8999.into();
+    assert_eq!(send(&client, "", "PUT", &path, schema).await.status(), 200);
+    assert_eventually_async!(20, precedence(&get().await) == Some(9000), "the server keeps it");
+    let mut schema = get().await;
+    schema["spec"]["matchingPrecedence"] = 8999.into();
+    schema["metadata"]["annotations"]["apf.kubernetes.io/autoupdate-spec"] = "false".into();
+    assert_eq!(send(&client, "", "PUT", &path, schema).await.status(), 200);
+    // A change that comes after it has come back: so this one would have.
+    let other = format!("{GROUP}/flowschemas/probes");
+    assert_eq!(send(&client, "", "DELETE", &other, Value::Null).await.status(), 200);
+    assert_eventually_async!(20, send(&client, "", "GET", &other, Value::Null).await.status() == 200, "it comes back");
+    assert_eq!(precedence(&get().await), Some(8999));
     let open = || async {
         let metrics = send(&client, "", "GET", "/metrics", Value::Null).await.into_body();
         let of_secrets = |line: &&str| line.starts_with("apiserver_longrunning_requests") && line.contains("secrets");

@@ -68,7 +68,11 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
         max_size_mb: options.audit_log_maxsize,
         max_backups: options.audit_log_maxbackup,
         max_age_days: options.audit_log_maxage,
-    })?;
+        webhook: options.audit_webhook_config_file.clone(),
+        webhook_max_wait: options.audit_webhook_batch_max_wait,
+        webhook_backoff: options.audit_webhook_initial_backoff,
+    })
+    .await?;
     nodes.attach(&api)?;
     let serving = api.clone();
     parts.spawn("API server", async move { serving.serve_tls(listener).await.context("serve the API") });

@@ -1,7 +1,9 @@
 //! The audit log: who did what, as far as a policy asks for it. Source: `k8s.io/apiserver/pkg/audit`.
 
-mod file;
 mod policy;
+
+mod file;
+mod webhook;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,18 +13,20 @@ use http_body_util::BodyExt as _;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::authn::user_value;
+use crate::authn::{Acting, user_value};
 use crate::http::{ReqBody, Response, Route, full};
 use crate::object;
 use crate::status::Status;
 use crate::user::UserInfo;
 use file::{Bounds, Log};
 use policy::{Level, Policy, Stage, Verdict};
+use tokio_util::sync::CancellationToken;
+use webhook::Webhook;
 
 /// Largest answer that is written down whole, in bytes; of a longer one only the code is.
 const ANSWER_BYTES: u64 = 3 << 20;
 
-/// What `--audit-policy-file` and `--audit-log-*` say.
+/// What `--audit-policy-file`, `--audit-log-*` and `--audit-webhook-*` say.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// The policy; without it nothing is written.
@@ -35,31 +39,49 @@ pub struct Settings {
     pub max_backups: usize,
     /// Days that old files stay, 0 for ever.
     pub max_age_days: u64,
+    /// Kubeconfig of whoever is sent the events.
+    pub webhook: Option<PathBuf>,
+    /// Longest time that an event waits for others to be sent with.
+    pub webhook_max_wait: Duration,
+    /// Pause before events are sent again.
+    pub webhook_backoff: Duration,
 }
 
 /// The audit log of a server.
 pub(crate) struct Audit {
     policy: Policy,
-    log: Log,
+    log: Option<Log>,
+    webhook: Option<Webhook>,
 }
 
 impl Audit {
-    /// Opens policy and file; `None` when nothing is to be written.
-    pub(crate) fn open(settings: &Settings) -> Result<Option<Self>, std::io::Error> {
-        let (Some(policy), Some(path)) = (&settings.policy, &settings.log) else { return Ok(None) };
+    /// Opens policy and log, and the way to the webhook; `None` when nothing is to be written.
+    pub(crate) async fn open(settings: &Settings, shutdown: &CancellationToken) -> Result<Option<Self>, std::io::Error> {
+        let Some(policy) = &settings.policy else { return Ok(None) };
         let wrong = |path: &PathBuf, why: &dyn std::fmt::Display| {
             std::io::Error::other(format!("audit: {}: {why}", path.display()))
         };
         let text = std::fs::read_to_string(policy).map_err(|error| wrong(policy, &error))?;
         let parsed = Policy::parse(&text).map_err(|why| wrong(policy, &why))?;
-        let bounds = Bounds {
-            path: path.clone(),
-            size_bytes: settings.max_size_mb.max(1) << 20,
-            backups: settings.max_backups,
-            age: Duration::from_secs(settings.max_age_days * 24 * 3600),
-        };
-        let log = Log::open(bounds).map_err(|error| wrong(path, &error))?;
-        Ok(Some(Self { policy: parsed, log }))
+        let mut audit = Self { policy: parsed, log: None, webhook: None };
+        if let Some(path) = &settings.log {
+            let bounds = Bounds {
+                path: path.clone(),
+                size_bytes: settings.max_size_mb.max(1) << 20,
+                backups: settings.max_backups,
+                age: Duration::from_secs(settings.max_age_days * 24 * 3600),
+            };
+            audit.log = Some(Log::open(bounds).map_err(|error| wrong(path, &error))?);
+        }
+        if let Some(file) = &settings.webhook {
+            let times = (settings.webhook_max_wait, settings.webhook_backoff);
+            let opened = Webhook::open(file, times, shutdown.clone()).await;
+            audit.webhook = Some(opened.map_err(|why| wrong(file, &why))?);
+        }
+        if audit.log.is_none() && audit.webhook.is_none() {
+            return Err(wrong(policy, &"there is nowhere to write to: give --audit-log-path or --audit-webhook-config-file"));
+        }
+        Ok(Some(audit))
     }
 
     /// A request by its sender, or by who it acts as; `None` when nothing of it is written down.
@@ -67,12 +89,12 @@ impl Audit {
         &self,
         id: &str,
         sender: &UserInfo,
-        acting: Option<&UserInfo>,
+        acting: Option<&Acting>,
         peer: Option<SocketAddr>,
         route: &Route,
         parts: &http::request::Parts,
     ) -> Option<Entry> {
-        let verdict = self.policy.judge(acting.unwrap_or(sender), route);
+        let verdict = self.policy.judge(acting.map_or(sender, |acting| &acting.user), route);
         if verdict.level == Level::None {
             return None;
         }
@@ -85,7 +107,10 @@ impl Audit {
             "requestReceivedTimestamp": micros(Timestamp::now()),
         });
         if let Some(acting) = acting {
-            event["impersonatedUser"] = user_value(acting);
+            event["impersonatedUser"] = user_value(&acting.user);
+            if let Some(constraint) = acting.constraint {
+                event["authenticationMetadata"] = json!({"impersonationConstraint": constraint});
+            }
         }
         if let Some(r) = &route.resource {
             let members = [
@@ -142,8 +167,12 @@ impl Audit {
         let mut event = entry.event.clone();
         event["stage"] = stage.as_str().into();
         event["stageTimestamp"] = micros(Timestamp::now()).into();
-        if let Err(error) = self.log.write(event.to_string().into_bytes()) {
+        let event = event.to_string();
+        if let Some(Err(error)) = self.log.as_ref().map(|log| log.write(event.clone().into_bytes())) {
             tracing::error!(%error, "a request is missing from the audit log");
+        }
+        if let Some(Err(why)) = self.webhook.as_ref().map(|webhook| webhook.write(event)) {
+            tracing::error!(why, "a request is not told to the audit webhook");
         }
     }
 }

@@ -3,6 +3,8 @@
 mod keys;
 mod oidc;
 mod request;
+
+mod impersonate;
 mod settings;
 mod token;
 
@@ -19,6 +21,7 @@ use crate::status::Status;
 use crate::user::{SYSTEM_AUTHENTICATED, UserInfo};
 
 pub use oidc::Issuer;
+pub(crate) use impersonate::{Acting, impersonate};
 pub(crate) use request::{review, user_value};
 pub use settings::{Anonymous, AnonymousPath, Settings, SettingsError};
 pub use token::{INVALID_SINCE, LAST_USED};
@@ -97,16 +100,6 @@ impl Authenticator {
             return Ok((user, vec![own.clone()]));
         }
         Err(Status::unauthorized())
-    }
-
-    /// The user that a request asks to act as, when it may.
-    pub(crate) fn impersonate(
-        &self,
-        api: &ApiServer,
-        user: Arc<UserInfo>,
-        headers: &HeaderMap,
-    ) -> Result<Arc<UserInfo>, Status> {
-        request::impersonate(api, user, headers)
     }
 
     /// OIDC discovery of the service account issuer.

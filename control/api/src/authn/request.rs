@@ -1,19 +1,17 @@
-//! Bootstrap tokens, impersonation, and the review kinds that ask who somebody is.
+//! Bootstrap tokens, and the review kinds that ask who somebody is.
 
 use std::sync::Arc;
 
 use base64::Engine as _;
-use http::HeaderMap;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq as _;
 
-use crate::authz::{Attributes, Decision};
 use crate::context::Context;
 use crate::object;
 use crate::server::ApiServer;
 use crate::status::Status;
-use crate::user::{SYSTEM_ANONYMOUS, SYSTEM_UNAUTHENTICATED, UserInfo};
+use crate::user::UserInfo;
 
 /// The user of a bootstrap token (`abcdef.0123456789abcdef`), kept as a secret in `kube-system`.
 pub(super) async fn bootstrap_token(api: &Arc<ApiServer>, token: &str) -> Result<Option<UserInfo>, Status> {
@@ -44,77 +42,6 @@ pub(super) async fn bootstrap_token(api: &Arc<ApiServer>, token: &str) -> Result
         }
     }
     Ok(Some(user))
-}
-
-/// The user that `Impersonate-*` headers name, when this user may act as them.
-pub(super) fn impersonate(api: &ApiServer, user: Arc<UserInfo>, headers: &HeaderMap) -> Result<Arc<UserInfo>, Status> {
-    let one = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-    let name = one("impersonate-user");
-    let groups: Vec<String> =
-        headers.get_all("impersonate-group").iter().filter_map(|v| v.to_str().ok()).map(str::to_owned).collect();
-    let uid = one("impersonate-uid");
-    let mut extra: Vec<(String, String)> = Vec::new();
-    for (header, value) in headers {
-        if let (Some(key), Ok(value)) = (header.as_str().strip_prefix("impersonate-extra-"), value.to_str()) {
-            extra.push((
-                crate::http::Query::parse(Some(&format!("k={key}"))).get("k").unwrap_or(key).to_owned(),
-                value.to_owned(),
-            ));
-        }
-    }
-    if name.is_empty() {
-        if groups.is_empty() && uid.is_empty() && extra.is_empty() {
-            return Ok(user);
-        }
-        return Err(Status::internal("requested impersonation without impersonating a user"));
-    }
-    let may = |group: &str, resource: &str, subresource: &str, namespace: &str, name: &str| {
-        let attributes = Attributes {
-            user: &user,
-            verb: "impersonate",
-            is_resource: true,
-            group,
-            version: "v1",
-            resource,
-            subresource,
-            namespace,
-            name,
-            path: "",
-        };
-        match api.authorizer().authorize(&attributes) {
-            Decision::Allow(_) => Ok(()),
-            Decision::Deny(reason) | Decision::NoOpinion(reason) => Err(crate::handlers::denied(&attributes, &reason)),
-        }
-    };
-    let asked = groups.clone();
-    let mut acting = UserInfo { name: name.clone(), uid: uid.clone(), groups, ..UserInfo::default() };
-    match name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':')) {
-        Some((namespace, account)) => {
-            may("", "serviceaccounts", "", namespace, account)?;
-            if acting.groups.is_empty() {
-                acting.groups = vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
-            }
-        }
-        None => may("", "users", "", "", &name)?,
-    }
-    for group in &asked {
-        may("", "groups", "", "", group)?;
-    }
-    if !uid.is_empty() {
-        may("authentication.k8s.io", "uids", "", "", &uid)?;
-    }
-    for (key, value) in extra {
-        may("authentication.k8s.io", "userextras", &key, "", &value)?;
-        acting.extra.entry(key).or_default().push(value);
-    }
-    if name == SYSTEM_ANONYMOUS {
-        if !acting.is_in(SYSTEM_UNAUTHENTICATED) {
-            acting.groups.push(SYSTEM_UNAUTHENTICATED.into());
-        }
-    } else if !acting.is_in(SYSTEM_UNAUTHENTICATED) {
-        acting = super::with_authenticated(acting);
-    }
-    Ok(Arc::new(acting))
 }
 
 /// Answers SelfSubjectReview and TokenReview.

@@ -2,9 +2,11 @@
 //! `kubernetes`.
 //!
 //! They are written straight into the store, as no request made them. Each is created when it is missing and left alone when
-//! it is there, so that what an administrator changed stays changed.
+//! it is there, so that what an administrator changed stays changed; rules of flow control say themselves who keeps them.
 
 mod own;
+
+mod flow;
 mod servers;
 
 use std::sync::Arc;
@@ -47,6 +49,7 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
     all.extend(kubernetes_service(api));
     all.extend(own::objects());
     create_all(api, all).await?;
+    keep_flow_control(api).await?;
     publish_authorities(api).await?;
     if api.config.shared_store {
         return Ok(());
@@ -54,9 +57,22 @@ pub async fn ensure(api: &Arc<ApiServer>) -> Result<(), Status> {
     servers::publish(api.store.as_ref(), &[api.config.advertise].into()).await
 }
 
-/// Creates anew what was deleted of the built-in rules of priority and fairness: without them requests would have no level.
-pub(crate) async fn restore_flow_control(api: &Arc<ApiServer>) -> Result<(), Status> {
-    create_all(api, table(|group| group == "flowcontrol.apiserver.k8s.io")?).await
+/// Brings the built-in rules of priority and fairness to what they are to be: without them requests would have no level.
+pub(crate) async fn keep_flow_control(api: &Arc<ApiServer>) -> Result<(), Status> {
+    let store = api.store.as_ref();
+    for (group, resource, object) in table(|group| group == "flowcontrol.apiserver.k8s.io")? {
+        let (key, ours) = complete(group, resource, object)?;
+        let Some(entry) = store.get(&key).await? else {
+            write(store, &key, &ours, Precondition::Absent).await?;
+            continue;
+        };
+        let have: Value = serde_json::from_slice(&entry.value).map_err(Status::internal)?;
+        // Whoever writes meanwhile makes a change, which leads here again.
+        if let Some(kept) = flow::kept(&have, &ours) {
+            write(store, &key, &kept, Precondition::Revision(entry.revision)).await?;
+        }
+    }
+    Ok(())
 }
 
 /// The built-in objects of the groups that are wanted.

@@ -15,7 +15,7 @@ use k8s_openapi::api::flowcontrol::v1::{FlowSchema, PriorityLevelConfiguration};
 use parking_lot::RwLock;
 
 use crate::http::Route;
-use crate::informer::{Delta, Informer};
+use crate::informer::Informer;
 use crate::metrics;
 use crate::server::ApiServer;
 use crate::status::Status;
@@ -29,8 +29,8 @@ pub(crate) use seats::{Level, Seat};
 const SEATS: usize = 600;
 /// How long a request waits for a seat before it is turned away.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// Pause after built-in rules could not be made anew.
-const RESTORE_AGAIN: Duration = Duration::from_secs(1);
+/// Pause after built-in rules could not be written.
+const KEEP_AGAIN: Duration = Duration::from_secs(1);
 /// When to try again, in seconds.
 const RETRY_AFTER_SECONDS: u32 = 1;
 
@@ -50,35 +50,23 @@ pub(crate) async fn follow(api: &Arc<ApiServer>) {
     api.flow.configure(&schemas, &levels);
     let (weak, shutdown) = (Arc::downgrade(api), api.shutdown.clone());
     tokio::spawn(async move {
-        fn gone<K>(delta: Option<Delta<K>>) -> bool {
-            delta.is_some_and(|delta| delta.new.is_none())
-        }
-        // What was deleted while no server ran came back when this one started.
-        let mut missing = false;
+        // What changed while no server ran was looked at when this one started.
+        let mut again = false;
         loop {
             tokio::select! {
-                delta = changed_schemas.next() => missing |= gone(delta),
-                delta = changed_levels.next() => missing |= gone(delta),
-                () = tokio::time::sleep(RESTORE_AGAIN), if missing => {}
+                delta = changed_schemas.next() => if delta.is_none() { return },
+                delta = changed_levels.next() => if delta.is_none() { return },
+                () = tokio::time::sleep(KEEP_AGAIN), if again => {}
                 () = shutdown.cancelled() => return,
             }
             // One look at the caches covers all that has come.
-            while let Some(delta) = changed_schemas.try_next() {
-                missing |= gone(Some(delta));
-            }
-            while let Some(delta) = changed_levels.try_next() {
-                missing |= gone(Some(delta));
-            }
+            while changed_schemas.try_next().is_some() {}
+            while changed_levels.try_next().is_some() {}
             let Some(api) = weak.upgrade() else { return };
-            if missing {
-                let restored = crate::bootstrap::restore_flow_control(&api).await;
-                missing = restored.is_err();
-                if let Err(status) = restored {
-                    tracing::warn!(
-                        why = status.message,
-                        "built-in rules of priority and fairness are missing, trying again"
-                    );
-                }
+            let kept = crate::bootstrap::keep_flow_control(&api).await;
+            again = kept.is_err();
+            if let Err(status) = kept {
+                tracing::warn!(why = status.message, "built-in rules of priority and fairness are not as they should be, trying again");
             }
             api.flow.configure(&schemas, &levels);
         }

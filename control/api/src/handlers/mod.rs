@@ -32,7 +32,7 @@ use crate::kinds::Kind;
 use crate::server::{ApiServer, Caller};
 use crate::status::Status;
 use crate::user::UserInfo;
-use crate::{audit, discovery, flow, health, metrics, proxy};
+use crate::{audit, authn, discovery, flow, health, metrics, proxy};
 
 /// Longest list of `Warning` headers of one answer, in bytes; what comes after is left out.
 const WARNINGS_BYTES: usize = 4096;
@@ -98,16 +98,20 @@ async fn handle(
 ) -> Result<Response, Status> {
     let (route, query) = (&exchange.route, &exchange.query);
     let local = matches!(caller, Caller::Local(_));
-    let (sender, user, peer) = match caller {
-        Caller::Local(user) => (user.clone(), user, None),
+    let (sender, acting, peer) = match caller {
+        Caller::Local(user) => (user, None, None),
         Caller::Remote { certificate, peer } => {
             let sender = api.authn.authenticate(&api, certificate, &parts.headers, &route.path).await?;
-            (sender.clone(), api.authn.impersonate(&api, sender, &parts.headers)?, peer)
+            let asked = attributes(&sender, route, query);
+            let acting = authn::impersonate(api.authorizer().as_ref(), &parts.headers, &asked)?;
+            (sender, acting, peer)
         }
     };
-    let acting = (!Arc::ptr_eq(&sender, &user)).then_some(&*user);
-    exchange.audit =
-        api.audit.get().and_then(|audit| audit.begin(&exchange.audit_id, &sender, acting, peer, route, &parts));
+    let user = acting.as_ref().map_or(&sender, |acting| &acting.user).clone();
+    exchange.audit = api
+        .audit
+        .get()
+        .and_then(|audit| audit.begin(&exchange.audit_id, &sender, acting.as_ref(), peer, route, &parts));
     let stays_open = route.resource.as_ref().is_some_and(|r| proxy::stays_open(&r.subresource));
     let schema = if local || stays_open { None } else { api.flow.classify(&user, route) };
     let seat = match schema {
@@ -217,14 +221,7 @@ async fn plain(
 
 /// 403 unless the user may do it.
 fn authorize(api: &ApiServer, user: &UserInfo, route: &Route, query: &Query) -> Result<String, Status> {
-    let mut attributes = attributes(user, route);
-    // Listing or watching one object by its name is asked about that object (apiserver `RequestInfo`).
-    if attributes.is_resource
-        && attributes.name.is_empty()
-        && matches!(attributes.verb, "list" | "watch" | "deletecollection")
-    {
-        attributes.name = query.get("fieldSelector").and_then(selected_name).unwrap_or_default();
-    }
+    let attributes = attributes(user, route, query);
     match api.authorizer().authorize(&attributes) {
         Decision::Allow(reason) => Ok(reason),
         Decision::Deny(reason) | Decision::NoOpinion(reason) => Err(denied(&attributes, &reason)),
@@ -237,9 +234,9 @@ fn selected_name(selector: &str) -> Option<&str> {
     names.map(|name| name.strip_prefix('=').unwrap_or(name)).find(|name| !name.is_empty())
 }
 
-fn attributes<'a>(user: &'a UserInfo, route: &'a Route) -> Attributes<'a> {
+fn attributes<'a>(user: &'a UserInfo, route: &'a Route, query: &'a Query) -> Attributes<'a> {
     let none = "";
-    match &route.resource {
+    let mut attributes = match &route.resource {
         Some(r) => Attributes {
             user,
             verb: r.verb.as_str(),
@@ -264,7 +261,15 @@ fn attributes<'a>(user: &'a UserInfo, route: &'a Route) -> Attributes<'a> {
             name: none,
             path: &route.path,
         },
+    };
+    // Listing or watching one object by its name is asked about that object (apiserver `RequestInfo`).
+    if attributes.is_resource
+        && attributes.name.is_empty()
+        && matches!(attributes.verb, "list" | "watch" | "deletecollection")
+    {
+        attributes.name = query.get("fieldSelector").and_then(selected_name).unwrap_or_default();
     }
+    attributes
 }
 
 /// The 403 of an unauthorised request, in the usual words.

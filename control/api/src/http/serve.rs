@@ -22,8 +22,11 @@ use crate::server::{ApiServer, Caller};
 const CONNECTIONS: usize = 20_000;
 /// Time for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Time for the head of a request (slow clients).
-const HEADER_READ: Duration = Duration::from_secs(30);
+/// Time for the head of a request over HTTP/1 (slow clients). It runs while a connection is idle, too: no shorter than clients
+/// keep connections for their next request.
+const HEADER_READ: Duration = Duration::from_secs(90);
+/// Time between signs of life of the other end of an HTTP/2 connection.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// Largest head of a request, in bytes.
 const HEADER_BYTES: usize = 64 << 10;
 /// Time that open requests get when the server stops.
@@ -122,7 +125,7 @@ async fn connection(
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(u32::try_from(HEADER_BYTES).expect("a small constant"))
-        .keep_alive_interval(Some(HEADER_READ));
+        .keep_alive_interval(Some(KEEP_ALIVE));
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
     if let Err(error) = watcher.watch(connection).await {
         tracing::debug!(%error, ?peer, "connection");

@@ -121,7 +121,10 @@ async fn events_are_sent_to_a_webhook_in_batches_and_again_when_they_are_refused
     while events.len() < 3 {
         let sent = tokio::time::timeout(Duration::from_secs(30), received.recv()).await.expect("in time");
         let (path, list) = sent.expect("the webhook listens");
-        assert_eq!((path.as_str(), &list["kind"], &list["apiVersion"]), ("/hook", &json!("EventList"), &json!("audit.k8s.io/v1")));
+        assert_eq!(
+            (path.as_str(), &list["kind"], &list["apiVersion"]),
+            ("/hook", &json!("EventList"), &json!("audit.k8s.io/v1"))
+        );
         events.extend(list["items"].as_array().expect("events").clone());
     }
     assert!(events.iter().all(|event| event["requestURI"] == "/api/v1/namespaces/default"), "{events:?}");

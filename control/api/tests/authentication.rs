@@ -131,8 +131,10 @@ async fn who_acts_for_some_actions_alone_does_no_others() {
         let path = format!("{place}/{}s", binding.to_lowercase());
         assert_eq!(send(&admin, "POST", &path, &[], &object).await.0, 201);
     };
-    let be = |resource: &str, names: &[&str], verb: &str| json!([{"apiGroups": ["authentication.k8s.io"],
-        "resources": [resource], "resourceNames": names, "verbs": [verb]}]);
+    let be = |resource: &str, names: &[&str], verb: &str| {
+        json!([{"apiGroups": ["authentication.k8s.io"],
+        "resources": [resource], "resourceNames": names, "verbs": [verb]}])
+    };
     grant("", "be-jane", "eve", be("users", &["jane"], "impersonate:user-info")).await;
     let list = json!([{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["impersonate-on:user-info:list"]}]);
     grant("default", "list-as", "eve", list).await;
@@ -158,16 +160,24 @@ async fn who_acts_for_some_actions_alone_does_no_others() {
                    Extra:map[string][]string(nil)} without impersonating a user name";
     assert_eq!((code, answer["message"].as_str()), (400, Some(refused)));
     // A pod's account may be the node that the pod is on, and no other.
-    grant("", "be-node", "system:serviceaccount:default:agent", json!([
+    grant(
+        "",
+        "be-node",
+        "system:serviceaccount:default:agent",
+        json!([
         {"apiGroups": ["authentication.k8s.io"], "resources": ["nodes"], "verbs": ["impersonate:associated-node"]},
         {"apiGroups": ["authentication.k8s.io"], "resources": ["selfsubjectreviews"],
-            "verbs": ["impersonate-on:associated-node:create"]}]))
+            "verbs": ["impersonate-on:associated-node:create"]}]),
+    )
     .await;
     let agent = ("authorization", "Bearer agent");
     let own = ("impersonate-user", "system:node:n1");
     coracle_testkit::assert_eventually_async!(20, whoami(&server, &[agent, own]).await.0 == 201, "the role counts");
     let (_, user) = whoami(&server, &[agent, own]).await;
-    assert_eq!((&user["username"], &user["groups"]), (&json!("system:node:n1"), &json!(["system:nodes", "system:authenticated"])));
+    assert_eq!(
+        (&user["username"], &user["groups"]),
+        (&json!("system:node:n1"), &json!(["system:nodes", "system:authenticated"]))
+    );
     assert_eq!(whoami(&server, &[agent, ("impersonate-user", "system:node:n2")]).await.0, 403);
 }
 

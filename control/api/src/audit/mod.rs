@@ -56,7 +56,10 @@ pub(crate) struct Audit {
 
 impl Audit {
     /// Opens policy and log, and the way to the webhook; `None` when nothing is to be written.
-    pub(crate) async fn open(settings: &Settings, shutdown: &CancellationToken) -> Result<Option<Self>, std::io::Error> {
+    pub(crate) async fn open(
+        settings: &Settings,
+        shutdown: &CancellationToken,
+    ) -> Result<Option<Self>, std::io::Error> {
         let Some(policy) = &settings.policy else { return Ok(None) };
         let wrong = |path: &PathBuf, why: &dyn std::fmt::Display| {
             std::io::Error::other(format!("audit: {}: {why}", path.display()))
@@ -79,7 +82,10 @@ impl Audit {
             audit.webhook = Some(opened.map_err(|why| wrong(file, &why))?);
         }
         if audit.log.is_none() && audit.webhook.is_none() {
-            return Err(wrong(policy, &"there is nowhere to write to: give --audit-log-path or --audit-webhook-config-file"));
+            return Err(wrong(
+                policy,
+                &"there is nowhere to write to: give --audit-log-path or --audit-webhook-config-file",
+            ));
         }
         Ok(Some(audit))
     }

@@ -103,9 +103,8 @@ impl Sender {
 
     async fn deliver(&self, batch: &[String]) {
         let items = batch.join(",");
-        let body = format!(
-            r#"{{"kind":"EventList","apiVersion":"audit.k8s.io/v1","metadata":{{}},"items":[{items}]}}"#
-        );
+        let body =
+            format!(r#"{{"kind":"EventList","apiVersion":"audit.k8s.io/v1","metadata":{{}},"items":[{items}]}}"#);
         let mut pause = self.backoff;
         for left in (0..TRIES).rev() {
             let sent = timeout(PATIENCE, self.send(body.clone())).await;

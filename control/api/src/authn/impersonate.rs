@@ -184,8 +184,7 @@ impl Rights<'_> {
             (Some((namespace, name)), _) => {
                 self.check(&Attributes { resource: "serviceaccounts", namespace, name, ..named })?;
                 if user.groups.is_empty() {
-                    user.groups =
-                        vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
+                    user.groups = vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
                 }
             }
             (None, Some(node)) => {
@@ -257,8 +256,5 @@ fn invalid_extra(key: &str, values: &[String]) -> Option<String> {
     if key.chars().any(char::is_uppercase) {
         return Some(format!("impersonating a non-lowercase key in extra is not allowed: {key:?}"));
     }
-    values
-        .iter()
-        .any(String::is_empty)
-        .then(|| "impersonating the empty string value in extra is not allowed".into())
+    values.iter().any(String::is_empty).then(|| "impersonating the empty string value in extra is not allowed".into())
 }

@@ -20,8 +20,8 @@ use crate::server::{ApiServer, Config};
 use crate::status::Status;
 use crate::user::{SYSTEM_AUTHENTICATED, UserInfo};
 
-pub use oidc::Issuer;
 pub(crate) use impersonate::{Acting, impersonate};
+pub use oidc::Issuer;
 pub(crate) use request::{review, user_value};
 pub use settings::{Anonymous, AnonymousPath, Settings, SettingsError};
 pub use token::{INVALID_SINCE, LAST_USED};

@@ -66,7 +66,10 @@ pub(crate) async fn follow(api: &Arc<ApiServer>) {
             let kept = crate::bootstrap::keep_flow_control(&api).await;
             again = kept.is_err();
             if let Err(status) = kept {
-                tracing::warn!(why = status.message, "built-in rules of priority and fairness are not as they should be, trying again");
+                tracing::warn!(
+                    why = status.message,
+                    "built-in rules of priority and fairness are not as they should be, trying again"
+                );
             }
             api.flow.configure(&schemas, &levels);
         }

@@ -2,14 +2,12 @@
 //! of cgroups whatever this host does with its own. It is the oldest kernel that is supported, too.
 
 use serde_json::{Value, json};
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 use std::time::Duration;
 
 /// The machine is emulated: a boot takes seconds, a process tens of milliseconds.
 const LIMIT: Duration = Duration::from_secs(300);
-const MEMORY_MIB: &str = "768";
+const MEMORY_MIB: u32 = 768;
 
 /// What the machine does. Each check prints `ok NAME` or `not ok NAME`.
 const SCRIPT: &str = r##"#!/bin/sh
@@ -144,120 +142,29 @@ mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 exec switch_root /new /bin/sh -c 'sh /script; poweroff -f'
 "#;
 
-/// A folder that survives the run, so that packages are fetched once.
-fn cache() -> PathBuf {
-    let home = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
-    home.unwrap_or_else(std::env::temp_dir).join("coracle-tests")
-}
-
-fn run(program: &str, arguments: &[&str], folder: &Path) -> String {
-    let output = Command::new(program).args(arguments).current_dir(folder).output().expect("it runs");
-    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Debian's kernel for clouds, unpacked but not installed.
-fn kernel() -> PathBuf {
-    let folder = cache().join("kernel");
-    let found = || {
-        let entries = std::fs::read_dir(folder.join("boot")).ok()?;
-        entries.flatten().map(|entry| entry.path()).find(|path| path.to_string_lossy().contains("vmlinuz"))
-    };
-    if let Some(image) = found() {
-        return image;
-    }
-    let parts = tempfile::tempdir().expect("a folder");
-    run("apt-get", &["update", "-qq"], parts.path());
-    let depends = run("apt-cache", &["depends", "linux-image-cloud-amd64"], parts.path());
-    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).expect("a kernel").to_string();
-    // apt-get drops to another user, who must be able to write here.
-    std::os::unix::fs::chown(parts.path(), None, None).expect("chown");
-    run("apt-get", &["-o", "APT::Sandbox::User=root", "download", &package], parts.path());
-    let file = std::fs::read_dir(parts.path()).expect("reads").flatten().next().expect("a package").path();
-    let unpacked = parts.path().join("unpacked");
-    run("dpkg", &["-x", file.to_str().expect("a path"), unpacked.to_str().expect("a path")], parts.path());
-    std::fs::create_dir_all(folder.parent().expect("a folder")).expect("makes");
-    run("cp", &["-r", unpacked.to_str().expect("a path"), folder.to_str().expect("a path")], parts.path());
-    found().expect("the package has a kernel")
-}
-
-/// A program with the libraries that it loads, at the places where it looks for them.
-fn with_libraries(program: &Path, root: &Path) {
-    let listed = run("ldd", &[program.to_str().expect("a path")], root);
-    for library in listed.split_whitespace().filter(|word| word.starts_with('/')) {
-        let target = root.join(library.trim_start_matches('/').trim_start_matches("usr/"));
-        std::fs::create_dir_all(target.parent().expect("a folder")).expect("makes");
-        std::fs::copy(library, target).expect("copies");
-    }
-    std::fs::copy(program, root.join("bin").join(program.file_name().expect("a name"))).expect("copies");
-}
-
 #[test]
 fn limits_hold_on_the_oldest_supported_kernel() {
-    use std::os::unix::fs::PermissionsExt;
-    let qemu = coracle_testkit::need("qemu-system-x86_64", "qemu-system-x86");
-    let busybox = coracle_testkit::need("busybox", "busybox-static");
-    let image = kernel();
     let folder = tempfile::tempdir().expect("a folder");
-    let root = folder.path().join("root");
-    for path in ["bin", "rootfs/bin"] {
-        std::fs::create_dir_all(root.join(path)).expect("makes");
-        std::fs::copy(&busybox, root.join(path).join("busybox")).expect("copies");
-    }
-    for (link, target) in [("bin/sh", "busybox"), ("rootfs/bin/sh", "busybox")] {
-        std::os::unix::fs::symlink(target, root.join(link)).expect("links");
-    }
-    for applet in ["dd", "sleep", "cat", "mkdir", "touch"] {
+    let machine = coracle_testkit::Machine::new(folder.path());
+    let root = machine.root();
+    std::fs::create_dir_all(root.join("rootfs/bin")).expect("makes");
+    std::fs::copy(root.join("bin/busybox"), root.join("rootfs/bin/busybox")).expect("copies");
+    for applet in ["sh", "dd", "sleep", "cat", "mkdir", "touch"] {
         std::os::unix::fs::symlink("busybox", root.join("rootfs/bin").join(applet)).expect("links");
     }
-    with_libraries(Path::new(env!("CARGO_BIN_EXE_corun")), &root);
+    machine.add_program(Path::new(env!("CARGO_BIN_EXE_corun")), "corun");
     for (name, program, resources) in containers() {
         let bundle = root.join("bundles").join(name);
         std::fs::create_dir_all(&bundle).expect("makes");
         let spec = specification(name, program, resources).to_string();
         std::fs::write(bundle.join("config.json"), spec).expect("writes");
     }
-    for (name, text) in [("init", INIT), ("script", SCRIPT)] {
-        std::fs::write(root.join(name), text).expect("writes");
-        std::fs::set_permissions(root.join(name), PermissionsExt::from_mode(0o755)).expect("permissions");
-    }
-    let modules = run(
-        "find",
-        &[image.parent().and_then(Path::parent).expect("a folder").to_str().expect("a path"), "-name", "loop.ko"],
-        folder.path(),
-    );
-    let module = modules.lines().next().expect("the kernel has loop devices");
-    std::fs::copy(module, root.join("loop.ko")).expect("copies");
-    let archive = folder.path().join("initrd");
-    let packed = Command::new("sh")
-        .args(["-c", "find . | busybox cpio -o -H newc 2>/dev/null | gzip -1"])
-        .current_dir(&root)
-        .stdout(std::fs::File::create(&archive).expect("a file"))
-        .status();
-    assert!(packed.expect("packs").success());
-    let console = folder.path().join("console");
-    let mut machine = Command::new(qemu)
-        .args(["-accel", "tcg", "-smp", "2", "-m", MEMORY_MIB, "-nographic", "-no-reboot", "-nic", "none"])
-        .arg("-kernel")
-        .arg(&image)
-        .arg("-initrd")
-        .arg(&archive)
-        .args(["-append", "console=ttyS0 quiet panic=-1"])
-        .stdin(Stdio::null())
-        .stdout(std::fs::File::create(&console).expect("a file"))
-        .stderr(Stdio::inherit())
-        .spawn()
-        .expect("the machine starts");
-    let ended = coracle_testkit::eventually(LIMIT, || machine.try_wait().expect("waits"));
-    if ended.is_none() {
-        machine.kill().expect("kills");
-    }
-    let text = String::from_utf8_lossy(&std::fs::read(&console).expect("reads")).into_owned();
-    if let Some(path) = std::env::var_os("CORACLE_TEST_CONSOLE") {
-        std::fs::File::create(path).and_then(|mut file| file.write_all(text.as_bytes())).expect("writes");
-    }
-    assert!(ended.is_some() && text.contains("finished"), "the machine did not come to the end: {text}");
+    machine.add_script("init", INIT);
+    machine.add_script("script", SCRIPT);
+    let module = machine.modules().join("kernel/drivers/block/loop.ko");
+    std::fs::copy(module, root.join("loop.ko")).expect("the kernel has loop devices");
+    let text = machine.boot(MEMORY_MIB, LIMIT);
+    assert!(text.contains("finished"), "the machine did not come to the end: {text}");
     assert!(!text.contains("not ok"), "{text}");
     assert!(text.matches("ok ").count() >= 18, "{text}");
 }

@@ -4,11 +4,13 @@
 mod eventually;
 mod image;
 mod kubectl;
+mod machine;
 mod need;
 mod pypi;
 
 pub use eventually::{Deadline, eventually};
 pub use image::Image;
 pub use kubectl::kubectl;
+pub use machine::Machine;
 pub use need::need;
 pub use pypi::python;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, bail};
-use coracle_netns::Overlay;
+use coracle_netns::{Overlay, WireGuardKey};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,9 @@ pub(crate) const MEMBER: &str = "config.json";
 
 /// The identifier and port that flannel gives VXLAN.
 const VXLAN: Overlay = Overlay::Vxlan { vni: 1, port: 8472 };
+
+/// The port that WireGuard has by custom.
+const WIREGUARD_PORT: u16 = 51820;
 
 /// Settings of the whole cluster.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -36,6 +39,9 @@ pub(crate) enum NetworkBackend {
     HostGw,
     /// VXLAN (UDP port 8472): hosts are on several networks that route between each other
     Vxlan,
+    /// WireGuard (UDP port 51820): what passes between hosts is encrypted
+    #[value(alias = "wireguard-native")]
+    Wireguard,
 }
 
 /// What carries the rules of Services and policies out.
@@ -76,6 +82,7 @@ impl Cluster {
         name: &str,
         ips: &[IpAddr],
         ranges: &[String],
+        key: Option<WireGuardKey>,
     ) -> anyhow::Result<coracle_netns::Config> {
         Ok(coracle_netns::Config {
             pod_cidrs: range("the node's pod range", &ranges.join(","))?,
@@ -84,9 +91,11 @@ impl Cluster {
             dns_ips: self.cluster_dns.clone(),
             cluster_domain: self.cluster_domain.clone(),
             node_ips: ips.to_vec(),
-            overlay: match self.network_backend {
-                NetworkBackend::HostGw => Overlay::Routes,
-                NetworkBackend::Vxlan => VXLAN,
+            overlay: match (self.network_backend, key) {
+                (NetworkBackend::HostGw, _) => Overlay::Routes,
+                (NetworkBackend::Vxlan, _) => VXLAN,
+                (NetworkBackend::Wireguard, Some(key)) => Overlay::WireGuard { key, port: WIREGUARD_PORT },
+                (NetworkBackend::Wireguard, None) => bail!("the node has no WireGuard key"),
             },
             ..coracle_netns::Config::new(run_dir, name)
         })

@@ -1,6 +1,7 @@
 //! A host's node: registration, network, node agent, in the order in which they need each other.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,11 +13,11 @@ use coracle_kubelet::node::{Facts, NodeAgent};
 use coracle_kubelet::server::ServerConfig;
 use coracle_kubelet::shutdown::{self, Period};
 use coracle_kubelet::{Config, Kubelet, Layout};
-use coracle_netns::{CniConfig, Network};
+use coracle_netns::{CniConfig, Network, WireGuardKey};
 use kube::Client;
 
 use crate::cli::{Folders, NodeOptions};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, NetworkBackend};
 use crate::host;
 use crate::process::Parts;
 
@@ -86,6 +87,16 @@ fn shutdown_periods(options: &NodeOptions) -> anyhow::Result<Vec<Period>> {
     Ok(options.shutdown_grace_period_by_pod_priority.clone())
 }
 
+/// The node's key, where hosts talk by WireGuard; it is made with the first start.
+async fn wireguard_key(cluster: &Cluster, data: &Path) -> anyhow::Result<Option<WireGuardKey>> {
+    if cluster.network_backend != NetworkBackend::Wireguard {
+        return Ok(None);
+    }
+    let path = data.join("wireguard.key");
+    let key = tokio::task::spawn_blocking(move || WireGuardKey::open(&path)).await?;
+    key.map(Some).context("prepare --network-backend wireguard")
+}
+
 /// Registers the node and starts it; returns when it can run pods, with the port of its own API and its pod ranges.
 pub(crate) async fn start(
     options: &NodeOptions,
@@ -100,6 +111,7 @@ pub(crate) async fn start(
         host::prepare_folder(folder, 0o755)?;
     }
     let Identity { name, ips, client, certificate, client_ca } = identity;
+    let key = wireguard_key(cluster, &options.folders.data_dir).await?;
     let defaults = Config::new(name.clone());
     let config = Config {
         static_pod_path: options.pod_manifest_path.clone(),
@@ -116,6 +128,7 @@ pub(crate) async fn start(
         eviction_max_pod_grace_period: Duration::from_secs(options.eviction_max_pod_grace_period),
         node_ips: ips.clone(),
         node_labels: host::labels(&options.node_label)?,
+        wireguard_key: key.map(|key| key.public()),
         register_with_taints: host::taints(&options.node_taint)?,
         layout,
         images: options.registries.load().context("read the configuration of registries")?,
@@ -129,7 +142,7 @@ pub(crate) async fn start(
     let agent = NodeAgent::new(Arc::new(config.clone()), client.clone(), facts.clone());
     agent.register().await?;
     let ranges = agent.pod_cidrs().await?;
-    let mut network = cluster.network(&options.folders.run_dir, &name, &ips, &ranges)?;
+    let mut network = cluster.network(&options.folders.run_dir, &name, &ips, &ranges, key)?;
     network.proxy_mode = options.proxy_mode.map(Into::into);
     network.cni = options
         .cni

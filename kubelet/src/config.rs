@@ -63,6 +63,8 @@ pub struct Config {
     pub node_ips: Vec<IpAddr>,
     /// Labels set on the Node at registration besides the usual ones.
     pub node_labels: BTreeMap<String, String>,
+    /// The public key of the node's WireGuard link, if it has one: the other nodes read it from the Node.
+    pub wireguard_key: Option<[u8; 32]>,
     /// Taints set on the Node at registration: `key=value:effect` taken apart.
     pub register_with_taints: Vec<(String, String, String)>,
     /// Where files lie.
@@ -123,6 +125,7 @@ impl Config {
             node_name: node_name.into(),
             node_ips: Vec::new(),
             node_labels: BTreeMap::new(),
+            wireguard_key: None,
             register_with_taints: Vec::new(),
             layout: Layout::default(),
             images: StoreOptions::default(),

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+/// Annotation of a Node: the public key of its WireGuard link, in base64.
+pub(crate) const WIREGUARD_KEY: &str = "coracle.io/wireguard-public-key";
+
 /// What identifies a pod on a node: its UID; namespace and name are for people, log paths and the network.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PodKey {

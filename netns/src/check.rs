@@ -72,6 +72,8 @@ fn findings() -> Vec<Finding> {
     );
     let vxlan = try_link(|batch| route::add_vxlan(batch, "check1", [2, 0, 0, 0, 0, 2], 1450, 1, 8472, None));
     add("VXLAN links", "nodes must share one network", false, vxlan);
+    let wireguard = try_link(|batch| route::add_wireguard(batch, "check4", 1420));
+    add("WireGuard links", "what passes between nodes cannot be encrypted", false, wireguard);
     add("token bucket queues", "bandwidth annotations do not work", false, try_limit());
     found
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use crate::CniConfig;
+use crate::{CniConfig, WireGuardKey};
 
 /// Everything the network of one node needs to know. All state lies under `run_dir`; all kernel objects carry the names given here, in the network
 /// namespace of the caller, so several daemons run on one machine when each has a network namespace and a run folder of its own.
@@ -69,6 +69,8 @@ pub enum Overlay {
     Routes,
     /// VXLAN over UDP with this network identifier and port.
     Vxlan { vni: u32, port: u16 },
+    /// WireGuard over UDP with this port; the key is this node's.
+    WireGuard { key: WireGuardKey, port: u16 },
 }
 
 impl Config {

@@ -32,6 +32,10 @@ pub enum Error {
     NoCarrier { waited: std::time::Duration },
     #[error("CNI plugin {plugin} ({verb}): {message}")]
     Cni { verb: String, plugin: String, message: String },
+    #[error("this kernel has no WireGuard ({source}): load the module wireguard, or choose another --network-backend")]
+    NoWireGuard { source: NetlinkError },
+    #[error("{} is no WireGuard key of 32 bytes: remove it, and a new one is made", path.display())]
+    WireGuardKey { path: PathBuf },
     #[error("run {program}: {source}")]
     Program { program: String, source: io::Error },
     #[error("cannot answer DNS at {address}: {source}")]

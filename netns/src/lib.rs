@@ -24,6 +24,8 @@ mod rules;
 mod services;
 
 #[doc(hidden)]
+pub mod bare;
+#[doc(hidden)]
 pub mod fuzzing;
 
 pub use check::{Finding, check};
@@ -31,6 +33,7 @@ pub use cni::CniConfig;
 pub use config::{Config, Family, Overlay, ProxyMode};
 pub use dns::Metrics as DnsMetrics;
 pub use error::Error;
+pub use hosts::WireGuardKey;
 pub use model::Protocol;
 pub use netlink::NetlinkError;
 pub use network::Network;

@@ -224,6 +224,8 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
     /// The label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
+    /// The public key of its WireGuard link; `None`: it has none (yet).
+    pub wireguard_key: Option<[u8; 32]>,
 }
 
 /// A NetworkPolicy (`networking.k8s.io/v1`).

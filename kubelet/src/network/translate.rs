@@ -4,6 +4,8 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use coracle_netns::model::{
     Change, Endpoint, EndpointPort, EndpointSlice, NamedPort, NetworkPolicy, Node, ObjectKey, Operator, Peer, Pod,
     PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Selector, Service, ServicePort, TrafficPolicy,
@@ -15,6 +17,8 @@ use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
+
+use crate::names::WIREGUARD_KEY;
 
 /// Label of an EndpointSlice that names its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -159,6 +163,7 @@ pub(super) fn node(key: &ObjectKey, object: Option<&core::Node>) -> Change {
             ips: addresses(internal),
             pod_cidrs: ranges(node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten())),
             zone: node.labels().get(ZONE).map(|zone| zone.as_str().into()),
+            wireguard_key: node.annotations().get(WIREGUARD_KEY).and_then(|key| BASE64.decode(key).ok()?.try_into().ok()),
         }
     });
     Change::Node(key.name.clone(), translated)

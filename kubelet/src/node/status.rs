@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use k8s_openapi::api::core::v1::{
     ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeFeatures,
     NodeRuntimeHandler, NodeRuntimeHandlerFeatures, NodeSpec, NodeStatus, NodeSystemInfo, Taint,
@@ -12,20 +14,22 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::{Facts, Health};
 use crate::Config;
-use crate::names::RUNTIME_NAME;
+use crate::names::{RUNTIME_NAME, WIREGUARD_KEY};
 
 /// Images named in the status (`nodeStatusMaxImages`).
 const MAX_IMAGES: usize = 50;
 /// The version of Kubernetes whose behaviour this node has.
 pub const KUBELET_VERSION: &str = concat!("v1.36.0+coracle-", env!("CARGO_PKG_VERSION"));
 
-/// What the node's annotations tell the controllers of volumes.
+/// What the node's annotations tell: the controllers of volumes how it mounts, and the other nodes its key.
 pub(super) fn annotations(config: &Config) -> BTreeMap<String, String> {
     let folder = super::local_volumes::folder(&config.layout).to_string_lossy().into_owned();
-    BTreeMap::from([
+    let mut annotations = BTreeMap::from([
         ("volumes.kubernetes.io/controller-managed-attach-detach".to_owned(), "true".to_owned()),
         (super::local_volumes::FOLDER.to_owned(), folder),
-    ])
+    ]);
+    annotations.extend(config.wireguard_key.map(|key| (WIREGUARD_KEY.to_owned(), BASE64.encode(key))));
+    annotations
 }
 
 /// The object of a node that registers itself.

@@ -3,6 +3,7 @@
 mod message;
 pub(crate) mod route;
 mod socket;
+pub(crate) mod wireguard;
 
 pub(crate) use message::{Attributes, Batch, attributes, find, messages};
 pub use socket::NetlinkError;

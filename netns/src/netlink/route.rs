@@ -85,7 +85,8 @@ pub(crate) enum Inet4Setting {
 /// A hardware address.
 pub(crate) type Mac = [u8; 6];
 
-fn family_byte(family: Family) -> u8 {
+/// `AF_INET` or `AF_INET6`.
+pub(super) fn family_byte(family: Family) -> u8 {
     match family {
         Family::V4 => 2,
         Family::V6 => 10,
@@ -167,6 +168,15 @@ pub(crate) fn add_vxlan(batch: &mut Batch, name: &str, mac: Mac, mtu: u32, vni: 
                     a.bytes(IFLA_VXLAN_LOCAL, &local.octets());
                 }
             });
+        });
+    });
+}
+
+/// Makes a WireGuard link; its key and peers are set over generic netlink.
+pub(crate) fn add_wireguard(batch: &mut Batch, name: &str, mtu: u32) {
+    batch.push("make the WireGuard link", RTM_NEWLINK, REQUEST | ACK | CREATE | EXCLUSIVE, &link_header(0, false), |a| {
+        a.text(IFLA_IFNAME, name).u32(IFLA_MTU, mtu).nest(IFLA_LINKINFO, |a| {
+            a.text(IFLA_INFO_KIND, "wireguard");
         });
     });
 }

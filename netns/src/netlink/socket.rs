@@ -66,6 +66,11 @@ impl Socket {
         Self::open(SockProtocol::NetlinkNetFilter)
     }
 
+    /// A socket for the parts of the kernel that have no netlink of their own.
+    pub(crate) fn generic() -> Result<Self, NetlinkError> {
+        Self::open(SockProtocol::NetlinkGeneric)
+    }
+
     fn open(protocol: SockProtocol) -> Result<Self, NetlinkError> {
         let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)
             .map_err(|errno| NetlinkError::Socket { call: "open a socket", errno })?;

@@ -2,7 +2,9 @@
 
 mod support;
 
-use coracle_netns::{HostPort, PodNet, Protocol};
+use std::time::Duration;
+
+use coracle_netns::{HostPort, Overlay, PodNet, Protocol};
 use support::*;
 
 #[test]
@@ -198,4 +200,103 @@ fn the_first_packets_of_a_pod_are_not_lost() {
         }
         node.network().destroy().unwrap();
     });
+}
+
+#[test]
+fn a_pod_deleted_while_its_network_is_made_leaves_nothing() {
+    on_own_host(|| {
+        let node = Node::start(|_| ());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        for n in 0..40_u32 {
+            let (network, key) = (node.network().clone(), pod_key(&format!("p{n}")));
+            let uid = key.uid.clone();
+            let making = runtime.spawn(async move { network.setup_pod(key, PodNet::default()).await });
+            // From before it has begun until after it is done.
+            std::thread::sleep(Duration::from_micros(u64::from(n) * 200));
+            node.network().teardown_pod(&uid);
+            runtime.block_on(making).unwrap().unwrap();
+            node.network().teardown_pod(&uid);
+        }
+        node.network().settle();
+        assert!(node.network().pods().is_empty());
+        assert_eq!(sh("ip -o link | grep -Ev ': (lo|coracle0):' || true"), "");
+        assert_eq!(sh(&format!("ls {0}/netns {0}/pods | grep uid || true", node.folder.path().display())), "");
+        node.network().destroy().unwrap();
+    });
+}
+
+/// What a pod says about addresses on its link, to whoever believes it.
+const GARBAGE: &str = r#"
+import os, socket
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.bind(("eth0", 0))
+me = s.getsockname()[4]
+ip, ip6 = socket.inet_aton, lambda text: socket.inet_pton(socket.AF_INET6, text)
+def arp(claims, target, op=2):
+    return b"\xff" * 6 + me + b"\x08\x06\x00\x01\x08\x00\x06\x04" + bytes([0, op]) + me + ip(claims) + b"\xff" * 6 + ip(target)
+def advertise(claims):
+    body = b"\x88\x00\x00\x00\x20\x00\x00\x00" + ip6(claims) + b"\x02\x01" + me
+    pseudo = ip6(claims) + ip6("ff02::1") + len(body).to_bytes(4, "big") + b"\x00\x00\x00\x3a" + body
+    total = sum(int.from_bytes(pseudo[n:n + 2], "big") for n in range(0, len(pseudo), 2))
+    total = (total & 0xffff) + (total >> 16)
+    body = body[:2] + (~(total + (total >> 16)) & 0xffff).to_bytes(2, "big") + body[4:]
+    return b"\x33\x33\x00\x00\x00\x01" + me + b"\x86\xdd\x60\x00\x00\x00" + len(body).to_bytes(2, "big") + b"\x3a\xff" + ip6(claims) + ip6("ff02::1") + body
+for _ in range(20):
+    for claims in ["10.42.0.1", "10.42.0.2", "10.42.0.3", "10.43.0.10"]:
+        for op in [1, 2, 77]:
+            s.send(arp(claims, "10.42.0.1", op))
+            s.send(arp(claims, claims, op))
+    for claims in ["fd00:42::1", "fd00:42::2", "fd00:42::3"]:
+        s.send(advertise(claims))
+    for kind in [b"\x08\x06", b"\x86\xdd", b"\x08\x00"]:
+        s.send(b"\xff" * 6 + me + kind + os.urandom(60))
+"#;
+
+#[test]
+fn a_pod_that_lies_about_addresses_harms_nobody() {
+    on_own_host(|| {
+        let node = Node::start(|config| {
+            config.pod_cidrs.push("fd00:42::/64".parse().unwrap());
+            config.cluster_cidrs.push("fd00:42::/56".parse().unwrap());
+        });
+        let (liar, a, b) = (node.pod("liar"), node.pod("a"), node.pod("b"));
+        serve(&b.netns, 8080, "b");
+        serve(std::path::Path::new("/proc/thread-self/ns/net"), 9090, "host");
+        let neighbours = || sh("ip neigh show nud permanent | sort");
+        let before = neighbours();
+        coracle_testkit::need("python3", "python3");
+        let status = inside(&liar.netns, || std::process::Command::new("python3").args(["-c", GARBAGE]).status());
+        assert!(status.unwrap().success());
+        assert_eq!(neighbours(), before);
+        for (from, to) in a.ips.iter().zip(&b.ips) {
+            assert_eq!(inside(&a.netns, || ask((*to, 8080).into(), PATIENCE)).unwrap(), ("b".into(), *from));
+            assert_eq!(ask((*to, 8080).into(), PATIENCE).unwrap().0, "b", "from the host");
+        }
+        assert_eq!(inside(&a.netns, || ask(socket("10.42.0.1:9090"), PATIENCE)).unwrap().1, a.ips[0]);
+        // Nor does a packet with another's address get anywhere.
+        let forged = inside(&liar.netns, || {
+            sh(&format!("ip address add {}/32 dev eth0", a.ips[0]));
+            let socket = std::net::UdpSocket::bind((a.ips[0], 0)).unwrap();
+            socket.set_read_timeout(Some(IMPATIENCE)).unwrap();
+            socket.send_to(b"?", (b.ips[0], 8080)).unwrap();
+            socket.recv(&mut [0; 8]).is_ok()
+        });
+        assert!(!forged);
+        node.network().destroy().unwrap();
+    });
+}
+
+#[test]
+fn links_have_the_mtu_of_the_uplink() {
+    for (overlay, wanted) in [(Overlay::Routes, 1400), (Overlay::Vxlan { vni: 1, port: 8472 }, 1350)] {
+        on_own_host(|| {
+            sh("ip link add up0 mtu 1400 type veth peer name p1; ip link set up0 up; ip link set p1 up
+                ip address add 198.51.100.1/24 dev up0; ip route add default via 198.51.100.2");
+            let node = Node::start(|config| config.overlay = overlay);
+            let pod = node.pod("a");
+            let links = inside(&pod.netns, || sh("ip -o link show eth0")) + &sh("ip -o link show coracle0");
+            assert_eq!(links.matches(&format!("mtu {wanted} ")).count(), 2, "{links}");
+            node.network().destroy().unwrap();
+        });
+    }
 }

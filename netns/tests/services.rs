@@ -3,11 +3,13 @@
 mod support;
 
 use std::collections::HashMap;
-use std::io::ErrorKind;
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use coracle_netns::model::{Change, Endpoint, EndpointPort, EndpointSlice, Service, ServicePort, TrafficPolicy};
-use coracle_netns::{Protocol, ProxyMode};
+use coracle_netns::{Config, Network, Protocol, ProxyMode};
 use support::*;
 
 /// A node with pods a, b, c that serve their names at 8080.
@@ -253,6 +255,138 @@ fn load_balancers_are_told_whether_the_node_has_endpoints() {
         assert!(text.starts_with("HTTP/1.1 503") && text.contains("\"localEndpoints\":0"), "{text}");
         node.update(vec![Change::Service(key("web"), None)]);
         assert!(check().is_err());
+        node.network().destroy().unwrap();
+    });
+}
+
+#[test]
+fn affinity_ends_with_its_time() {
+    in_both_modes(|mode| {
+        let (node, pods) = three(mode);
+        let to = socket("10.43.0.80:80");
+        let sticky = Service { affinity_seconds: Some(1), ..service("10.43.0.80") };
+        node.update(vec![Change::Service(key("web"), Some(sticky)), slice("web", endpoints(&pods))]);
+        let first = ask(to, PATIENCE).unwrap().0;
+        assert_eq!(tally(to, 5), HashMap::from([(first.clone(), 5)]));
+        // Each question makes the time begin anew, so it is asked less often than the time takes.
+        let forgotten = || {
+            std::thread::sleep(Duration::from_millis(2100));
+            ask(to, PATIENCE).unwrap().0 != first
+        };
+        assert!((0..12).any(|_| forgotten()), "the client is kept for ever");
+        node.network().destroy().unwrap();
+    });
+}
+
+#[test]
+fn node_ports_open_at_the_addresses_that_are_asked_for() {
+    in_both_modes(|mode| {
+        let node = Node::start(|config| {
+            config.proxy_mode = Some(mode);
+            config.node_port_addresses = vec!["198.51.100.0/24".parse().unwrap()];
+        });
+        let client = outsider();
+        sh("ip address add 192.0.2.7/32 dev lo");
+        let pod = node.pod("a");
+        serve(&pod.netns, 8080, "a");
+        let ports = vec![ServicePort { port: 80, node_port: Some(30080), ..ServicePort::default() }];
+        let web = Service { ports, ..service("10.43.0.80") };
+        node.update(vec![Change::Service(key("web"), Some(web)), slice("web", endpoints(&[pod.clone()]))]);
+        for from_world in [true, false] {
+            let ask = |to: &str| {
+                let ask = || ask(socket(to), PATIENCE);
+                if from_world { inside(&client, ask) } else { ask() }
+            };
+            assert_eq!(ask("198.51.100.1:30080").unwrap().0, "a");
+            assert_eq!(ask("192.0.2.7:30080").unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        }
+        assert_eq!(ask(socket("127.0.0.1:30080"), PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        node.network().destroy().unwrap();
+    });
+}
+
+/// Services that stand together: in one state all lead to one port of their endpoints, in the other to another.
+fn generation(port: u16) -> Vec<Change> {
+    let change = |n: u8| {
+        let name = format!("s{n}");
+        let ports = vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port }];
+        let endpoints = vec![Endpoint::ready(address("10.42.0.2"), Some("node-1"))];
+        let slice = EndpointSlice { service: key(&name), ports, endpoints };
+        [
+            Change::Service(key(&name), Some(service(&format!("10.43.1.{n}")))),
+            Change::Slice(key(&format!("{name}-1")), Some(slice)),
+        ]
+    };
+    (0..200).flat_map(change).collect()
+}
+
+/// The daemon that [`a_daemon_killed_during_a_rule_change_leaves_whole_rules`] kills: it changes all Services again and again.
+#[test]
+#[ignore = "is started by another test"]
+fn changing_daemon() {
+    let Some(folder) = std::env::var_os("CORACLE_TEST_RUN") else { return };
+    let mode = match std::env::var_os("CORACLE_TEST_IPTABLES") {
+        Some(_) => ProxyMode::Iptables,
+        None => ProxyMode::Nftables,
+    };
+    let config = Config { proxy_mode: Some(mode), ..Config::new(folder, "node-1") };
+    let (network, runtime) = (Network::new(config).unwrap(), runtime());
+    for port in [8081, 8082].into_iter().cycle() {
+        runtime.block_on(network.update(generation(port))).unwrap();
+        println!("changed");
+    }
+}
+
+#[test]
+fn a_daemon_killed_during_a_rule_change_leaves_whole_rules() {
+    in_both_modes(|mode| {
+        let folder = tempfile::tempdir().unwrap();
+        for round in 0..8 {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--ignored", "--exact", "changing_daemon", "--nocapture"]).env("CORACLE_TEST_RUN", folder.path());
+            if mode == ProxyMode::Iptables {
+                command.env("CORACLE_TEST_IPTABLES", "yes");
+            }
+            let mut daemon = command.stdout(Stdio::piped()).spawn().unwrap();
+            let mut said = BufReader::new(daemon.stdout.take().unwrap()).lines();
+            // At its first change or the second, some way into the next one.
+            let mut heard = (0..=round % 2).map(|_| said.find(|line| line.as_ref().is_ok_and(|line| line == "changed")));
+            assert!(heard.all(|line| line.is_some()), "the daemon ended by itself");
+            std::thread::sleep(Duration::from_millis(3 * round));
+            daemon.kill().unwrap();
+            daemon.wait().unwrap();
+            let rules = match mode {
+                ProxyMode::Nftables => sh("nft list map ip coracle endpoints"),
+                ProxyMode::Iptables => sh("iptables-save -t nat"),
+            };
+            let separator = if mode == ProxyMode::Nftables { " . " } else { ":" };
+            let led = |port: &str| rules.matches(&format!("10.42.0.2{separator}{port}")).count();
+            let (old, new) = (led("8081"), led("8082"));
+            assert!((old, new) == (200, 0) || (old, new) == (0, 200), "{old} and {new} Services lead to one port each");
+        }
+        let node = Network::new(Config { proxy_mode: Some(mode), ..Config::new(folder.path(), "node-1") }).unwrap();
+        node.destroy().unwrap();
+    });
+}
+
+#[test]
+fn ten_thousand_services_come_and_go() {
+    on_own_host(|| {
+        let (node, pods) = three(ProxyMode::Nftables);
+        let address = |n: u32| std::net::Ipv4Addr::from(u32::from(std::net::Ipv4Addr::new(10, 43, 16, 0)) + n);
+        let come = |n: u32| {
+            let name = format!("s{n}");
+            let at = service(&address(n).to_string());
+            [Change::Service(key(&name), Some(at)), slice(&name, endpoints(&pods))]
+        };
+        node.update((0..10_000).flat_map(come).collect());
+        for n in [0, 4_999, 9_999] {
+            assert!(["a", "b", "c"].contains(&ask((address(n), 80).into(), PATIENCE).unwrap().0.as_str()));
+        }
+        node.update((0..10_000).map(|n| Change::Service(key(&format!("s{n}")), None)).collect());
+        assert_eq!(ask((address(4_999), 80).into(), PATIENCE).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        let left = sh("for map in services endpoints; do nft list map ip coracle $map; done; nft list chains ip");
+        assert!(!left.contains("elements") && !left.contains("balance"), "{left}");
         node.network().destroy().unwrap();
     });
 }

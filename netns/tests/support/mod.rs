@@ -30,7 +30,9 @@ pub(crate) fn on_own_host<T: Send>(test: impl FnOnce() -> T + Send) -> T {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("root may make namespaces");
             mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
             sh("ip link set lo up");
-            test()
+            let result = test();
+            assert_nothing_left();
+            result
         });
         run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
@@ -43,6 +45,17 @@ pub(crate) fn in_both_modes(test: impl Fn(ProxyMode) + Send + Sync) {
         on_own_host(|| test(mode));
     }
 }
+
+/// Every test takes its network down; then no link, route or namespace of ours is there, and no rule.
+fn assert_nothing_left() {
+    let left = sh("ip -o link; ip route show proto 67; ip -6 route show proto 67; grep '/netns/uid-' /proc/self/mounts || true");
+    let ours = left.lines().find(|line| !line.contains(": lo:") && !OTHERS.iter().any(|other| line.contains(other)));
+    assert_eq!(ours, None, "left behind");
+    assert_no_rules();
+}
+
+/// Links that tests make themselves.
+const OTHERS: [&str; 6] = [": up0@", ": sw:", ": p1@", ": p2@", ": eth0@", ": cni0:"];
 
 /// Nothing of ours is in the rules.
 pub(crate) fn assert_no_rules() {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use coracle_testkit::assert_eventually_async;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use kube::api::{Api, ListParams, PostParams};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -181,4 +181,41 @@ async fn another_leads_when_the_leader_dies_and_no_write_is_lost() {
         let lost: Vec<&String> = acknowledged.iter().filter(|name| !there.contains(*name)).collect();
         assert!(lost.is_empty(), "{} of {} acknowledged writes are lost: {lost:?}", lost.len(), acknowledged.len());
     }
+}
+
+/// Both servers are asked for the same node ports at the same time, and for any.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_servers_never_give_one_node_port_twice() {
+    const ASKED: std::ops::Range<u16> = 30_100..30_130;
+    let folder = tempfile::tempdir().expect("a folder");
+    let (_etcd, endpoint) = etcd(folder.path());
+    for name in ["one", "two"] {
+        std::fs::create_dir_all(folder.path().join(name)).expect("a folder");
+    }
+    let first = Server::start(folder.path().join("one"), &endpoint, None).await;
+    let second = Server::start(folder.path().join("two"), &endpoint, Some(&first)).await;
+    let create = |server: &Server, name: String, port: Option<u16>| {
+        let services = Api::<Service>::namespaced(server.client.clone(), "default");
+        let spec = json!({"metadata": {"name": name}, "spec": {"type": "NodePort", "ports": [{"port": 80, "nodePort": port}]}});
+        async move {
+            let service = serde_json::from_value(spec).expect("a Service");
+            match services.create(&PostParams::default(), &service).await {
+                Ok(made) => Some(made),
+                Err(kube::Error::Api(refusal)) if refusal.message.contains("already allocated") => None,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    let asked = ASKED.flat_map(|port| [("one", &first), ("two", &second)].map(|who| (who, port)));
+    let asked = asked.map(|((who, server), port)| create(server, format!("{who}-{port}"), Some(port)));
+    let any = (0..30).flat_map(|n| [create(&first, format!("one-{n}"), None), create(&second, format!("two-{n}"), None)]);
+    let asked = futures::future::join_all(asked).await;
+    let any = futures::future::join_all(any).await;
+    for (port, both) in ASKED.zip(asked.chunks(2)) {
+        assert_eq!(both.iter().flatten().count(), 1, "port {port}");
+    }
+    let number = |service: &Service| service.spec.as_ref()?.ports.as_ref()?.first()?.node_port;
+    let all: Vec<i32> = asked.iter().chain(&any).flatten().filter_map(number).collect();
+    let different: std::collections::BTreeSet<i32> = all.iter().copied().collect();
+    assert_eq!((all.len(), different.len()), (90, 90), "{all:?}");
 }

@@ -104,7 +104,6 @@ pub struct ApiServer {
     pub(crate) documents: crate::discovery::Documents,
     pub(crate) frames: handlers::Frames,
     pub(crate) flow: crate::flow::Flow,
-    pub(crate) held_ports: Arc<crate::kinds::alloc::HeldPorts>,
     /// Definitions are taken in one after the other.
     pub(crate) crd_turn: tokio::sync::Mutex<()>,
     /// Definitions whose objects are being deleted.
@@ -136,7 +135,6 @@ impl ApiServer {
             documents: crate::discovery::Documents::default(),
             frames: handlers::Frames::default(),
             flow: crate::flow::Flow::default(),
-            held_ports: Arc::default(),
             crd_turn: tokio::sync::Mutex::default(),
             crd_cleanups: parking_lot::Mutex::default(),
             me: me.clone(),
@@ -149,6 +147,8 @@ impl ApiServer {
         api.chain.get_or_init(|| admission::chain(&api));
         api.authz.get_or_init(|| authz::authorizer(&api));
         bootstrap::ensure(&api).await.map_err(step("create the objects of a fresh cluster"))?;
+        let compared = crate::kinds::alloc::claims::keep(&api).await;
+        compared.map_err(step("compare node ports with services"))?;
         crate::flow::follow(&api).await;
         crate::aggregate::start(&api);
         Ok(api)

@@ -237,6 +237,27 @@ async fn services_get_addresses_and_ports_of_their_own() {
     s.ok("DELETE", &format!("{path}/s0"), Value::Null).await;
     s.refused("GET", &format!("/apis/networking.k8s.io/v1/ipaddresses/{ip}"), Value::Null).await;
     s.ok("POST", path, service("t", json!({"clusterIP": ip, "ports": ports}))).await;
+    // A node port that is asked for is given once, also for two protocols, and free again when its service goes or needs it no more.
+    let free = (30_000..=30_010).find(|port| !nodes.contains(port)).expect("eight of eleven are taken");
+    let node = |name: &str, spec: &str| {
+        let ports = json!([{"name": "a", "port": 53, "nodePort": free}, {"name": "b", "port": 53, "nodePort": free, "protocol": "UDP"}]);
+        service(name, json!({"type": spec, "ports": ports}))
+    };
+    s.ok("POST", path, node("dns", "NodePort")).await;
+    let again = s.refused("POST", path, node("dns2", "LoadBalancer")).await;
+    assert_eq!(
+        again.message,
+        format!("Service \"dns2\" is invalid: spec.ports[0].nodePort: Invalid value: {free}: provided port is already allocated")
+    );
+    s.refused("POST", &format!("{path}?dryRun=All"), node("dns2", "NodePort")).await;
+    let mut inside = s.ok("GET", &format!("{path}/dns"), Value::Null).await;
+    inside["spec"]["type"] = "ClusterIP".into();
+    let inside = s.ok("PUT", &format!("{path}/dns"), inside).await;
+    assert!(inside["spec"]["ports"][0].get("nodePort").is_none(), "{inside}");
+    s.ok("POST", &format!("{path}?dryRun=All"), node("dns2", "NodePort")).await;
+    s.ok("POST", path, node("dns2", "NodePort")).await;
+    s.ok("DELETE", &format!("{path}/dns2"), Value::Null).await;
+    s.ok("POST", path, node("dns3", "NodePort")).await;
     // To a name and back.
     let mut external = s.ok("GET", &format!("{path}/s1"), Value::Null).await;
     external["spec"]["type"] = "ExternalName".into();

@@ -1,6 +1,7 @@
 //! What a service is given out of what the cluster has: families, cluster addresses, node ports.
 
 mod address;
+pub(crate) mod claims;
 mod family;
 mod port;
 mod range;
@@ -18,8 +19,6 @@ use crate::kinds::{Finish, ipaddress, service};
 use crate::server::ApiServer;
 use crate::status::Status;
 
-pub(crate) use port::HeldPorts;
-
 /// What one request has set aside.
 struct Reserved {
     api: Arc<ApiServer>,
@@ -27,14 +26,42 @@ struct Reserved {
     ips: Vec<IpAddr>,
     /// Addresses of the old object that the new one has no longer.
     freed: Vec<IpAddr>,
-    ports: Vec<port::HeldPort>,
+    /// Node ports that were taken for the new object.
+    ports: Vec<u16>,
+    /// Node ports of the old object that the new one has no longer.
+    freed_ports: Vec<u16>,
+    namespace: String,
+    name: String,
+}
+
+impl Reserved {
+    /// Whether the object was written although its writer heard otherwise, as when an answer of etcd is lost. Who cannot tell keeps what
+    /// was taken: it is given back when it proves to be nobody's.
+    async fn is_stored(&self) -> bool {
+        if self.ips.is_empty() && self.ports.is_empty() {
+            return false;
+        }
+        match claims::held(&self.api, &self.namespace, &self.name).await {
+            Ok(spec) => {
+                addresses(&spec).iter().any(|ip| self.ips.contains(ip))
+                    || port::ports(&spec).iter().any(|port| self.ports.contains(port))
+            }
+            Err(_) => true,
+        }
+    }
 }
 
 #[async_trait]
 impl Finish for Reserved {
     async fn done(self: Box<Self>, stored: bool) {
+        if !stored && self.is_stored().await {
+            return;
+        }
         for ip in if stored { &self.freed } else { &self.ips } {
             ipaddress::remove(&self.api, *ip).await;
+        }
+        for port in if stored { &self.freed_ports } else { &self.ports } {
+            claims::free(self.api.store.as_ref(), *port).await;
         }
     }
 }
@@ -48,7 +75,15 @@ pub async fn begin_service(
     if !ctx.subresource.is_empty() || !matches!(ctx.operation, Operation::Create | Operation::Update) {
         return Ok(None);
     }
-    let mut reserved = Reserved { api: Arc::clone(&ctx.api), ips: Vec::new(), freed: Vec::new(), ports: Vec::new() };
+    let mut reserved = Reserved {
+        api: Arc::clone(&ctx.api),
+        ips: Vec::new(),
+        freed: Vec::new(),
+        ports: Vec::new(),
+        freed_ports: Vec::new(),
+        namespace: ctx.namespace.clone(),
+        name: crate::object::name(new).to_owned(),
+    };
     let result = reserve(ctx, new, old, &mut reserved).await;
     let reserved = Box::new(reserved);
     match result {
@@ -63,6 +98,7 @@ pub async fn begin_service(
 async fn reserve(ctx: &Context, new: &mut Value, old: Option<&Value>, reserved: &mut Reserved) -> Result<(), Status> {
     let before = old.and_then(|old| old.get("spec"));
     let mine = before.map(addresses).unwrap_or_default();
+    let before_ports = before.map(port::ports).unwrap_or_default();
     if text(child(new, "spec"), "type") != "ExternalName" {
         if let Some(old) = old {
             service::keep_addresses(new, old);
@@ -81,6 +117,8 @@ async fn reserve(ctx: &Context, new: &mut Value, old: Option<&Value>, reserved: 
     let spec = child(new, "spec");
     let now = if text(spec, "type") == "ExternalName" { Vec::new() } else { addresses(spec) };
     reserved.freed = mine.into_iter().filter(|ip| !now.contains(ip)).collect();
+    let now = port::ports(spec);
+    reserved.freed_ports = before_ports.into_iter().filter(|port| !now.contains(port)).collect();
     Ok(())
 }
 
@@ -91,6 +129,9 @@ pub async fn service_deleted(ctx: &Context, service: &Value) {
     }
     for ip in service.get("spec").map(addresses).unwrap_or_default() {
         ipaddress::remove(&ctx.api, ip).await;
+    }
+    for port in service.get("spec").map(port::ports).unwrap_or_default() {
+        claims::free(ctx.api.store.as_ref(), port).await;
     }
 }
 

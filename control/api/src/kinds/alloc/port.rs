@@ -1,41 +1,20 @@
-//! Node ports. Which are taken is read from the services themselves, so that nothing can leak and a crash needs no repair;
-//! between a choice and the store's answer it is held in memory, so that two requests never choose the same one.
+//! Node ports. A port is taken by making its claim ([`claims`]) before the service is written.
 
-use std::collections::HashSet;
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
 
 use coracle_schema::FieldError;
-use parking_lot::Mutex;
 use serde_json::Value;
 
-use super::{Reserved, refuse};
+use super::{Reserved, claims, refuse};
 use crate::context::Context;
-use crate::kinds::edit::{child, each, int, list, put, text};
+use crate::kinds::edit::{child, int, list, put, text};
 use crate::status::Status;
 
-/// Ports that are set aside by requests which have not been answered yet; bounded by these.
-#[derive(Debug, Default)]
-pub(crate) struct HeldPorts(Mutex<HashSet<u16>>);
+/// Ports that are tried before all that are taken are read.
+const PROBES: usize = 8;
 
-/// One port that is set aside, until this is dropped: a stored service holds its own.
-pub(super) struct HeldPort {
-    ports: Arc<HeldPorts>,
-    number: u16,
-}
-
-impl HeldPorts {
-    fn hold(self: &Arc<Self>, number: u16) -> Option<HeldPort> {
-        self.0.lock().insert(number).then(|| HeldPort { ports: self.clone(), number })
-    }
-}
-
-impl Drop for HeldPort {
-    fn drop(&mut self) {
-        self.ports.0.lock().remove(&self.number);
-    }
-}
-
-fn ports(spec: &Value) -> Vec<u16> {
+/// The node ports that a service has.
+pub(super) fn ports(spec: &Value) -> Vec<u16> {
     list(spec, "ports")
         .iter()
         .filter_map(|p| int(p, "nodePort"))
@@ -45,57 +24,68 @@ fn ports(spec: &Value) -> Vec<u16> {
         .collect()
 }
 
-/// The ports that others have or are about to have.
-async fn taken(ctx: &Context, own: &str) -> Result<HashSet<u16>, Status> {
-    // In this order: what is held no more when it is looked at has been stored, and is listed.
-    let mut out = ctx.api.held_ports.0.lock().clone();
-    for object in ctx.api.list(&ctx.kind, "").await? {
-        if crate::object::name(&object) != own || crate::object::namespace(&object) != ctx.namespace {
-            out.extend(object.get("spec").map(ports).unwrap_or_default());
-        }
-    }
-    Ok(out)
-}
-
 /// One choice of ports for one service.
 struct Choice<'a> {
-    held: Arc<HeldPorts>,
-    /// First and last of the range.
-    range: (u16, u16),
-    taken: HashSet<u16>,
+    ctx: &'a Context,
+    name: &'a str,
     /// What the service has already.
     mine: Vec<u16>,
+    /// What it was given so far.
+    chosen: HashSet<u16>,
     reserved: &'a mut Reserved,
 }
 
 impl Choice<'_> {
-    fn hold(&mut self, number: u16) -> bool {
-        if self.taken.contains(&number) {
-            return false;
+    async fn take(&mut self, number: u16) -> Result<bool, Status> {
+        let store = self.ctx.api.store.as_ref();
+        if self.chosen.contains(&number) {
+            return Ok(false);
         }
-        let held = self.held.hold(number);
-        let is_ours = held.is_some();
-        self.reserved.ports.extend(held);
-        is_ours
+        let ours = if self.ctx.dry_run {
+            claims::is_free(store, number).await?
+        } else {
+            claims::take(store, number, &self.ctx.namespace, self.name).await?
+        };
+        if ours {
+            self.chosen.insert(number);
+            self.reserved.ports.extend((!self.ctx.dry_run).then_some(number));
+        }
+        Ok(ours)
     }
 
-    /// Sets the port aside that somebody asks for.
-    fn exactly(&mut self, asked: i64) -> Result<u16, String> {
-        let (first, last) = self.range;
+    /// Sets the port aside that somebody asks for, or any free one.
+    async fn number(&mut self, asked: i64, path: &str) -> Result<u16, Status> {
+        let (first, last) = self.ctx.api.config.node_ports;
+        let refused = |why: &str| Err(refuse(self.ctx, self.name, FieldError::invalid(path, asked, why)));
+        if asked == 0 {
+            let full = || FieldError::internal(path, "failed to allocate a nodePort: range is full");
+            return self.any().await?.ok_or_else(|| refuse(self.ctx, self.name, full()));
+        }
         let number = u16::try_from(asked).ok();
         if let Some(number) = number.filter(|number| self.mine.contains(number)) {
             return Ok(number);
         }
-        let number = number.filter(|number| (first..=last).contains(number)).ok_or_else(|| {
-            format!("provided port is not in the valid range. The range of valid ports is {first}-{last}")
-        })?;
-        if self.hold(number) { Ok(number) } else { Err("provided port is already allocated".into()) }
+        match number.filter(|number| (first..=last).contains(number)) {
+            None => refused(&format!(
+                "provided port is not in the valid range. The range of valid ports is {first}-{last}"
+            )),
+            Some(number) if self.take(number).await? => Ok(number),
+            Some(_) => Err(refuse(self.ctx, self.name, FieldError::invalid(path, asked, "provided port is already allocated"))),
+        }
     }
 
-    /// Sets any free port aside.
-    fn any(&mut self) -> Option<u16> {
-        let mine = self.mine.clone();
-        places(self.range).find(|number| !mine.contains(number) && self.hold(*number))
+    async fn any(&mut self) -> Result<Option<u16>, Status> {
+        let mut taken: Option<HashMap<u16, u64>> = None;
+        for (tries, number) in places(self.ctx.api.config.node_ports).enumerate() {
+            if tries == PROBES {
+                taken = Some(claims::all(self.ctx.api.store.as_ref()).await?);
+            }
+            let is_known = taken.as_ref().is_some_and(|taken| taken.contains_key(&number));
+            if !is_known && !self.mine.contains(&number) && self.take(number).await? {
+                return Ok(Some(number));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -114,49 +104,28 @@ pub(super) async fn assign(
     }
     let balanced = kind == "LoadBalancer";
     let wants = !balanced || spec.get("allocateLoadBalancerNodePorts").is_none_or(|wanted| wanted != false);
-    let mut choice = Choice {
-        held: ctx.api.held_ports.clone(),
-        range: ctx.api.config.node_ports,
-        taken: taken(ctx, &name).await?,
-        mine: old.and_then(|old| old.get("spec")).map(ports).unwrap_or_default(),
-        reserved,
-    };
+    let mine = old.and_then(|old| old.get("spec")).map(ports).unwrap_or_default();
+    let mut choice = Choice { ctx, name: &name, mine, chosen: HashSet::new(), reserved };
     // One number may be given twice, for two protocols.
     let mut own: Vec<(u16, String)> = Vec::new();
-    let mut failure = None;
-    let mut at = 0;
-    each(spec, "ports", |port| {
-        let path = format!("spec.ports[{at}].nodePort");
-        at += 1;
-        let protocol = text(port, "protocol").to_owned();
-        let asked = int(port, "nodePort").unwrap_or(0);
+    let asked: Vec<(i64, String)> = list(spec, "ports")
+        .iter()
+        .map(|port| (int(port, "nodePort").unwrap_or(0), text(port, "protocol").to_owned()))
+        .collect();
+    for (at, (asked, protocol)) in asked.into_iter().enumerate() {
         let shared = own.iter().any(|(number, by)| i64::from(*number) == asked && *by != protocol);
-        if shared || failure.is_some() || (asked == 0 && !wants) {
-            return;
+        if shared || (asked == 0 && !wants) {
+            continue;
         }
-        let number = if asked == 0 {
-            choice.any().ok_or_else(|| FieldError::internal(path, "failed to allocate a nodePort: range is full"))
-        } else {
-            choice.exactly(asked).map_err(|why| FieldError::invalid(path, asked, why))
-        };
-        match number {
-            Ok(number) => {
-                put(port, "nodePort", number);
-                own.push((number, protocol));
-            }
-            Err(error) => failure = Some(error),
+        let number = choice.number(asked, &format!("spec.ports[{at}].nodePort")).await?;
+        if let Some(port) = spec.pointer_mut(&format!("/ports/{at}")) {
+            put(port, "nodePort", number);
         }
-    });
-    if let Some(error) = failure {
-        return Err(refuse(ctx, &name, error));
+        own.push((number, protocol));
     }
     if balanced && text(spec, "externalTrafficPolicy") == "Local" {
-        let path = "spec.healthCheckNodePort";
-        let number = match int(spec, "healthCheckNodePort").unwrap_or(0) {
-            0 => choice.any().ok_or_else(|| FieldError::internal(path, "failed to allocate a nodePort: range is full")),
-            asked => choice.exactly(asked).map_err(|why| FieldError::invalid(path, asked, why)),
-        };
-        put(spec, "healthCheckNodePort", number.map_err(|error| refuse(ctx, &name, error))?);
+        let asked = int(spec, "healthCheckNodePort").unwrap_or(0);
+        put(spec, "healthCheckNodePort", choice.number(asked, "spec.healthCheckNodePort").await?);
     }
     Ok(())
 }
@@ -174,15 +143,6 @@ fn places((first, last): (u16, u16)) -> impl Iterator<Item = u16> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    #[test]
-    fn a_port_is_held_by_one() {
-        let held = Arc::new(HeldPorts::default());
-        let one = held.hold(30_000);
-        assert!(one.is_some() && held.hold(30_000).is_none() && held.hold(30_001).is_some());
-        drop(one);
-        assert!(held.hold(30_000).is_some());
-    }
 
     proptest! {
         #[test]

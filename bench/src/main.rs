@@ -3,9 +3,12 @@
 
 mod api;
 mod api_scale;
+mod dns;
 mod hollow;
 mod host;
+mod join;
 mod kube_apiserver;
+mod net;
 mod node;
 mod oci;
 mod peers;
@@ -49,6 +52,10 @@ enum Verb {
     Hollow,
     /// The scheduler alone: pods a second by what they ask for, on 500, 5,000 and 50,000 nodes
     Sched,
+    /// Pods' networks, service rules, throughput between pods, and a host that joins
+    Net,
+    /// The cluster's DNS: coracle, dnsmasq, unbound
+    Dns,
     /// Everything but node, api-scale, hollow and sched
     All,
 }
@@ -145,12 +152,15 @@ fn main() -> anyhow::Result<()> {
     if wanted(Verb::Sched) {
         figures.extend(sched::measure(&options.clusters, options.scheduled, options.rounds).context("sched")?);
     }
-    if wanted(Verb::PodStart)
-        || wanted(Verb::Node)
-        || wanted(Verb::Api)
-        || wanted(Verb::ApiScale)
-        || wanted(Verb::Hollow)
-    {
+    if wanted(Verb::Net) {
+        figures.extend(net::measure(options.runs, options.rounds).context("net")?);
+    }
+    if wanted(Verb::Dns) {
+        figures.extend(dns::measure(options.rounds).context("dns")?);
+    }
+    const BY_SERVER: [Verb; 7] =
+        [Verb::PodStart, Verb::Node, Verb::Api, Verb::ApiScale, Verb::Hollow, Verb::Net, Verb::Dns];
+    if BY_SERVER.into_iter().any(wanted) {
         let coracle = program(&options.coracle, "coracle")?;
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the async runtime")?;
@@ -161,6 +171,12 @@ fn main() -> anyhow::Result<()> {
         if wanted(Verb::Node) {
             let measured = runtime.block_on(node::measure(&coracle, options.pods, options.many));
             figures.extend(measured.context("node")?);
+        }
+        if wanted(Verb::Net) {
+            figures.push(runtime.block_on(join::measure(&coracle, options.rounds)).context("join")?);
+        }
+        if wanted(Verb::Dns) {
+            figures.push(runtime.block_on(dns::follow(&coracle, 100)).context("dns")?);
         }
         if wanted(Verb::ApiScale) {
             let scale = api_scale::Scale { pods: options.held, listed: options.objects, watchers: options.watchers };

@@ -116,7 +116,7 @@ fn pod_ready(pod: &Pod) -> bool {
     conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-fn node_ready(node: Option<&Node>) -> bool {
+pub(crate) fn node_ready(node: Option<&Node>) -> bool {
     let status = node.and_then(|node| node.status.as_ref());
     let conditions = status.and_then(|status| status.conditions.as_ref());
     conditions.into_iter().flatten().any(|condition| condition.type_ == "Ready" && condition.status == "True")

@@ -89,6 +89,15 @@ impl Server {
         run(Command::new(&self.program).args(["image", "--data-dir"]).arg(data).arg("import").arg(archive)).await
     }
 
+    /// Prints a token that hosts join with.
+    pub(crate) async fn token(&self) -> anyhow::Result<String> {
+        let mut command = Command::new(&self.program);
+        command.args(["token", "create"]).env("KUBECONFIG", self.folder.path().join("kubeconfig"));
+        let output = command.output().await.context("make a token")?;
+        ensure!(output.status.success(), "make a token: {}", String::from_utf8_lossy(&output.stderr).trim());
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    }
+
     /// Ids of every process of ours: the server's and its supervisor's, with whether it is the latter.
     fn processes(&self) -> anyhow::Result<Vec<(PathBuf, bool)>> {
         let folder = self.folder.path().display().to_string();
@@ -206,14 +215,14 @@ fn spawn(program: &Path, folder: &Path, cgroup: &str, flags: &[String]) -> anyho
     Ok((child, ready))
 }
 
-fn folders(root: &Path, cgroup: &str) -> Vec<String> {
+pub(crate) fn folders(root: &Path, cgroup: &str) -> Vec<String> {
     let of = |name: &str| root.join(name).display().to_string();
     let flags = [("--data-dir", of("data")), ("--run-dir", of("run")), ("--pod-log-dir", of("log-pods"))];
     let folders = flags.into_iter().flat_map(|(flag, folder)| [flag.to_owned(), folder]);
     folders.chain(["--cgroup-root".to_owned(), cgroup.to_owned()]).collect()
 }
 
-async fn run(command: &mut Command) -> anyhow::Result<()> {
+pub(crate) async fn run(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().await?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
     Ok(())

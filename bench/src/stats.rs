@@ -32,6 +32,13 @@ pub(crate) fn ratio(peer: &[f64], ours: &[f64]) -> Option<Summary> {
     summary(&pairs)
 }
 
+/// The value below which the part `quantile` (0 to 1) of samples in any order lies; 0 of none.
+pub(crate) fn quantile(samples: &[f64], quantile: f64) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    percentile(&sorted, quantile).unwrap_or_default()
+}
+
 /// The value below which the part `quantile` (0 to 1) of ascending samples lies, linear between neighbours.
 fn percentile(sorted: &[f64], quantile: f64) -> Option<f64> {
     let last = sorted.len().checked_sub(1)?;

@@ -241,7 +241,13 @@ fn others(folder: &Path) -> anyhow::Result<Vec<Answering>> {
         let lines: String = names.iter().map(|(name, address)| format!("{address} {name}\n")).collect();
         std::fs::write(&hosts, lines).context("write names")?;
         let mut command = Command::new(program);
-        command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces"]);
+        command.args([
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--no-resolv",
+            "--no-hosts",
+            "--bind-interfaces",
+        ]);
         command.args(["--user=root", "--pid-file=", "--addn-hosts"]).arg(&hosts);
         all.push(started("dnsmasq", Ipv4Addr::new(192, 0, 2, 1), |address| {
             command.arg(format!("--listen-address={address}"));

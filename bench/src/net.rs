@@ -202,7 +202,10 @@ fn front(here: &Here) -> anyhow::Result<Vec<Change>> {
     // It ends with the process; the pod's namespace lives as long, and nothing else uses it.
     std::thread::spawn(move || listener.incoming().for_each(drop));
     let name = ObjectKey::new("default", "front");
-    Ok(vec![Change::Service(name.clone(), Some(at(FRONT))), endpoints(name, vec![Endpoint::ready(address, Some(NODE))])])
+    Ok(vec![
+        Change::Service(name.clone(), Some(at(FRONT))),
+        endpoints(name, vec![Endpoint::ready(address, Some(NODE))]),
+    ])
 }
 
 /// New connections a second through the Service, one after the other.

@@ -208,7 +208,8 @@ async fn two_servers_never_give_one_node_port_twice() {
     };
     let asked = ASKED.flat_map(|port| [("one", &first), ("two", &second)].map(|who| (who, port)));
     let asked = asked.map(|((who, server), port)| create(server, format!("{who}-{port}"), Some(port)));
-    let any = (0..30).flat_map(|n| [create(&first, format!("one-{n}"), None), create(&second, format!("two-{n}"), None)]);
+    let any =
+        (0..30).flat_map(|n| [create(&first, format!("one-{n}"), None), create(&second, format!("two-{n}"), None)]);
     let asked = futures::future::join_all(asked).await;
     let any = futures::future::join_all(any).await;
     for (port, both) in ASKED.zip(asked.chunks(2)) {

@@ -40,6 +40,10 @@ impl Bare {
     /// Removes the links of the first pods, as many as there are pins.
     pub fn remove(&self, pins: &[std::path::PathBuf]) -> Result<(), Error> {
         let names: Vec<String> = (0..pins.len()).map(|n| format!("bare-{n}")).collect();
-        pods::remove(&self.config, &self.host, names.iter().map(String::as_str).zip(pins.iter().map(|pin| pin.as_path())))
+        pods::remove(
+            &self.config,
+            &self.host,
+            names.iter().map(String::as_str).zip(pins.iter().map(|pin| pin.as_path())),
+        )
     }
 }

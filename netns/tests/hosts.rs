@@ -215,7 +215,8 @@ fn wireguard_joins_hosts() {
         machine.add_program(&coracle_testkit::need(program, package), program);
     }
     let stripped = folder.path().join("inside");
-    let status = std::process::Command::new("strip").arg("-o").arg(&stripped).arg(std::env::current_exe().unwrap()).status();
+    let status =
+        std::process::Command::new("strip").arg("-o").arg(&stripped).arg(std::env::current_exe().unwrap()).status();
     assert!(status.unwrap().success());
     machine.add_program(&stripped, "inside");
     machine.add_modules(&["net", "crypto", "lib", "arch/x86/crypto", "drivers/net/veth.ko", "drivers/net/wireguard"]);

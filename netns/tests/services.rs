@@ -343,14 +343,17 @@ fn a_daemon_killed_during_a_rule_change_leaves_whole_rules() {
         let folder = tempfile::tempdir().unwrap();
         for round in 0..8 {
             let mut command = Command::new(std::env::current_exe().unwrap());
-            command.args(["--ignored", "--exact", "changing_daemon", "--nocapture"]).env("CORACLE_TEST_RUN", folder.path());
+            command
+                .args(["--ignored", "--exact", "changing_daemon", "--nocapture"])
+                .env("CORACLE_TEST_RUN", folder.path());
             if mode == ProxyMode::Iptables {
                 command.env("CORACLE_TEST_IPTABLES", "yes");
             }
             let mut daemon = command.stdout(Stdio::piped()).spawn().unwrap();
             let mut said = BufReader::new(daemon.stdout.take().unwrap()).lines();
             // At its first change or the second, some way into the next one.
-            let mut heard = (0..=round % 2).map(|_| said.find(|line| line.as_ref().is_ok_and(|line| line == "changed")));
+            let mut heard =
+                (0..=round % 2).map(|_| said.find(|line| line.as_ref().is_ok_and(|line| line == "changed")));
             assert!(heard.all(|line| line.is_some()), "the daemon ended by itself");
             std::thread::sleep(Duration::from_millis(3 * round));
             daemon.kill().unwrap();

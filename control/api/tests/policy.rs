@@ -247,7 +247,9 @@ async fn services_get_addresses_and_ports_of_their_own() {
     let again = s.refused("POST", path, node("dns2", "LoadBalancer")).await;
     assert_eq!(
         again.message,
-        format!("Service \"dns2\" is invalid: spec.ports[0].nodePort: Invalid value: {free}: provided port is already allocated")
+        format!(
+            "Service \"dns2\" is invalid: spec.ports[0].nodePort: Invalid value: {free}: provided port is already allocated"
+        )
     );
     s.refused("POST", &format!("{path}?dryRun=All"), node("dns2", "NodePort")).await;
     let mut inside = s.ok("GET", &format!("{path}/dns"), Value::Null).await;

@@ -163,7 +163,10 @@ pub(super) fn node(key: &ObjectKey, object: Option<&core::Node>) -> Change {
             ips: addresses(internal),
             pod_cidrs: ranges(node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten())),
             zone: node.labels().get(ZONE).map(|zone| zone.as_str().into()),
-            wireguard_key: node.annotations().get(WIREGUARD_KEY).and_then(|key| BASE64.decode(key).ok()?.try_into().ok()),
+            wireguard_key: node
+                .annotations()
+                .get(WIREGUARD_KEY)
+                .and_then(|key| BASE64.decode(key).ok()?.try_into().ok()),
         }
     });
     Change::Node(key.name.clone(), translated)

@@ -238,33 +238,30 @@ impl Hosts {
                 tracing::error!(node = name, %range, %first, "the node claims pod addresses of another; no route is made");
                 continue;
             }
-            let route = match (self.vxlan, &self.tunnel) {
-                // A node whose key is not known yet has its route too: nothing is sent to it in the clear.
-                (_, Some(tunnel)) => Some(Route {
-                    destination: range,
-                    link: Some(tunnel.link),
-                    gateway: None,
-                    onlink: false,
-                    source: config.gateway(family),
-                }),
-                (Some(vxlan), None) => {
-                    let gateway = gateway_of(range);
-                    Some(Route {
+            let route =
+                match (self.vxlan, &self.tunnel) {
+                    // A node whose key is not known yet has its route too: nothing is sent to it in the clear.
+                    (_, Some(tunnel)) => Some(Route {
                         destination: range,
-                        link: Some(vxlan),
-                        gateway: Some(gateway),
-                        onlink: true,
+                        link: Some(tunnel.link),
+                        gateway: None,
+                        onlink: false,
                         source: config.gateway(family),
-                    })
-                }
-                (None, None) => node.ips.iter().find(|address| Family::of(**address) == family).map(|address| Route {
-                    destination: range,
-                    link: None,
-                    gateway: Some(*address),
-                    onlink: false,
-                    source: None,
-                }),
-            };
+                    }),
+                    (Some(vxlan), None) => {
+                        let gateway = gateway_of(range);
+                        Some(Route {
+                            destination: range,
+                            link: Some(vxlan),
+                            gateway: Some(gateway),
+                            onlink: true,
+                            source: config.gateway(family),
+                        })
+                    }
+                    (None, None) => node.ips.iter().find(|address| Family::of(**address) == family).map(|address| {
+                        Route { destination: range, link: None, gateway: Some(*address), onlink: false, source: None }
+                    }),
+                };
             routes.extend(route);
         }
         routes

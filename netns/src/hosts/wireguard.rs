@@ -176,7 +176,9 @@ mod tests {
         let open = || WireGuardKey::open(&folder.path().join("wireguard.key"));
         match open() {
             Ok(key) => assert_eq!(open().unwrap(), key),
-            Err(error) => assert!(error.to_string().contains("load the module wireguard, or choose another"), "{error}"),
+            Err(error) => {
+                assert!(error.to_string().contains("load the module wireguard, or choose another"), "{error}")
+            }
         }
     }
 }

@@ -174,11 +174,17 @@ pub(crate) fn add_vxlan(batch: &mut Batch, name: &str, mac: Mac, mtu: u32, vni: 
 
 /// Makes a WireGuard link; its key and peers are set over generic netlink.
 pub(crate) fn add_wireguard(batch: &mut Batch, name: &str, mtu: u32) {
-    batch.push("make the WireGuard link", RTM_NEWLINK, REQUEST | ACK | CREATE | EXCLUSIVE, &link_header(0, false), |a| {
-        a.text(IFLA_IFNAME, name).u32(IFLA_MTU, mtu).nest(IFLA_LINKINFO, |a| {
-            a.text(IFLA_INFO_KIND, "wireguard");
-        });
-    });
+    batch.push(
+        "make the WireGuard link",
+        RTM_NEWLINK,
+        REQUEST | ACK | CREATE | EXCLUSIVE,
+        &link_header(0, false),
+        |a| {
+            a.text(IFLA_IFNAME, name).u32(IFLA_MTU, mtu).nest(IFLA_LINKINFO, |a| {
+                a.text(IFLA_INFO_KIND, "wireguard");
+            });
+        },
+    );
 }
 
 /// Brings a link up.

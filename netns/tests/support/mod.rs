@@ -48,7 +48,9 @@ pub(crate) fn in_both_modes(test: impl Fn(ProxyMode) + Send + Sync) {
 
 /// Every test takes its network down; then no link, route or namespace of ours is there, and no rule.
 fn assert_nothing_left() {
-    let left = sh("ip -o link; ip route show proto 67; ip -6 route show proto 67; grep '/netns/uid-' /proc/self/mounts || true");
+    let left = sh(
+        "ip -o link; ip route show proto 67; ip -6 route show proto 67; grep '/netns/uid-' /proc/self/mounts || true",
+    );
     let ours = left.lines().find(|line| !line.contains(": lo:") && !OTHERS.iter().any(|other| line.contains(other)));
     assert_eq!(ours, None, "left behind");
     assert_no_rules();

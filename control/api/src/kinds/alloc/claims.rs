@@ -107,7 +107,11 @@ pub(crate) async fn keep(api: &Arc<ApiServer>) -> Result<(), Status> {
 /// The ports of a service that a store holds, if it is there.
 pub(super) async fn held(api: &ApiServer, namespace: &str, name: &str) -> Result<Value, Status> {
     let Some(kind) = api.kind("", "v1", "services") else { return Ok(Value::Null) };
-    Ok(api.get(&kind, namespace, name).await?.and_then(|mut service| service.get_mut("spec").map(Value::take)).unwrap_or_default())
+    Ok(api
+        .get(&kind, namespace, name)
+        .await?
+        .and_then(|mut service| service.get_mut("spec").map(Value::take))
+        .unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -66,11 +66,13 @@ impl Choice<'_> {
             return Ok(number);
         }
         match number.filter(|number| (first..=last).contains(number)) {
-            None => refused(&format!(
-                "provided port is not in the valid range. The range of valid ports is {first}-{last}"
-            )),
+            None => {
+                refused(&format!("provided port is not in the valid range. The range of valid ports is {first}-{last}"))
+            }
             Some(number) if self.take(number).await? => Ok(number),
-            Some(_) => Err(refuse(self.ctx, self.name, FieldError::invalid(path, asked, "provided port is already allocated"))),
+            Some(_) => {
+                Err(refuse(self.ctx, self.name, FieldError::invalid(path, asked, "provided port is already allocated")))
+            }
         }
     }
 

@@ -77,6 +77,10 @@ impl Graph {
     /// Takes a change in; returns the keys that it gives a reason to look at.
     pub(super) fn change(&mut self, key: &Arc<str>, new: Option<Item>) -> Vec<Arc<str>> {
         let mut touched = Vec::new();
+        // Most changes are of a status, which is nothing to owners.
+        if new.is_some() && self.items.get(key).map(|item| &**item) == new.as_ref() {
+            return touched;
+        }
         if let Some(old) = self.items.remove(key) {
             for owner in &old.metadata.owner_references {
                 if let Some(dependents) = self.dependents.get_mut(&owner.uid) {

@@ -19,7 +19,7 @@ use crate::plugins::{Binding, SELECTED_NODE, bound_to};
 /// Says of a volume that it was bound by machine.
 const BOUND_BY_CONTROLLER: &str = "pv.kubernetes.io/bound-by-controller";
 
-/// Binds a pod. The permit is one of the writes under way; who waits for volumes gives it back meanwhile.
+/// Binds a pod. The permit is one of the writes under way; who waits for volumes or devices gives it back meanwhile.
 pub(super) async fn run(writer: Writer, mut bind: Bind, permit: OwnedSemaphorePermit) {
     let mut permit = Some(permit);
     let mut result = Ok(());
@@ -28,6 +28,7 @@ pub(super) async fn run(writer: Writer, mut bind: Bind, permit: OwnedSemaphorePe
         result = bind_volumes(&writer, &bind).await;
     }
     if result.is_ok() && !bind.devices.is_empty() {
+        permit = None;
         result = devices::bind(&writer, &mut bind).await.map_err(Failed::Error);
     }
     if result.is_ok() && permit.is_none() {
@@ -164,10 +165,10 @@ async fn bind_volumes(writer: &Writer, bind: &Bind) -> Result<(), Failed> {
     Err(Failed::Error(format!("running PreBind plugin \"VolumeBinding\": binding volumes: {words}")))
 }
 
-/// How often who waits for volumes looks whether its pod is still there.
-const RECHECK: Duration = Duration::from_secs(5);
+/// How often who waits for volumes or devices looks whether its pod is still there.
+pub(super) const RECHECK: Duration = Duration::from_secs(5);
 
-fn pod_is_gone(pods: &Informer<Pod>, bind: &Bind) -> bool {
+pub(super) fn pod_is_gone(pods: &Informer<Pod>, bind: &Bind) -> bool {
     let pod = pods.get(&bind.pod.shape.namespace, &bind.pod.name);
     pod.is_none_or(|pod| pod.metadata.uid.as_deref() != Some(&*bind.pod.uid))
 }

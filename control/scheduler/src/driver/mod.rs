@@ -13,6 +13,7 @@ use coracle_api::informer::{Cached, Delta, Deltas, Informer};
 use coracle_api::server::ApiServer;
 use coracle_api::user::UserInfo;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::api::resource::v1::ResourceClaim;
 use kube::Client;
 use kube::runtime::events::{Recorder, Reporter};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -51,6 +52,7 @@ struct Writer {
     recorders: Arc<HashMap<String, Recorder>>,
     pods: Arc<Informer<Pod>>,
     claims: Arc<Informer<PersistentVolumeClaim>>,
+    resource_claims: Arc<Informer<ResourceClaim>>,
     /// Wakes whoever waits for a claim.
     storage: watch::Sender<()>,
     writes: Arc<Semaphore>,
@@ -94,6 +96,7 @@ pub async fn run(api: Arc<ApiServer>, config: Config) {
         recorders: Arc::new(recorders),
         pods: api.informer(),
         claims: api.informer(),
+        resource_claims: api.informer(),
         storage: watch::Sender::new(()),
         writes: Arc::new(Semaphore::new(MAX_WRITES)),
         events: Arc::new(Semaphore::new(MAX_EVENTS)),
@@ -145,7 +148,7 @@ pub async fn run(api: Arc<ApiServer>, config: Config) {
 
 fn take(engine: &mut Engine, writer: &Writer, change: &Update) {
     engine.update(change, Instant::now());
-    if matches!(change, Update::Claim(_)) {
+    if matches!(change, Update::Claim(_) | Update::ResourceClaim(_)) {
         writer.storage.send_replace(());
     }
 }

@@ -14,5 +14,5 @@ pub(crate) use cluster::Cluster;
 pub(crate) use columns::Column;
 pub(crate) use node::NodeState;
 pub(crate) use pod::{PodState, takes_room};
-pub(crate) use resources::{Resources, units};
+pub(crate) use resources::{Resources, millis, units};
 pub(crate) use shape::{DEFAULT_SCHEDULER, PodTerm, Shape, Shapes, SpreadConstraint};

@@ -28,7 +28,7 @@ pub(crate) fn units(quantity: &Quantity) -> i64 {
 }
 
 /// Thousandths of a quantity, rounded up.
-fn millis(quantity: &Quantity) -> i64 {
+pub(crate) fn millis(quantity: &Quantity) -> i64 {
     quantity.0.parse::<Exact>().map_or(0, |exact| exact.millis())
 }
 

@@ -14,8 +14,10 @@ pub(super) const MAX_RESULTS: usize = 32;
 /// A device that a node can reach.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Device {
-    /// Somebody has it.
+    /// Somebody has it, or for a device that is shared a part of it.
     pub(super) taken: bool,
+    /// Several may have parts of it.
+    pub(super) shared: bool,
     /// What it draws on what it shares with others, by place of the counter.
     pub(super) draws: Vec<(usize, i128)>,
 }
@@ -27,6 +29,8 @@ pub(super) struct Alternative {
     pub(super) count: Option<usize>,
     /// Devices that fit, in order.
     pub(super) fits: Vec<usize>,
+    /// What it draws on counters for its part of a device that is shared.
+    pub(super) portions: BTreeMap<usize, Vec<(usize, i128)>>,
     /// Devices are not taken but only looked after.
     pub(super) admin: bool,
     /// Constraints of its claim that it is under.
@@ -64,7 +68,8 @@ pub(super) enum Unsolved {
 struct Search<'a> {
     claims: &'a [Claim],
     devices: &'a [Device],
-    taken: Vec<bool>,
+    /// How many have each device, or a part of it.
+    uses: Vec<usize>,
     /// What is left of each counter.
     counters: Vec<i128>,
     solution: Solution,
@@ -76,7 +81,7 @@ pub(super) fn allocate(claims: &[Claim], devices: &[Device], counters: &[i128]) 
     let mut search = Search {
         claims,
         devices,
-        taken: devices.iter().map(|device| device.taken).collect(),
+        uses: devices.iter().map(|device| usize::from(device.taken)).collect(),
         counters: counters.to_vec(),
         solution: vec![Vec::new(); claims.len()],
         steps: 0,
@@ -119,7 +124,8 @@ impl Search<'_> {
             return self.request(claim);
         }
         for at in from..alternative.fits.len() {
-            if alternative.fits.len() - at < left {
+            // Of one that is shared several parts may do.
+            if alternative.fits.len() - at < left && alternative.portions.is_empty() {
                 return Ok(false);
             }
             self.steps += 1;
@@ -129,7 +135,8 @@ impl Search<'_> {
             let device = alternative.fits[at];
             if self.may_have(claim, alternative, device) {
                 self.take(claim, alternative, device);
-                if self.device(claim, alternative, at + 1, left - 1)? {
+                let again = self.devices[device].shared && alternative.count.is_some();
+                if self.device(claim, alternative, if again { at } else { at + 1 }, left - 1)? {
                     return Ok(true);
                 }
                 self.give_back(claim, alternative, device);
@@ -143,8 +150,14 @@ impl Search<'_> {
     }
 
     fn may_have(&self, claim: usize, alternative: &Alternative, device: usize) -> bool {
-        let room = || self.devices[device].draws.iter().all(|(counter, amount)| self.counters[*counter] >= *amount);
-        if !alternative.admin && (self.taken[device] || !room()) {
+        let Device { shared, draws, .. } = &self.devices[device];
+        let enough = |draws: &[(usize, i128)]| draws.iter().all(|(counter, amount)| self.counters[*counter] >= *amount);
+        // What a device draws for itself it draws once, however many share it.
+        let may_share = match self.uses[device] {
+            0 => enough(draws),
+            _ => *shared,
+        };
+        if !alternative.admin && !(may_share && alternative.portions.get(&device).is_none_or(|draws| enough(draws))) {
             return false;
         }
         alternative.constraints.iter().all(|number| {
@@ -163,10 +176,16 @@ impl Search<'_> {
             devices.push(device);
         }
         if !alternative.admin {
-            self.taken[device] = true;
-            for (counter, amount) in &self.devices[device].draws {
-                self.counters[*counter] -= amount;
-            }
+            self.uses[device] += 1;
+            self.draw(alternative, device, 1);
+        }
+    }
+
+    /// Draws what one more use of a device costs, or gives it back, while that use is counted.
+    fn draw(&mut self, alternative: &Alternative, device: usize, times: i128) {
+        let own = self.devices[device].draws.iter().filter(|_| self.uses[device] == 1);
+        for (counter, amount) in own.chain(alternative.portions.get(&device).into_iter().flatten()) {
+            self.counters[*counter] -= times * amount;
         }
     }
 
@@ -175,10 +194,8 @@ impl Search<'_> {
             devices.pop();
         }
         if !alternative.admin {
-            self.taken[device] = false;
-            for (counter, amount) in &self.devices[device].draws {
-                self.counters[*counter] += amount;
-            }
+            self.draw(alternative, device, -1);
+            self.uses[device] -= 1;
         }
     }
 }
@@ -220,17 +237,27 @@ mod tests {
         let Some(alternative) = picked.get(sets.len()) else {
             return is_right(claims, requests, picked, sets, devices, counters);
         };
-        let fits = &alternative.fits;
-        (0..1_usize << fits.len()).any(|bits| {
-            let set: Vec<usize> = (0..fits.len()).filter(|i| bits & (1 << i) != 0).map(|i| fits[i]).collect();
-            if set.is_empty() || set.len() != alternative.count.unwrap_or(fits.len()) {
-                return false;
-            }
+        let count = alternative.count.unwrap_or(alternative.fits.len());
+        let choices = choices(&alternative.fits, count, alternative.count.is_some(), devices);
+        choices.into_iter().filter(|set| !set.is_empty()).any(|set| {
             sets.push(set);
             let found = possible(claims, requests, picked, sets, devices, counters);
             sets.pop();
             found
         })
+    }
+
+    /// All ways to choose so many of these; one that is shared may be chosen again.
+    fn choices(fits: &[usize], count: usize, again: bool, devices: &[Device]) -> Vec<Vec<usize>> {
+        let Some((first, rest)) = fits.split_first() else {
+            return if count == 0 { vec![Vec::new()] } else { Vec::new() };
+        };
+        let most = if again && devices[*first].shared { count } else { count.min(1) };
+        let with = |times: usize| {
+            let others = choices(rest, count - times, again, devices);
+            others.into_iter().map(move |others| [vec![*first; times], others].concat())
+        };
+        (0..=most).flat_map(with).collect()
     }
 
     fn is_right(
@@ -243,9 +270,18 @@ mod tests {
     ) -> bool {
         let owned: Vec<usize> =
             picked.iter().zip(sets).filter(|(a, _)| !a.admin).flat_map(|(_, set)| set.clone()).collect();
-        let once = owned.iter().all(|d| !devices[*d].taken && owned.iter().filter(|o| o == &d).count() == 1);
+        let once = owned.iter().filter(|d| !devices[**d].shared);
+        let once = once.into_iter().all(|d| !devices[*d].taken && owned.iter().filter(|o| o == &d).count() == 1);
+        let portions: Vec<(usize, i128)> = picked
+            .iter()
+            .zip(sets)
+            .filter(|(a, _)| !a.admin)
+            .flat_map(|(a, set)| set.iter().flat_map(|d| a.portions.get(d).cloned().unwrap_or_default()))
+            .collect();
+        // Those that were taken before draw already.
+        let newly: std::collections::BTreeSet<usize> = owned.iter().filter(|d| !devices[**d].taken).copied().collect();
         let drawn = |counter: usize| -> i128 {
-            let draws = owned.iter().flat_map(|d| &devices[*d].draws);
+            let draws = newly.iter().flat_map(|d| &devices[*d].draws).chain(&portions);
             draws.filter(|(at, _)| *at == counter).map(|(_, amount)| amount).sum()
         };
         let enough = (0..counters.len()).all(|counter| drawn(counter) <= counters[counter]);
@@ -267,16 +303,19 @@ mod tests {
     }
 
     const DEVICES: usize = 5;
+    /// So many of them, the first, are shared.
+    const SHARED: usize = 2;
 
     fn alternatives() -> impl Strategy<Value = Alternative> {
         let count = prop_oneof![Just(None), (1..3_usize).prop_map(Some)];
         let fits = prop::collection::btree_set(0..DEVICES, 0..=DEVICES);
         let under = prop::collection::btree_set(0..2_usize, 0..=2);
-        (count, fits, prop::bool::weighted(0.2), under).prop_map(|(count, fits, admin, under)| Alternative {
-            count,
-            fits: fits.into_iter().collect(),
-            admin,
-            constraints: under.into_iter().collect(),
+        let portions = prop::collection::vec(0..3_i128, DEVICES);
+        (count, fits, prop::bool::weighted(0.2), under, portions).prop_map(|(count, fits, admin, under, portions)| {
+            let portions = fits.iter().filter(|device| **device < SHARED).map(|device| (*device, vec![(2, portions[*device])]));
+            let portions = portions.collect();
+            let (fits, constraints) = (fits.into_iter().collect(), under.into_iter().collect());
+            Alternative { count, fits, portions, admin, constraints }
         })
     }
 
@@ -290,14 +329,18 @@ mod tests {
 
     fn pool() -> impl Strategy<Value = Vec<Device>> {
         let draws = prop::collection::vec((0..2_usize, 1..3_i128), 0..2);
-        let device = (prop::bool::weighted(0.2), draws).prop_map(|(taken, draws)| Device { taken, draws });
-        prop::collection::vec(device, DEVICES)
+        let device = (prop::bool::weighted(0.2), draws).prop_map(|(taken, draws)| Device { taken, draws, shared: false });
+        let share = |mut devices: Vec<Device>| {
+            devices[..SHARED].iter_mut().for_each(|device| device.shared = true);
+            devices
+        };
+        prop::collection::vec(device, DEVICES).prop_map(share)
     }
 
     proptest! {
         #[test]
         fn the_search_finds_what_trying_everything_finds(
-            claims in prop::collection::vec(claims(), 1..3), devices in pool(), counters in prop::collection::vec(0..5_i128, 2),
+            claims in prop::collection::vec(claims(), 1..3), devices in pool(), counters in prop::collection::vec(0..5_i128, 3),
         ) {
             let found = allocate(&claims, &devices, &counters).ok();
             let alternatives = |solution: &Solution| -> Vec<Vec<usize>> {
@@ -324,7 +367,7 @@ mod tests {
         let devices = vec![Device::default(); 60];
         let values = (0..60).map(|device| (device, device)).collect();
         let fits: Vec<usize> = (0..60).collect();
-        let request = || vec![Alternative { count: Some(8), fits: fits.clone(), admin: false, constraints: vec![0] }];
+        let request = || vec![Alternative { count: Some(8), fits: fits.clone(), constraints: vec![0], ..Alternative::default() }];
         let claim = Claim {
             requests: vec![request(), vec![Alternative { count: Some(1), ..Alternative::default() }]],
             constraints: vec![Constraint { same: false, values }],

@@ -1,6 +1,7 @@
 //! From claims to the search for their devices, and from its solution to what is written into the claims.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{NodeSelector, NodeSelectorRequirement, NodeSelectorTerm};
@@ -10,9 +11,10 @@ use k8s_openapi::api::resource::v1::{
 };
 
 use super::allocate::{Alternative, Claim, Constraint, Device, Unsolved, allocate as search};
-use super::device::attribute;
+use super::capacity::{Portions, is_shared, portions};
+use super::device::{attribute, qualified};
 use super::pools::{Place, Pools, Reachable};
-use crate::state::{Cluster, NodeState};
+use crate::state::{Cluster, NodeState, millis};
 
 /// One way to satisfy a request, as the claim has it.
 struct Way<'a> {
@@ -23,6 +25,8 @@ struct Way<'a> {
     count: Option<i64>,
     selectors: &'a [DeviceSelector],
     tolerations: &'a [DeviceToleration],
+    /// What it asks for of the capacities of each device.
+    capacity: Option<&'a Portions>,
     admin: bool,
 }
 
@@ -37,6 +41,7 @@ fn ways(claim: &ResourceClaim) -> Vec<Vec<Way<'_>>> {
             count: exactly.count,
             selectors: exactly.selectors.as_deref().unwrap_or_default(),
             tolerations: exactly.tolerations.as_deref().unwrap_or_default(),
+            capacity: exactly.capacity.as_ref().and_then(|capacity| capacity.requests.as_ref()),
             admin: exactly.admin_access == Some(true),
         }],
         None => {
@@ -50,6 +55,7 @@ fn ways(claim: &ResourceClaim) -> Vec<Vec<Way<'_>>> {
                 count: sub.count,
                 selectors: sub.selectors.as_deref().unwrap_or_default(),
                 tolerations: sub.tolerations.as_deref().unwrap_or_default(),
+                capacity: sub.capacity.as_ref().and_then(|capacity| capacity.requests.as_ref()),
                 admin: false,
             })
             .collect()
@@ -100,7 +106,8 @@ pub(super) fn allocate(
 ) -> Result<Vec<AllocationResult>, String> {
     let pools = Pools::of(node, cluster);
     let places: BTreeMap<_, usize> = pools.counters.keys().enumerate().map(|(at, key)| (*key, at)).collect();
-    let counters: Vec<i128> = pools.counters.values().copied().collect();
+    let mut counters: Vec<i128> = pools.counters.values().copied().collect();
+    let capacities = capacities(&pools, &mut counters);
     let device = |reachable: &Reachable<'_>| {
         let (driver, pool, _) = reachable.id;
         let mut draws: BTreeMap<usize, i128> = BTreeMap::new();
@@ -114,13 +121,14 @@ pub(super) fn allocate(
             }
         }
         // A device that draws on a counter that nobody has defined can be had by nobody.
-        Device { taken: !known || pools.taken.contains(&reachable.id), draws: draws.into_iter().collect() }
+        let (is_taken, shared) = (pools.taken.contains(&reachable.id), known && is_shared(reachable.device));
+        Device { taken: !known || is_taken, shared, draws: draws.into_iter().collect() }
     };
     let devices: Vec<Device> = pools.devices.iter().map(device).collect();
     let all_ways: Vec<Vec<Vec<Way<'_>>>> = claims.iter().map(|claim| ways(claim)).collect();
     let mut wanted = Vec::new();
     for (claim, ways) in claims.iter().zip(&all_ways) {
-        wanted.push(demand(claim, ways, &pools, cluster)?);
+        wanted.push(demand(claim, ways, &pools, &capacities, cluster)?);
     }
     let solution = search(&wanted, &devices, &counters).map_err(|unsolved| match unsolved {
         Unsolved::Impossible => "cannot allocate all claims".to_owned(),
@@ -128,12 +136,34 @@ pub(super) fn allocate(
     })?;
     let results = claims.iter().zip(&all_ways).zip(solution).map(|((claim, ways), chosen)| {
         let picked = ways.iter().zip(chosen).map(|(ways, (number, devices))| (&ways[number], devices));
-        result(claim, &picked.collect::<Vec<_>>(), &pools, cluster)
+        result(claim, &picked.collect::<Vec<_>>(), &pools, node, cluster)
     });
     Ok(results.collect())
 }
 
-fn demand(claim: &ResourceClaim, ways: &[Vec<Way<'_>>], pools: &Pools<'_>, cluster: &Cluster) -> Result<Claim, String> {
+/// The counter of each capacity of each device that is shared.
+type Capacities<'a> = HashMap<(usize, (&'a str, &'a str)), usize>;
+
+/// What is left of the capacities of devices that are shared becomes counters (of thousandths) behind the others.
+fn capacities<'a>(pools: &Pools<'a>, counters: &mut Vec<i128>) -> Capacities<'a> {
+    let mut places = Capacities::new();
+    for (at, reachable) in pools.devices.iter().enumerate().filter(|(_, reachable)| is_shared(reachable.device)) {
+        for (name, capacity) in reachable.device.capacity.iter().flatten() {
+            let had = pools.portions.get(&(reachable.id, &**name)).copied().unwrap_or_default();
+            places.insert((at, qualified(name, reachable.id.0)), counters.len());
+            counters.push(i128::from(millis(&capacity.value)) - had);
+        }
+    }
+    places
+}
+
+fn demand(
+    claim: &ResourceClaim,
+    ways: &[Vec<Way<'_>>],
+    pools: &Pools<'_>,
+    capacities: &Capacities<'_>,
+    cluster: &Cluster,
+) -> Result<Claim, String> {
     let constraints = claim.spec.devices.iter().flat_map(|devices| devices.constraints.iter().flatten());
     let constraints: Vec<_> = constraints.collect();
     let mut requests = Vec::new();
@@ -141,10 +171,18 @@ fn demand(claim: &ResourceClaim, ways: &[Vec<Way<'_>>], pools: &Pools<'_>, clust
         let mut alternatives = Vec::new();
         for way in ways {
             let all = way.mode == Some("All");
-            let mut fits = Vec::new();
+            let (mut fits, mut parts) = (Vec::new(), BTreeMap::new());
             for (at, reachable) in pools.devices.iter().enumerate() {
+                let Some(portions) = portions(reachable.device, reachable.id.0, way.capacity) else { continue };
                 if fits_way(way, reachable, cluster).map_err(|error| format!("request {}: {error}", way.name))? {
                     fits.push(at);
+                    if is_shared(reachable.device) {
+                        let draw = |(name, amount): (&String, _)| {
+                            let place = capacities.get(&(at, qualified(name, reachable.id.0)))?;
+                            Some((*place, i128::from(millis(amount))))
+                        };
+                        parts.insert(at, portions.iter().filter_map(draw).collect());
+                    }
                 }
             }
             if all && !pools.incomplete.is_empty() {
@@ -156,6 +194,7 @@ fn demand(claim: &ResourceClaim, ways: &[Vec<Way<'_>>], pools: &Pools<'_>, clust
             alternatives.push(Alternative {
                 count: (!all).then_some(count),
                 fits,
+                portions: parts,
                 admin: way.admin,
                 constraints: under.map(|(number, _)| number).collect(),
             });
@@ -180,8 +219,7 @@ fn demand(claim: &ResourceClaim, ways: &[Vec<Way<'_>>], pools: &Pools<'_>, clust
 }
 
 fn fits_way(way: &Way<'_>, reachable: &Reachable<'_>, cluster: &Cluster) -> Result<bool, String> {
-    // Devices that several claims may have parts of are given to nobody by this scheduler.
-    if reachable.device.allow_multiple_allocations == Some(true) || !is_tolerated(reachable, way.tolerations) {
+    if !is_tolerated(reachable, way.tolerations) {
         return Ok(false);
     }
     let of_class = class_of(way, cluster).into_iter().flat_map(|class| class.spec.selectors.iter().flatten());
@@ -200,23 +238,29 @@ fn result(
     claim: &ResourceClaim,
     picked: &[(&Way<'_>, Vec<usize>)],
     pools: &Pools<'_>,
+    node: &NodeState,
     cluster: &Cluster,
 ) -> AllocationResult {
-    let mut results = Vec::new();
+    let mut results: Vec<DeviceRequestAllocationResult> = Vec::new();
     let mut config = Vec::new();
     for (way, devices) in picked {
-        results.extend(devices.iter().map(|at| {
-            let (driver, pool, device) = pools.devices[*at].id;
-            DeviceRequestAllocationResult {
+        for at in devices {
+            let Reachable { id: (driver, pool, device), device: described, .. } = pools.devices[*at];
+            let part = portions(described, driver, way.capacity).filter(|_| is_shared(described) && !way.admin);
+            let share_id = part.as_ref().map(|_| share_id(claim, results.len()));
+            results.push(DeviceRequestAllocationResult {
                 request: way.name.clone(),
                 driver: driver.to_owned(),
                 pool: pool.to_owned(),
                 device: device.to_owned(),
                 admin_access: way.admin.then_some(true),
                 tolerations: (!way.tolerations.is_empty()).then(|| way.tolerations.to_vec()),
-                ..DeviceRequestAllocationResult::default()
-            }
-        }));
+                consumed_capacity: part,
+                share_id,
+                binding_conditions: described.binding_conditions.clone(),
+                binding_failure_conditions: described.binding_failure_conditions.clone(),
+            });
+        }
         let of_class = class_of(way, cluster).into_iter().flat_map(|class| class.spec.config.iter().flatten());
         config.extend(of_class.map(|held| DeviceAllocationConfiguration {
             source: "FromClass".into(),
@@ -231,7 +275,12 @@ fn result(
         requests: held.requests.clone(),
         opaque: held.opaque.clone(),
     }));
-    let used = picked.iter().flat_map(|(_, devices)| devices).map(|at| pools.devices[*at].place);
+    let used = picked.iter().flat_map(|(_, devices)| devices).map(|at| &pools.devices[*at]);
+    // What is made ready for a node is of use there only, wherever else it could have been.
+    let used = used.map(|reachable| match reachable.device.binds_to_node {
+        Some(true) => Place::Node(node.name()),
+        _ => reachable.place,
+    });
     AllocationResult {
         devices: Some(DeviceAllocationResult {
             results: Some(results),
@@ -240,6 +289,20 @@ fn result(
         node_selector: node_selector(used),
         allocation_timestamp: None,
     }
+}
+
+/// What tells one part of a device that is shared from the others: a UUID, which follows from the claim and the result's place
+/// in it.
+fn share_id(claim: &ResourceClaim, at: usize) -> String {
+    let half = |which: u8| {
+        let mut hasher = DefaultHasher::new();
+        (claim.metadata.uid.as_deref(), claim.metadata.name.as_deref(), at, which).hash(&mut hasher);
+        hasher.finish()
+    };
+    let (high, low) = (half(0), half(1));
+    // RFC 9562, section 5.8: version 8, whose bits are whoever's.
+    let (high, low) = (high & !0xf000 | 0x8000, low & !(0b11 << 62) | (0b10 << 62));
+    format!("{:08x}-{:04x}-{:04x}-{:04x}-{:012x}", high >> 32, (high >> 16) & 0xffff, high & 0xffff, low >> 48, low & 0xffff_ffff_ffff)
 }
 
 /// The nodes where all of the devices can be used; `None`: everywhere.

@@ -1,6 +1,7 @@
 //! DynamicResources: the claims of a pod (resource.k8s.io/v1) are allocated where the node is, or can be.
 
 mod allocate;
+mod capacity;
 mod demand;
 mod device;
 mod pools;

@@ -1,12 +1,12 @@
 //! The devices that a node can reach, out of the slices that drivers publish.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use k8s_openapi::api::core::v1::NodeSelector;
 use k8s_openapi::api::resource::v1::{Device, DeviceRequestAllocationResult, ResourceSlice};
 
 use crate::state::selector::{NodeTerm, any_matches};
-use crate::state::{Cluster, NodeState, units};
+use crate::state::{Cluster, NodeState, millis, units};
 
 /// Driver, pool, device.
 pub(super) type Id<'a> = (&'a str, &'a str, &'a str);
@@ -56,7 +56,10 @@ pub(super) struct Pools<'a> {
     pub(super) incomplete: BTreeSet<(&'a str, &'a str)>,
     /// What is left of counters that devices share: driver, pool, set, counter.
     pub(super) counters: BTreeMap<(&'a str, &'a str, &'a str, &'a str), i128>,
+    /// Devices that somebody has, or has a part of.
     pub(super) taken: HashSet<Id<'a>>,
+    /// What others have of the capacities of devices that are shared (thousandths), by device and name.
+    pub(super) portions: HashMap<(Id<'a>, &'a str), i128>,
 }
 
 /// The devices of claims that are allocated, or being so; those that are only looked after count for nobody.
@@ -72,8 +75,14 @@ impl<'a> Pools<'a> {
         for slice in cluster.resource_slices.all() {
             slices.entry((&slice.spec.driver, &slice.spec.pool.name)).or_default().push(slice);
         }
-        let mut pools =
-            Self { taken: taken(cluster).map(|r| (&*r.driver, &*r.pool, &*r.device)).collect(), ..Self::default() };
+        let mut pools = Self::default();
+        for result in taken(cluster) {
+            let id = (&*result.driver, &*result.pool, &*result.device);
+            pools.taken.insert(id);
+            for (name, amount) in result.consumed_capacity.iter().flatten() {
+                *pools.portions.entry((id, &**name)).or_default() += i128::from(millis(amount));
+            }
+        }
         for ((driver, pool), mut slices) in slices {
             let newest = slices.iter().map(|slice| slice.spec.pool.generation).max();
             slices.retain(|slice| Some(slice.spec.pool.generation) == newest);

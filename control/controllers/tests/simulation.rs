@@ -1,5 +1,5 @@
 //! Controllers that are killed again and again while users, scheduler and nodes go on: whatever the order, the end is the same.
-//! The seed is printed; `CORACLE_SEED` runs one again.
+//! The seed is printed; `CORACLE_SEED` runs one again, `CORACLE_SEEDS` many.
 
 mod support;
 
@@ -16,7 +16,7 @@ use kube::{Api, ResourceExt};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng};
 use serde_json::json;
-use support::{Cluster, made};
+use support::{Cluster, made, seeds};
 
 /// Steps of one run.
 const STEPS: usize = 150;
@@ -170,9 +170,12 @@ impl World {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_killed_at_any_point_comes_to_the_same_end() {
-    let seed =
-        std::env::var("CORACLE_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(rand::random::<u64>);
-    eprintln!("CORACLE_SEED={seed}");
+    for seed in seeds() {
+        run(seed).await;
+    }
+}
+
+async fn run(seed: u64) {
     let cluster = Cluster::start().await;
     cluster.namespace("n").await;
     let accounts: Api<ServiceAccount> = cluster.ns("n");

@@ -18,7 +18,9 @@ fn parse<K: DeserializeOwned>(value: Value) -> Arc<K> {
 fn claim(name: &str, memory: &str) -> Arc<ResourceClaim> {
     let request =
         json!({"name": "r", "exactly": {"deviceClassName": "gpu", "capacity": {"requests": {"memory": memory}}}});
-    parse(json!({"metadata": {"name": name, "namespace": "d", "uid": name}, "spec": {"devices": {"requests": [request]}}}))
+    parse(
+        json!({"metadata": {"name": name, "namespace": "d", "uid": name}, "spec": {"devices": {"requests": [request]}}}),
+    )
 }
 
 #[test]
@@ -28,7 +30,10 @@ fn a_device_is_shared_until_it_is_used_up() {
     let slice = json!({"metadata": {"name": "s"}, "spec": {"driver": "test", "nodeName": "n", "devices": [device],
         "pool": {"name": "p", "generation": 1, "resourceSliceCount": 1}}});
     let node = json!({"metadata": {"name": "n"}, "status": {"allocatable": {"cpu": "100", "pods": "110"}}});
-    engine.update(&Update::DeviceClass(Delta { old: None, new: Some(parse(json!({"metadata": {"name": "gpu"}, "spec": {}}))) }), now);
+    engine.update(
+        &Update::DeviceClass(Delta { old: None, new: Some(parse(json!({"metadata": {"name": "gpu"}, "spec": {}}))) }),
+        now,
+    );
     engine.update(&Update::ResourceSlice(Delta { old: None, new: Some(parse(slice)) }), now);
     engine.update(&Update::Node(Delta { old: None, new: Some(parse(node)) }), now);
     for (name, memory) in [("a", "4Gi"), ("b", "5Gi"), ("c", "2Gi")] {

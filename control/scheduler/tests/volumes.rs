@@ -68,7 +68,8 @@ impl Model {
         let here: BTreeSet<usize> =
             placed().filter(|(_, place)| *place == at).flat_map(|(other, _)| other.bound.clone()).collect();
         let new = wish.bound.difference(&here).count();
-        let free: Vec<i64> = self.locals.values().filter(|(zone, _)| *zone == host.zone).map(|(_, size)| *size).collect();
+        let free: Vec<i64> =
+            self.locals.values().filter(|(zone, _)| *zone == host.zone).map(|(_, size)| *size).collect();
         wish.bound.iter().all(|claim| {
             self.claims.get(claim).is_some_and(|known| {
                 known.zone.is_none_or(|zone| zone == host.zone)
@@ -83,7 +84,8 @@ impl Model {
 fn can_share_out(wanted: &[i64], free: &[i64]) -> bool {
     let Some((first, rest)) = wanted.split_first() else { return true };
     (0..free.len()).any(|at| {
-        let others: Vec<i64> = free.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, size)| *size).collect();
+        let others: Vec<i64> =
+            free.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, size)| *size).collect();
         free[at] >= *first && can_share_out(rest, &others)
     })
 }
@@ -98,7 +100,8 @@ fn node(name: usize, host: &Host) -> Arc<Node> {
 }
 
 fn csi_node(name: usize, host: &Host) -> Arc<CSINode> {
-    let driver = json!({"name": "csi.test", "nodeID": "x", "allocatable": host.limit.map(|count| json!({"count": count}))});
+    let driver =
+        json!({"name": "csi.test", "nodeID": "x", "allocatable": host.limit.map(|count| json!({"count": count}))});
     parse(json!({"metadata": {"name": format!("n{name}")}, "spec": {"drivers": [driver]}}))
 }
 
@@ -205,8 +208,12 @@ impl Pair {
                 if used || (before.is_none() && claim.is_none()) {
                     return;
                 }
-                let volumes = Delta { old: before.map(|old| volume(*name, &old)), new: claim.map(|new| volume(*name, &new)) };
-                let claims = Delta { old: before.map(|old| bound_claim(*name, &old)), new: claim.map(|new| bound_claim(*name, &new)) };
+                let volumes =
+                    Delta { old: before.map(|old| volume(*name, &old)), new: claim.map(|new| volume(*name, &new)) };
+                let claims = Delta {
+                    old: before.map(|old| bound_claim(*name, &old)),
+                    new: claim.map(|new| bound_claim(*name, &new)),
+                };
                 match claim {
                     Some(claim) => drop(self.model.claims.insert(*name, *claim)),
                     None => drop(self.model.claims.remove(name)),
@@ -280,8 +287,7 @@ impl Pair {
 
 fn op() -> impl Strategy<Value = Op> {
     let host = (0..ZONES, prop::option::of(0..3_usize)).prop_map(|(zone, limit)| Host { zone, limit });
-    let claim =
-        (prop::option::of(0..ZONES), any::<bool>()).prop_map(|(zone, exclusive)| Claim { zone, exclusive });
+    let claim = (prop::option::of(0..ZONES), any::<bool>()).prop_map(|(zone, exclusive)| Claim { zone, exclusive });
     let wish = (prop::collection::btree_set(0..CLAIMS, 0..3), prop::collection::vec(1..4_i64, 0..3));
     prop_oneof![
         3 => (0..4_usize, prop::option::weighted(0.8, host)).prop_map(|(name, host)| Op::Host(name, host)),

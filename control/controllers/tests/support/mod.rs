@@ -8,7 +8,7 @@ use coracle_api::node::{NodeConnector, NodeStream};
 use coracle_api::status::Status;
 use coracle_api::user::UserInfo;
 use coracle_api::{ApiServer, Config};
-use coracle_store::{Embedded, EmbeddedOptions};
+use coracle_store::{Embedded, EmbeddedOptions, SharedStore};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, ServiceAccount};
 use kube::api::{Patch, PatchParams, PostParams};
@@ -31,6 +31,17 @@ impl NodeConnector for NoNodes {
 /// An object of JSON.
 pub(crate) fn made<K: DeserializeOwned>(object: Value) -> K {
     serde_json::from_value(object).expect("an object")
+}
+
+/// The seeds of a simulation: the one of `CORACLE_SEED`, or as many as `CORACLE_SEEDS` says (one), each printed.
+pub(crate) fn seeds() -> Vec<u64> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let seeds = match (number("CORACLE_SEED"), number("CORACLE_SEEDS")) {
+        (Some(seed), _) => vec![seed],
+        (None, count) => (0..count.unwrap_or(1)).map(|_| rand::random()).collect(),
+    };
+    eprintln!("CORACLE_SEED={}", seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(" or "));
+    seeds
 }
 
 /// The control plane; it ends with the value.
@@ -65,6 +76,16 @@ impl Cluster {
         self.controllers = Some(tokio::spawn(coracle_controllers::run(self.api.clone())));
     }
 
+    /// Starts the controllers anew while those that run already, which do not know that they lead no longer, go on for a
+    /// moment.
+    pub(crate) async fn take_over(&mut self, moment: std::time::Duration) {
+        let next = tokio::spawn(coracle_controllers::run(self.api.clone()));
+        if let Some(before) = self.controllers.replace(next) {
+            tokio::time::sleep(moment).await;
+            before.abort();
+        }
+    }
+
     /// A control plane without controllers.
     pub(crate) async fn idle() -> Self {
         Self::idle_with(Arc::new(NoNodes)).await
@@ -72,8 +93,17 @@ impl Cluster {
 
     /// The same, with a way to kubelets.
     pub(crate) async fn idle_with(nodes: Arc<dyn NodeConnector>) -> Self {
+        Self::idle_on(nodes, |store| store).await
+    }
+
+    /// The same, with something between the API and its store.
+    pub(crate) async fn idle_on(
+        nodes: Arc<dyn NodeConnector>,
+        between: impl FnOnce(SharedStore) -> SharedStore,
+    ) -> Self {
         let data = tempfile::tempdir().expect("a folder");
         let store = Arc::new(Embedded::open(data.path().join("store"), EmbeddedOptions::default()).expect("a store"));
+        let store = between(store);
         let stop = CancellationToken::new();
         let config = Config {
             tls_dir: data.path().join("tls"),

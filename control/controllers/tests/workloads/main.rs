@@ -4,6 +4,7 @@ mod autoscalers;
 mod budgets;
 mod cron_jobs;
 mod daemon_sets;
+mod faults;
 mod jobs;
 mod simulation;
 mod stateful_sets;

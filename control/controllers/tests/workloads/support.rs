@@ -6,6 +6,7 @@ use std::sync::Arc;
 use coracle_api::ApiServer;
 use coracle_api::node::{NodeConnector, NodeStream};
 use coracle_api::status::Status;
+use coracle_store::SharedStore;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
@@ -86,9 +87,14 @@ pub(crate) fn phase(pod: &Pod) -> &str {
 
 impl Cluster {
     pub(crate) async fn start() -> Self {
+        Self::start_on(|store| store).await
+    }
+
+    /// A cluster with something between the API and its store.
+    pub(crate) async fn start_on(between: impl FnOnce(SharedStore) -> SharedStore) -> Self {
         let kubelets = Kubelets::default();
         let usage = kubelets.0.clone();
-        let mut plane = control_plane::Cluster::idle_with(Arc::new(kubelets)).await;
+        let mut plane = control_plane::Cluster::idle_on(Arc::new(kubelets), between).await;
         plane.control().await;
         let client = plane.client.clone();
         let behaviour: Arc<Mutex<Arc<Behaviour>>> = Arc::new(Mutex::new(Arc::new(running)));
@@ -109,6 +115,11 @@ impl Cluster {
     /// The controllers crash, wherever they are, and start anew.
     pub(crate) async fn crash(&mut self) {
         self.plane.control().await;
+    }
+
+    /// Other controllers take over while these still go on for a moment.
+    pub(crate) async fn take_over(&mut self, moment: std::time::Duration) {
+        self.plane.take_over(moment).await;
     }
 
     /// The API server itself.

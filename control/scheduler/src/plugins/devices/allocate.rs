@@ -312,7 +312,8 @@ mod tests {
         let under = prop::collection::btree_set(0..2_usize, 0..=2);
         let portions = prop::collection::vec(0..3_i128, DEVICES);
         (count, fits, prop::bool::weighted(0.2), under, portions).prop_map(|(count, fits, admin, under, portions)| {
-            let portions = fits.iter().filter(|device| **device < SHARED).map(|device| (*device, vec![(2, portions[*device])]));
+            let portions =
+                fits.iter().filter(|device| **device < SHARED).map(|device| (*device, vec![(2, portions[*device])]));
             let portions = portions.collect();
             let (fits, constraints) = (fits.into_iter().collect(), under.into_iter().collect());
             Alternative { count, fits, portions, admin, constraints }
@@ -329,7 +330,8 @@ mod tests {
 
     fn pool() -> impl Strategy<Value = Vec<Device>> {
         let draws = prop::collection::vec((0..2_usize, 1..3_i128), 0..2);
-        let device = (prop::bool::weighted(0.2), draws).prop_map(|(taken, draws)| Device { taken, draws, shared: false });
+        let device =
+            (prop::bool::weighted(0.2), draws).prop_map(|(taken, draws)| Device { taken, draws, shared: false });
         let share = |mut devices: Vec<Device>| {
             devices[..SHARED].iter_mut().for_each(|device| device.shared = true);
             devices
@@ -367,7 +369,8 @@ mod tests {
         let devices = vec![Device::default(); 60];
         let values = (0..60).map(|device| (device, device)).collect();
         let fits: Vec<usize> = (0..60).collect();
-        let request = || vec![Alternative { count: Some(8), fits: fits.clone(), constraints: vec![0], ..Alternative::default() }];
+        let request =
+            || vec![Alternative { count: Some(8), fits: fits.clone(), constraints: vec![0], ..Alternative::default() }];
         let claim = Claim {
             requests: vec![request(), vec![Alternative { count: Some(1), ..Alternative::default() }]],
             constraints: vec![Constraint { same: false, values }],

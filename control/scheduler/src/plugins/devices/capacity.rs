@@ -94,14 +94,18 @@ mod tests {
         assert_eq!(taken(&free, json!({"driver/cores": "9"})), None, "more than there is");
         assert_eq!(taken(&free, json!({"other/cores": "1"})), None, "nobody has that");
         let range = device(true, json!({"default": "2Gi", "validRange": {"min": "1Gi", "max": "4Gi", "step": "1Gi"}}));
-        let memory = |asked: &str| taken(&range, json!({"memory": asked, "cores": "1"})).map(|all| all["memory"].clone());
+        let memory =
+            |asked: &str| taken(&range, json!({"memory": asked, "cores": "1"})).map(|all| all["memory"].clone());
         assert_eq!(taken(&range, json!({"cores": "1"})).map(|all| all["memory"].clone()), Some(json!("2Gi")));
         assert_eq!(memory("1"), Some(json!("1073741824")));
         assert_eq!(memory("3Gi"), Some(json!("3Gi")));
         assert_eq!(memory("2049Mi"), Some(json!("3221225472")));
         assert_eq!(memory("5Gi"), None);
         let values = device(true, json!({"default": "2Gi", "validValues": ["2Gi", "4Gi", "8Gi"]}));
-        assert_eq!(taken(&values, json!({"memory": "3Gi", "cores": "1"})), Some(json!({"memory": "4Gi", "cores": "1"})));
+        assert_eq!(
+            taken(&values, json!({"memory": "3Gi", "cores": "1"})),
+            Some(json!({"memory": "4Gi", "cores": "1"}))
+        );
         assert_eq!(taken(&values, json!({"memory": "9Gi"})), None);
     }
 

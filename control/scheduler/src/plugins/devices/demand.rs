@@ -302,7 +302,14 @@ fn share_id(claim: &ResourceClaim, at: usize) -> String {
     let (high, low) = (half(0), half(1));
     // RFC 9562, section 5.8: version 8, whose bits are whoever's.
     let (high, low) = (high & !0xf000 | 0x8000, low & !(0b11 << 62) | (0b10 << 62));
-    format!("{:08x}-{:04x}-{:04x}-{:04x}-{:012x}", high >> 32, (high >> 16) & 0xffff, high & 0xffff, low >> 48, low & 0xffff_ffff_ffff)
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        high >> 32,
+        (high >> 16) & 0xffff,
+        high & 0xffff,
+        low >> 48,
+        low & 0xffff_ffff_ffff
+    )
 }
 
 /// The nodes where all of the devices can be used; `None`: everywhere.

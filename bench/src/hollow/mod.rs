@@ -62,28 +62,33 @@ async fn on(server: &Server, count: usize, replicas: usize) -> anyhow::Result<Ve
         let leases_percent = (server.cpu_s()? - before) / since.elapsed().as_secs_f64() * 100.0;
         let empty_mib = server.rss_mib()?;
         let api: Api<Deployment> = Api::default_namespaced(client);
-        let started = Instant::now();
+        let (before, started) = (server.cpu_s()?, Instant::now());
         api.create(&PostParams::default(), &serde_json::from_value(deployment(replicas))?).await?;
         rolled_out(&api, replicas).await?;
         let create_s = started.elapsed().as_secs_f64();
+        let create_cpu_s = server.cpu_s()? - before;
         let full_mib = server.rss_mib()?;
-        let started = Instant::now();
+        let (before, started) = (server.cpu_s()?, Instant::now());
         let change = json!({"spec": {"template": {"metadata": {"annotations": {"round": "2"}}}}});
         api.patch(NAME, &PatchParams::default(), &Patch::Merge(change)).await?;
         rolled_out(&api, replicas).await?;
         let update_s = started.elapsed().as_secs_f64();
+        let update_cpu_s = server.cpu_s()? - before;
         tokio::time::sleep(LEASES_FOR / 3).await;
         let (before, since) = (server.cpu_s()?, Instant::now());
         tokio::time::sleep(LEASES_FOR).await;
         let idle_percent = (server.cpu_s()? - before) / since.elapsed().as_secs_f64() * 100.0;
         api.delete(NAME, &DeleteParams::background()).await?;
         let kib_a_pod = (full_mib - empty_mib) * 1024.0 / replicas as f64;
+        let ms_a_pod = |cpu_s: f64| cpu_s * 1000.0 / replicas as f64;
         let ours = |name: String, unit, sample| Figure::ours(name, unit, vec![sample]);
         anyhow::Ok(vec![
             ours(format!("Hollow: {count} nodes registered"), "s", register_s),
             ours(format!("Hollow: leases of {count} nodes"), "% of a core", leases_percent),
             ours(format!("Hollow: Deployment of {replicas}, create to available"), "s", create_s),
             ours(format!("Hollow: Deployment of {replicas}, rolling update"), "s", update_s),
+            ours("Hollow: server's time for a pod that is made".into(), "ms of a core", ms_a_pod(create_cpu_s)),
+            ours("Hollow: server's time for a pod that is replaced".into(), "ms of a core", ms_a_pod(update_cpu_s)),
             ours(format!("Hollow: idle with {replicas} pods"), "% of a core", idle_percent),
             ours("Hollow: server memory a pod".into(), "KiB", kib_a_pod),
         ])

@@ -38,8 +38,9 @@ pub enum Error {
     /// A program that maps ids for unprivileged users failed.
     #[error("{helper}: {reason}")]
     Helper { helper: &'static str, reason: String },
-    #[error("{kind} hook {path} {reason}")]
-    Hook { kind: &'static str, path: PathBuf, reason: String },
+    /// Hooks of a kind are counted from nought.
+    #[error("error running {kind} hook #{index}: {path} {reason}")]
+    Hook { kind: &'static str, index: usize, path: PathBuf, reason: String },
     #[error("container {0:?} does not exist")]
     NoContainer(String),
     #[error("container {0:?} already exists: choose another id or delete it")]
@@ -191,6 +192,7 @@ impl Step {
             (Self::OomScore, Errno::EACCES) => " (lowering it needs CAP_SYS_RESOURCE)",
             (Self::Rlimit, Errno::EPERM) => " (raising a hard limit needs CAP_SYS_RESOURCE)",
             (Self::FindProgram, Errno::ENOENT) => " (not in the container's PATH)",
+            (Self::Resolve, Errno::ELOOP) => " (proc and sysfs must be mounted on ordinary directory)",
             (Self::RefuseTarget, _) => " (only a proc file system belongs there)",
             _ => "",
         }

@@ -3,8 +3,8 @@
 use crate::cgroup::Cgroup;
 use crate::child::{self, Failure, Message, Program, Surroundings};
 use crate::error::{Result, Step, StepResult};
-use crate::hooks::StateTemplate;
-use crate::plan::{Options, Plan};
+use crate::hooks::{self, StateTemplate};
+use crate::plan::{Options, Plan, ProcessPlan};
 use crate::spawn::{Init, Stdio, Story, Streams, procfs};
 use crate::usher::{OwnPids, usher};
 use coracle_sys::process::{self, CloneRequest};
@@ -33,10 +33,38 @@ pub fn spawn(
     options: &Options,
 ) -> Result<Init> {
     let (plan, namespaces) = Plan::compile_process(process, target.spec, options)?;
+    let state = StateTemplate {
+        version: target.spec.version().clone(),
+        id: options.id.clone(),
+        bundle: target.bundle.to_path_buf(),
+        annotations: target.spec.annotations().clone().unwrap_or_default(),
+    };
+    let place = Place { pid: target.pid, pidfd: target.pidfd, namespaces: namespaces.own_flags() };
+    join(place, &plan, cgroup.map(Cgroup::as_fd), stdio, state)
+}
+
+/// The container's process whose namespaces are joined, and which it has apart from the caller.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'container> {
+    pub pid: i32,
+    pub pidfd: BorrowedFd<'container>,
+    pub namespaces: u64,
+}
+
+/// Clones a process into a container, to run what a plan says.
+pub(crate) fn join(
+    target: Place<'_>,
+    plan: &ProcessPlan,
+    cgroup: Option<BorrowedFd<'_>>,
+    stdio: Stdio<'_>,
+    state: StateTemplate,
+) -> Result<Init> {
     let streams = Streams::new(stdio)?;
     let (sync, theirs) = channel::pair().step(Step::Channel, "")?;
     let procfs = procfs()?;
-    let all = namespaces.own_flags();
+    let all = target.namespaces;
+    // Without mounts of its own, a container is in its root by that of its processes alone.
+    let root = if all & libc::CLONE_NEWNS as u64 == 0 { Some(hooks::root_of(target.pid)?) } else { None };
     let has_user = all as i32 & libc::CLONE_NEWUSER != 0;
     // A user without privileges may join the other namespaces only from within the user namespace that owns them.
     let through_user = has_user && !nix::unistd::geteuid().is_root();
@@ -65,6 +93,9 @@ pub fn spawn(
             if joined != 0 {
                 namespace::setns(target.pidfd, joined).map_err(at(Step::JoinNamespace))?;
             }
+            if let Some(root) = &root {
+                path::fchdir(root.as_fd()).and_then(|()| path::chroot(c".")).map_err(at(Step::OpenRoot))?;
+            }
             if has_user {
                 identity::set_gid(0).map_err(at(Step::BecomeRoot))?;
                 identity::set_uid(0).map_err(at(Step::BecomeRoot))?;
@@ -77,15 +108,15 @@ pub fn spawn(
             }
             let terminal = match plan.terminal {
                 None => None,
-                Some(size) => {
+                Some(_) => {
                     let root = path::open(c"/", libc::O_PATH | libc::O_DIRECTORY).map_err(at(Step::OpenRoot))?;
-                    Some(child::open_terminal(root.as_fd(), size, plan.uid, theirs.as_fd())?)
+                    Some(child::open_terminal(root.as_fd(), plan, theirs.as_fd())?)
                 }
             };
             let stdio = terminal.as_ref().map_or(streams.numbers, |terminal| [terminal.as_raw_fd(); 3]);
             let around =
                 Surroundings { stdio, has_terminal: terminal.is_some(), procfs: procfs.as_fd(), sync: theirs.as_fd() };
-            child::finish(&plan, &mut program, &around, || Ok(None))
+            child::finish(plan, &mut program, &around, || Ok(None))
         };
         if let Err(failure) = work() {
             // When the parent is gone, nobody is left to be told.
@@ -93,7 +124,7 @@ pub fn spawn(
         }
         FAILED
     };
-    let request = CloneRequest { flags: 0, cgroup: cgroup.map(Cgroup::as_fd) };
+    let request = CloneRequest { flags: 0, cgroup };
     let cloned = if through_user {
         let enter = || {
             namespace::setns(target.pidfd, early & all as i32)
@@ -107,14 +138,8 @@ pub fn spawn(
     let child = cloned?;
     drop(theirs);
     let story = Story {
-        state: StateTemplate {
-            version: target.spec.version().clone(),
-            id: options.id.clone(),
-            bundle: target.bundle.to_path_buf(),
-            annotations: target.spec.annotations().clone().unwrap_or_default(),
-        },
+        state,
         listener: plan.seccomp.as_ref().and_then(|filter| filter.listener.clone()),
-        namespaces: all,
         starts_itself: true,
         ..Story::default()
     };

@@ -1,15 +1,17 @@
 //! Hooks of the specification, and the state that they and a seccomp agent are told.
 
+use crate::cgroup::Cgroup;
 use crate::error::{Error, Result, Step, StepResult};
-use crate::plan::{Plan, c_path, c_string};
-use crate::spawn::Story;
-use coracle_sys::process::{self, CloneRequest, StringArray};
+use crate::exec;
+use crate::plan::{Plan, ProcessPlan, c_path, c_string};
+use crate::spawn::{Stdio, Story};
+use coracle_sys::process::{self, Child, CloneRequest, StringArray};
 use coracle_sys::{channel, namespace, path};
 use oci_spec::runtime::{Hook, Hooks};
 use std::collections::HashMap;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io::{Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -69,41 +71,52 @@ pub(crate) fn has_runtime_hooks(hooks: &Hooks) -> bool {
 /// `prestart` and `createRuntime`: after the namespaces are made, in the namespaces of the runtime.
 pub(crate) fn run_runtime(story: &Story, pid: i32) -> Result<()> {
     let state = story.state.json("creating", pid);
-    run("prestart", prestart(&story.hooks), &state, None)?;
-    run("createRuntime", list(story.hooks.create_runtime()), &state, None)
+    run("prestart", prestart(&story.hooks), &state, Place::Runtime)?;
+    run("createRuntime", list(story.hooks.create_runtime()), &state, Place::Runtime)
 }
 
 /// `createContainer`: when the root is built but not entered, in the container's namespaces.
 pub(crate) fn run_create_container(story: &Story, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
     let state = story.state.json("creating", pid);
-    let place = Some((pidfd, container_namespaces(story.namespaces), pid));
+    let place = Place::Namespaces(pid, pidfd, container_namespaces(story.namespaces));
     run("createContainer", list(story.hooks.create_container()), &state, place)
 }
 
-/// `startContainer`: before the program, inside the container.
-pub(crate) fn run_start_container(story: &Story, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
-    start_container(&story.hooks, &story.state, pid, pidfd, story.namespaces, &story.environment)
+/// What makes a hook one of the container's own processes.
+#[derive(Debug)]
+pub struct Inside {
+    process: ProcessPlan,
+    namespaces: u64,
+    cgroup: Option<OwnedFd>,
 }
 
-/// The same for a container that another process created. A hook that names no environment has the program's, since it
-/// is one of the container's own programs.
+impl Inside {
+    pub fn new(plan: &Plan, cgroup: Option<&Cgroup>) -> Result<Self> {
+        let cgroup = cgroup.map(|cgroup| cgroup.as_fd().try_clone_to_owned()).transpose();
+        Ok(Self {
+            process: plan.process.clone(),
+            namespaces: plan.namespace_flags(),
+            cgroup: cgroup.map_err(|source| Error::Read { path: "the container's cgroup".into(), source })?,
+        })
+    }
+}
+
+/// `startContainer`: before the program, inside the container and under all that confines the program: its image may have
+/// put anything in the hook's place. A hook that names no environment has the program's.
 pub fn start_container(
     hooks: &Hooks,
     state: &StateTemplate,
     pid: i32,
     pidfd: BorrowedFd<'_>,
-    namespaces: u64,
-    environment: &[CString],
+    inside: &Inside,
 ) -> Result<()> {
-    let place = Some((pidfd, container_namespaces(namespaces), pid));
-    let state = state.json("created", pid);
-    let hooks = list(hooks.start_container());
-    hooks.iter().try_for_each(|hook| run_one("startContainer", hook, &state, place, Some(environment)))
+    let json = state.json("created", pid);
+    run("startContainer", list(hooks.start_container()), &json, Place::Inside(pid, pidfd, inside, state))
 }
 
 /// `poststart`: after the program was executed.
 pub fn poststart(hooks: &Hooks, state: &StateTemplate, pid: i32) -> Result<()> {
-    run("poststart", list(hooks.poststart()), &state.json("running", pid), None)
+    run("poststart", list(hooks.poststart()), &state.json("running", pid), Place::Runtime)
 }
 
 /// `poststop`: after the container is deleted. All run; the failures are handed back to be logged.
@@ -111,7 +124,8 @@ pub fn poststop(hooks: &Hooks, state: &StateTemplate) -> Vec<Error> {
     let state = state.json("stopped", 0);
     list(hooks.poststop())
         .iter()
-        .filter_map(|hook| run("poststop", std::slice::from_ref(hook), &state, None).err())
+        .enumerate()
+        .filter_map(|(index, hook)| run_one(("poststop", index), hook, &state, Place::Runtime).err())
         .collect()
 }
 
@@ -122,75 +136,92 @@ fn container_namespaces(all: u64) -> i32 {
     all as i32 & entered
 }
 
-fn run(
-    kind: &'static str,
-    hooks: &[Hook],
-    state: &serde_json::Value,
-    place: Option<(BorrowedFd<'_>, i32, i32)>,
-) -> Result<()> {
-    hooks.iter().try_for_each(|hook| run_one(kind, hook, state, place, None))
+/// Where a hook runs.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Runtime,
+    /// With the runtime's rights in these namespaces of a process.
+    Namespaces(i32, BorrowedFd<'a>, i32),
+    /// As a process of the container.
+    Inside(i32, BorrowedFd<'a>, &'a Inside, &'a StateTemplate),
+}
+
+fn run(kind: &'static str, hooks: &[Hook], state: &serde_json::Value, place: Place<'_>) -> Result<()> {
+    hooks.iter().enumerate().try_for_each(|(index, hook)| run_one((kind, index), hook, state, place))
+}
+
+/// The root of a process, as it sees it now.
+pub(crate) fn root_of(pid: i32) -> Result<OwnedFd> {
+    let name = c_string("pid", &format!("/proc/{pid}/root"))?;
+    path::open(&name, libc::O_PATH | libc::O_DIRECTORY).step(Step::OpenRoot, "of the container")
 }
 
 fn run_one(
-    kind: &'static str,
+    (kind, index): (&'static str, usize),
     hook: &Hook,
     state: &serde_json::Value,
-    place: Option<(BorrowedFd<'_>, i32, i32)>,
-    environment: Option<&[CString]>,
+    place: Place<'_>,
 ) -> Result<()> {
-    let fail = |reason: String| Error::Hook { kind, path: hook.path().clone(), reason };
+    let fail = |reason: String| Error::Hook { kind, index, path: hook.path().clone(), reason };
     let io = |source: std::io::Error| fail(format!("cannot be run: {source}"));
     let file = c_path("hooks.path", hook.path())?;
+    let strings = |field: &str, listed: &[String]| -> Result<StringArray> {
+        Ok(StringArray::new(listed.iter().map(|text| c_string(field, text)).collect::<Result<_>>()?))
+    };
     let arguments = match hook.args().as_deref() {
-        None | Some([]) => vec![file.clone()],
-        Some(arguments) => arguments.iter().map(|text| c_string("hooks.args", text)).collect::<Result<_>>()?,
+        None | Some([]) => StringArray::new(vec![file.clone()]),
+        Some(arguments) => strings("hooks.args", arguments)?,
     };
-    let environment = match (hook.env(), environment) {
-        (Some(entries), _) => entries.iter().map(|text| c_string("hooks.env", text)).collect::<Result<Vec<_>>>()?,
-        (None, Some(own)) => own.to_vec(),
-        (None, None) => std::env::vars_os()
-            .filter_map(|(name, value)| CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok())
-            .collect(),
-    };
-    let (arguments, environment) = (StringArray::new(arguments), StringArray::new(environment));
+    let environment = hook.env().as_deref().map(|listed| strings("hooks.env", listed)).transpose()?;
     // A file in memory holds a state of any length without anybody having to write while the hook reads.
     let mut input = memory_file(c"hook-state").map_err(io)?;
     input.write_all(state.to_string().as_bytes()).and_then(|()| input.rewind()).map_err(io)?;
     let mut output = memory_file(c"hook-output").map_err(io)?;
-    // Joining a mount namespace leads to its topmost root; the hook belongs to the one that the container sees now.
-    let root = match place {
-        None => None,
-        Some((_, _, pid)) => {
-            let name = c_string("pid", &format!("/proc/{pid}/root"))?;
-            Some(path::open(&name, libc::O_PATH | libc::O_DIRECTORY).step(Step::OpenRoot, "of the container")?)
+    let streams = Stdio { stdin: input.as_fd(), stdout: output.as_fd(), stderr: output.as_fd() };
+    let (joined, made);
+    let pidfd = match place {
+        Place::Inside(pid, pidfd, inside, state) => {
+            let mut process = ProcessPlan {
+                arguments,
+                candidates: vec![file],
+                cwd: c"/".into(),
+                terminal: None,
+                keyring: None,
+                preserve_fds: 0,
+                ..inside.process.clone()
+            };
+            if let Some(environment) = environment {
+                (process.environment, process.home) = (environment, None);
+            }
+            let place = exec::Place { pid, pidfd, namespaces: inside.namespaces };
+            let cgroup = inside.cgroup.as_ref().map(AsFd::as_fd);
+            joined = exec::join(place, &process, cgroup, streams, state.clone())
+                .and_then(|mut init| init.wait_running().map(|()| init))
+                .map_err(|error| fail(format!("cannot be run: {error}")))?;
+            joined.pidfd()
+        }
+        Place::Runtime => {
+            made = outside(&file, &arguments, environment, streams, None).step(Step::Clone, hook.path().display())?;
+            made.pidfd.as_fd()
+        }
+        Place::Namespaces(pid, pidfd, flags) => {
+            // Joining a mount namespace leads to its topmost root; the hook belongs to the one that the container sees now.
+            let root = root_of(pid)?;
+            let entered = Some((pidfd, flags, root.as_fd()));
+            made =
+                outside(&file, &arguments, environment, streams, entered).step(Step::Clone, hook.path().display())?;
+            made.pidfd.as_fd()
         }
     };
-    let child = process::clone3(CloneRequest::default(), || {
-        const CANNOT_RUN: i32 = 126;
-        let entered = place.map_or(Ok(()), |(pidfd, flags, _)| namespace::setns(pidfd, flags)).and_then(|()| {
-            root.as_ref().map_or(Ok(()), |root| path::fchdir(root.as_fd()).and_then(|()| path::chroot(c".")))
-        });
-        let placed = entered
-            .and_then(|()| process::dup_onto(input.as_raw_fd(), 0))
-            .and_then(|()| process::dup_onto(output.as_raw_fd(), 1))
-            .and_then(|()| process::dup_onto(output.as_raw_fd(), 2))
-            .and_then(|()| process::reset_signals())
-            .and_then(|()| process::close_on_exec_from(3));
-        if placed.is_ok() {
-            process::execve(&file, &arguments, &environment);
-        }
-        CANNOT_RUN
-    })
-    .step(Step::Clone, format!("for hook {}", hook.path().display()))?;
     if let Some(seconds) = hook.timeout() {
         let limit = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-        if !crate::wait_readable(child.pidfd.as_fd(), Some(limit)).map_err(io)? {
-            process::pidfd_send_signal(child.pidfd.as_fd(), libc::SIGKILL).step(Step::Clone, "")?;
-            process::wait(child.pidfd.as_fd(), true).step(Step::Clone, "")?;
+        if !crate::wait_readable(pidfd, Some(limit)).map_err(io)? {
+            process::pidfd_send_signal(pidfd, libc::SIGKILL).step(Step::Clone, "")?;
+            process::wait(pidfd, true).step(Step::Clone, "")?;
             return Err(fail(format!("did not end within {seconds} s")));
         }
     }
-    let exit = process::wait(child.pidfd.as_fd(), true).step(Step::Clone, "")?;
+    let exit = process::wait(pidfd, true).step(Step::Clone, "")?;
     if exit == Some(process::Exit::Code(0)) {
         return Ok(());
     }
@@ -203,6 +234,40 @@ fn run_one(
         Some(process::Exit::Signal(signal)) => format!("ended by signal {signal}: {shown}"),
         other => format!("ended with status {}: {shown}", other.map_or(-1, process::Exit::code)),
     }))
+}
+
+/// A process of the runtime's that becomes the hook, in the namespaces and the root of another one if that is said.
+fn outside(
+    file: &CStr,
+    arguments: &StringArray,
+    environment: Option<StringArray>,
+    streams: Stdio<'_>,
+    entered: Option<(BorrowedFd<'_>, i32, BorrowedFd<'_>)>,
+) -> coracle_sys::Result<Child> {
+    let environment = environment.unwrap_or_else(|| {
+        let own = std::env::vars_os();
+        StringArray::new(
+            own.filter_map(|(name, value)| CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok())
+                .collect(),
+        )
+    });
+    process::clone3(CloneRequest::default(), || {
+        const CANNOT_RUN: i32 = 126;
+        let place = |(pidfd, flags, root): (BorrowedFd<'_>, i32, BorrowedFd<'_>)| {
+            namespace::setns(pidfd, flags).and_then(|()| path::fchdir(root)).and_then(|()| path::chroot(c"."))
+        };
+        let placed = entered
+            .map_or(Ok(()), place)
+            .and_then(|()| process::dup_onto(streams.stdin.as_raw_fd(), 0))
+            .and_then(|()| process::dup_onto(streams.stdout.as_raw_fd(), 1))
+            .and_then(|()| process::dup_onto(streams.stderr.as_raw_fd(), 2))
+            .and_then(|()| process::reset_signals())
+            .and_then(|()| process::close_on_exec_from(3));
+        if placed.is_ok() {
+            process::execve(file, arguments, &environment);
+        }
+        CANNOT_RUN
+    })
 }
 
 fn memory_file(name: &std::ffi::CStr) -> std::io::Result<std::fs::File> {

@@ -1,18 +1,19 @@
 //! Cloning a container's first process and following it to the running program.
 
 use crate::cgroup::Cgroup;
-use crate::child::{self, MESSAGE_BYTES, Message, Note, Prepared, Program, Word};
+use crate::child::{self, Failure, MESSAGE_BYTES, Message, Note, Prepared, Program, Word};
 use crate::error::{Error, Result, Step, StepResult};
 use crate::hooks;
 use crate::idmap::Maps;
 use crate::net_device::{self, NetDevice};
-use crate::plan::{Gate, IdMap, Plan, Source, UserNamespace};
+use crate::plan::{Gate, IdMap, MountStep, Plan, Source, UserNamespace};
 use crate::resctrl;
+use crate::resolve;
 use crate::usher::{self, open_namespace};
 use coracle_sys::mount::{self, Attributes, MOUNT_ATTR_IDMAP};
 use coracle_sys::process::{self, CLONE_NEWTIME, Child, CloneRequest, Exit};
-use coracle_sys::{Errno, channel, path};
-use std::ffi::CStr;
+use coracle_sys::{Errno, channel, namespace, path};
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// The standard streams of a program.
@@ -48,7 +49,7 @@ pub struct Init {
 }
 
 /// What the parent needs of the plan while the child sets itself up.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Story {
     pub id_maps: Option<(String, String)>,
     pub hooks: oci_spec::runtime::Hooks,
@@ -57,8 +58,10 @@ pub(crate) struct Story {
     pub net_devices: Vec<NetDevice>,
     pub resctrl: Option<resctrl::Group>,
     pub namespaces: u64,
-    /// Environment of `startContainer` hooks that name none.
-    pub environment: Vec<std::ffi::CString>,
+    /// Id-mapped mounts whose sources come with an earlier one, by their places in the plan, and those sources.
+    pub brought: Vec<(usize, MountStep, CString)>,
+    /// For `startContainer` hooks.
+    pub inside: Option<Box<hooks::Inside>>,
     /// An exec'd process starts without waiting for a word.
     pub starts_itself: bool,
 }
@@ -113,6 +116,8 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
         container_hooks: plan.hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty()),
         procfs,
     };
+    let hooked = plan.hooks.start_container().as_ref().is_some_and(|hooks| !hooks.is_empty());
+    let inside = if hooked { Some(Box::new(hooks::Inside::new(plan, cgroup)?)) } else { None };
     let flags = plan.namespaces.new & !(libc::CLONE_NEWCGROUP as u64) & !CLONE_NEWTIME;
     let request = CloneRequest { flags, cgroup: cgroup.map(Cgroup::as_fd) };
     let cloned = usher::clone(&entry.before, request, || child::run(plan, &mut prepared))?;
@@ -136,7 +141,16 @@ pub fn spawn_gated(plan: &Plan, cgroup: Option<&Cgroup>, stdio: Stdio<'_>, given
             net_devices: plan.net_devices.clone(),
             resctrl,
             namespaces: plan.namespaces.own_flags(),
-            environment: plan.hook_environment.clone(),
+            inside,
+            brought: plan
+                .mounts
+                .iter()
+                .enumerate()
+                .filter(|(_, step)| step.id_map.is_some())
+                .filter_map(|(index, step)| {
+                    Some((index, step.clone(), step.brought_by(&plan.mounts[..index])?.to_owned()))
+                })
+                .collect(),
             starts_itself: false,
         },
     };
@@ -208,8 +222,13 @@ fn root(plan: &Plan) -> Result<(OwnedFd, bool)> {
 fn sources(plan: &Plan, cgroup: Option<&Cgroup>, privileged: bool) -> Result<Vec<Option<(OwnedFd, bool)>>> {
     let early = privileged && plan.opens_before_clone();
     let mut trees = Vec::with_capacity(plan.mounts.len());
-    for step in &plan.mounts {
+    for (index, step) in plan.mounts.iter().enumerate() {
         let (tree, name) = match &step.source {
+            // Not there before the container has its mounts.
+            Source::Bind { .. } if privileged && step.brought_by(&plan.mounts[..index]).is_some() => {
+                trees.push(None);
+                continue;
+            }
             Source::Bind { path, recursive, .. } if early || step.id_map.is_some() => {
                 let name = path.to_string_lossy().into_owned();
                 (mount::clone_tree(None, path, *recursive).step(Step::OpenSource, &name)?, name)
@@ -242,15 +261,21 @@ fn sources(plan: &Plan, cgroup: Option<&Cgroup>, privileged: bool) -> Result<Vec
     Ok(trees)
 }
 
-/// Gives a detached mount the id map of a user namespace: one that exists, or one made for that alone.
+/// Gives a detached mount the id map of a user namespace.
 fn map_ids(tree: BorrowedFd<'_>, map: &IdMap, name: &str) -> Result<()> {
-    let give = |userns: BorrowedFd<'_>| {
-        let attributes =
-            Attributes { set: MOUNT_ATTR_IDMAP, userns_fd: userns.as_raw_fd() as u64, ..Attributes::default() };
-        mount::set_attributes(tree, &attributes, map.recursive).step(Step::IdMapMount, name)
-    };
+    give_map(tree, id_map_namespace(map, name)?.as_fd(), map.recursive).step(Step::IdMapMount, name)
+}
+
+fn give_map(tree: BorrowedFd<'_>, userns: BorrowedFd<'_>, recursive: bool) -> coracle_sys::Result<()> {
+    let attributes =
+        Attributes { set: MOUNT_ATTR_IDMAP, userns_fd: userns.as_raw_fd() as u64, ..Attributes::default() };
+    mount::set_attributes(tree, &attributes, recursive)
+}
+
+/// The user namespace whose maps a mount gets: one that exists, or one made for that alone.
+fn id_map_namespace(map: &IdMap, name: &str) -> Result<OwnedFd> {
     let (uid_map, gid_map) = match &map.maps {
-        Maps::OfNamespace(file) => return give(open_namespace(file)?.as_fd()),
+        Maps::OfNamespace(file) => return open_namespace(file),
         Maps::Listed { uid_map, gid_map } => (uid_map, gid_map),
     };
     let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
@@ -265,12 +290,46 @@ fn map_ids(tree: BorrowedFd<'_>, map: &IdMap, name: &str) -> Result<()> {
     drop(theirs);
     let mapped = write_id_maps(holder.pid, uid_map, gid_map).and_then(|()| {
         let file = format!("/proc/{}/ns/user", holder.pid);
-        let userns = std::fs::File::open(&file).map_err(|source| Error::Read { path: file.into(), source })?;
-        give(userns.as_fd())
+        std::fs::File::open(&file).map_err(|source| Error::Read { path: file.into(), source })
     });
     drop(ours);
     process::wait(holder.pidfd.as_fd(), true).step(Step::IdMapMount, name)?;
-    mapped
+    Ok(mapped?.into())
+}
+
+/// A copy of what an earlier mount has brought into the container's root, its ids mapped: with the runtime's rights, by
+/// a process that enters the container's mounts for that alone.
+fn brought_source(step: &MountStep, below: &CStr, container: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let name = below.to_string_lossy();
+    let map = step.id_map.as_ref().map(|map| Ok((id_map_namespace(map, &name)?, map.recursive))).transpose()?;
+    let recursive = matches!(step.source, Source::Bind { recursive: true, .. });
+    let (ours, theirs) = channel::pair().step(Step::Channel, "")?;
+    let helper = process::clone3(CloneRequest::default(), || {
+        // One enters at the topmost root, which is the container's by now.
+        let tree = namespace::setns(container, libc::CLONE_NEWNS)
+            .and_then(|()| path::open(c"/", libc::O_PATH | libc::O_DIRECTORY))
+            .and_then(|root| resolve::find(root.as_fd(), below))
+            .and_then(|found| mount::clone_tree(Some(found.as_fd()), c"", recursive))
+            .and_then(|tree| child::apply(step, tree.as_fd()).map(|()| tree))
+            .and_then(|tree| match &map {
+                Some((userns, recursive)) => give_map(tree.as_fd(), userns.as_fd(), *recursive).map(|()| tree),
+                None => Ok(tree),
+            });
+        let (message, tree) = match tree {
+            Ok(tree) => (Message::note(Note::NeedsSource), Some(tree)),
+            Err(errno) => (Message::failed(&Failure::new(Step::OpenSource, below, errno)), None),
+        };
+        i32::from(channel::send(theirs.as_fd(), &message.encode(), tree.as_ref().map(AsFd::as_fd)).is_err())
+    })
+    .step(Step::Clone, "")?;
+    let exit = process::wait(helper.pidfd.as_fd(), true).step(Step::Clone, "")?;
+    let mut bytes = [0; MESSAGE_BYTES];
+    let (length, tree) = channel::receive(ours.as_fd(), &mut bytes, false).step(Step::Synchronize, "")?;
+    match (tree, Message::decode(&bytes[..length])) {
+        (Some(tree), _) => Ok(tree),
+        (None, Some(message)) => Err(failed(&message)),
+        (None, None) => Err(Error::Died(format!("{exit:?}"))),
+    }
 }
 
 fn write_id_maps(pid: i32, uid_map: &str, gid_map: &str) -> Result<()> {
@@ -429,7 +488,10 @@ impl Init {
 
     /// Gives the word to start, without waiting for the outcome.
     pub fn send_start(&mut self) -> Result<()> {
-        hooks::run_start_container(&self.story, self.child.pid, self.child.pidfd.as_fd())?;
+        if let Some(inside) = &self.story.inside {
+            let Story { hooks, state, .. } = &self.story;
+            hooks::start_container(hooks, state, self.child.pid, self.child.pidfd.as_fd(), inside)?;
+        }
         self.started = true;
         channel::send(self.sync.as_fd(), &[Word::Start as u8], None).step(Step::Synchronize, "")
     }
@@ -526,6 +588,13 @@ impl Init {
                 let error = failed(&message);
                 self.wait()?;
                 return Err(error);
+            }
+            Note::NeedsSource => {
+                let asked = usize::try_from(message.number).unwrap_or(usize::MAX);
+                let found = self.story.brought.iter().find(|(place, ..)| *place == asked);
+                let (_, step, below) = found.ok_or_else(|| Error::Died("it asked for an unknown mount".into()))?;
+                let tree = brought_source(step, below, self.child.pidfd.as_fd())?;
+                channel::send(self.sync.as_fd(), &[Word::Go as u8], Some(tree.as_fd())).step(Step::Synchronize, "")?;
             }
             // Only an usher says this, and its words were taken before.
             Note::Pid => return Err(Error::Died("it spoke like an usher".into())),

@@ -6,6 +6,7 @@ mod common;
 use common::{Bundle, is_corun};
 use coracle_testkit::assert_eventually;
 use serde_json::json;
+use std::path::Path;
 
 #[test]
 fn run_gives_the_exit_status_and_leaves_nothing() {
@@ -146,6 +147,36 @@ fn hooks_run_in_order_with_the_state() {
     assert!(inside.starts_with("startContainer"), "{inside}");
 }
 
+/// What an image has in a hook's place is as little trusted as its program.
+#[test]
+fn hooks_in_the_container_are_confined_as_its_program() {
+    let mut bundle = Bundle::new("true");
+    bundle.program(
+        "hook",
+        "#!/bin/sh\n(grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status; mkdir /tmp/x 2>&1; readlink /proc/self/ns/pid) > /tmp/log\n",
+    );
+    bundle.spec["root"]["readonly"] = false.into();
+    bundle.spec["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}],
+    });
+    for name in ["bounding", "effective", "permitted"] {
+        bundle.spec["process"]["capabilities"][name] = json!(["CAP_KILL"]);
+    }
+    let tmp = bundle.root().join("tmp");
+    std::fs::create_dir(&tmp).expect("a folder");
+    bundle.spec["process"]["args"] = json!(["sh", "-c", "readlink /proc/self/ns/pid"]);
+    bundle.spec["hooks"] = json!({"startContainer": [{"path": "/hook"}]});
+    let (status, out, err) = bundle.run();
+    let log = std::fs::read_to_string(tmp.join("log")).unwrap_or_else(|error| panic!("{error}: {err}"));
+    assert_eq!(status, 0, "{err}");
+    assert!(log.contains("CapEff:\t0000000000000020\nNoNewPrivs:\t1\nSeccomp:\t2\n"), "{log}");
+    assert!(log.contains("No space left"), "{log}");
+    if is_corun() {
+        assert!(log.ends_with(&out), "{log} {out}");
+    }
+}
+
 #[test]
 fn seccomp_answers_as_the_profile_says() {
     let mut bundle = Bundle::new("mkdir /tmp/x 2>&1; echo $?");
@@ -158,6 +189,35 @@ fn seccomp_answers_as_the_profile_says() {
         let (_, out, err) = bundle.run();
         assert!(out.contains("No space left"), "{out} {err}");
     }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn calls_newer_than_the_profile_do_not_exist() {
+    const NEWER_CALL: u32 = 4000;
+    let mut bundle = Bundle::new("true");
+    // Its status says both answers: 1 for EPERM to mkdir (83), which is refused, 2 for ENOSYS to the other.
+    let source = format!(
+        "static long call(long n) {{ long r; __asm__ volatile(\"syscall\" : \"=a\"(r) : \"a\"(n), \"D\"(0) : \"rcx\", \"r11\"); return r; }}
+         void _start(void) {{ long s = (call(83) == -1) + 2 * (call({NEWER_CALL}) == -38);
+         __asm__ volatile(\"syscall\" : : \"a\"(60L), \"D\"(s)); }}"
+    );
+    let file = bundle.folder.path().join("calls.c");
+    std::fs::write(&file, source).expect("a program");
+    let cc = std::process::Command::new(coracle_testkit::need("cc", "gcc"))
+        .args(["-nostdlib", "-static", "-fno-stack-protector", "-o"])
+        .arg(bundle.root().join("calls"))
+        .arg(&file)
+        .status();
+    assert!(cc.expect("the compiler").success());
+    let mut profile = coracle_runtime::seccomp::default_profile(&std::collections::HashSet::new());
+    profile.set_default_errno_ret(Some(1));
+    let mut profile = serde_json::to_value(profile).expect("JSON");
+    profile["syscalls"][0]["names"].as_array_mut().expect("names").retain(|name| name != "mkdir");
+    bundle.spec["linux"]["seccomp"] = profile;
+    bundle.spec["process"]["args"] = json!(["/calls"]);
+    let (status, _, err) = bundle.run();
+    assert_eq!(status, 3, "{err}");
 }
 
 #[test]
@@ -178,6 +238,70 @@ fn the_configuration_is_applied() {
     let (status, out, err) = bundle.run();
     let got: Vec<&str> = out.lines().collect();
     assert_eq!(got, ["vessel", "1", "77", "0027", "500", "bound", "read-only", "0", "0 5 6"], "{status} {err}");
+}
+
+/// It would never come to run.
+#[test]
+fn a_frozen_cgroup_is_refused() {
+    if !is_corun() {
+        // One as old as 1.1.5 waits for ever.
+        return;
+    }
+    let mut bundle = Bundle::new("true");
+    let top =
+        if Path::new("/sys/fs/cgroup/cgroup.procs").exists() { "/sys/fs/cgroup" } else { "/sys/fs/cgroup/unified" };
+    let folder = Path::new(top).join(format!("frozen-{}", bundle.id));
+    std::fs::create_dir(&folder).expect("a cgroup");
+    std::fs::write(folder.join("cgroup.freeze"), "1").expect("freezes");
+    bundle.spec["linux"]["cgroupsPath"] = json!(format!("/frozen-{}", bundle.id));
+    let (status, _, err) = bundle.run();
+    // Taken away before anything is said about it.
+    let left = std::fs::remove_dir(&folder);
+    assert!(status == 1 && err.contains("frozen"), "{status} {err}");
+    left.expect("a cgroup of somebody else's stays");
+}
+
+#[test]
+fn a_terminal_leaves_line_ends_to_the_callers() {
+    if !is_corun() {
+        // It wants to run on a terminal itself.
+        return;
+    }
+    let mut bundle = Bundle::new("echo line; test -t 1 && echo terminal");
+    bundle.spec["process"]["terminal"] = true.into();
+    let (status, out, err) = bundle.run();
+    assert_eq!((status, out.as_str()), (0, "line\nterminal\n"), "{err}");
+}
+
+#[test]
+fn sources_that_an_earlier_mount_brings_are_found() {
+    const FIRST: u32 = 100_000;
+    for (user, mapped, owner) in [(false, false, 0), (true, false, 65534), (false, true, FIRST), (true, true, 0)] {
+        if (user || mapped) && !is_corun() {
+            // Another runtime may be older than id-mapped mounts, and reach sources by their paths.
+            continue;
+        }
+        let mut bundle = Bundle::new("cat /final/file; stat -c %u /final/file");
+        let source = bundle.folder.path().join("source/x");
+        std::fs::create_dir_all(&source).expect("a folder");
+        std::fs::write(source.join("file"), "brought\n").expect("a file");
+        let maps = json!([{"containerID": 0, "hostID": FIRST, "size": 1000}]);
+        if user {
+            bundle.give_root_to(FIRST);
+            bundle.spec["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({"type": "user"}));
+            bundle.spec["linux"]["uidMappings"] = maps.clone();
+            bundle.spec["linux"]["gidMappings"] = maps.clone();
+        }
+        bundle.mount(json!({"destination": "/mnt", "type": "bind", "source": "source", "options": ["bind"]}));
+        let mut last = json!({"destination": "/final", "type": "bind", "source": bundle.root().join("mnt/x"), "options": ["rbind"]});
+        if mapped {
+            last["uidMappings"] = maps.clone();
+            last["gidMappings"] = maps;
+        }
+        bundle.mount(last);
+        let (status, out, err) = bundle.run();
+        assert_eq!((status, out), (0, format!("brought\n{owner}\n")), "{user} {mapped}: {err}");
+    }
 }
 
 #[test]

@@ -95,9 +95,19 @@ impl Cgroup {
         Ok(Self { folder: folder.into(), name: Path::new("/").join(below), path, new: false })
     }
 
-    /// Whether somebody else has processes in it.
-    pub fn is_taken(&self) -> Result<bool> {
-        Ok(!self.new && !self.processes()?.is_empty())
+    /// Refuses one in which somebody else has processes, or in which none would run.
+    pub fn check_free(&self) -> Result<()> {
+        if self.new {
+            return Ok(());
+        }
+        let reason = if !self.processes()?.is_empty() {
+            "container's cgroup is not empty: choose another linux.cgroupsPath"
+        } else if self.is_frozen()? {
+            "container's cgroup unexpectedly frozen: thaw it or choose another linux.cgroupsPath"
+        } else {
+            return Ok(());
+        };
+        Err(Error::Cgroup { action: "use", path: self.path.clone(), source: std::io::Error::other(reason) })
     }
 
     /// Its folder on the host.

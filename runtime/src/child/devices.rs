@@ -3,7 +3,7 @@
 use super::message::At;
 use super::{Failure, Message, Note, Prepared};
 use crate::error::Step;
-use crate::plan::{Plan, below_root};
+use crate::plan::{Plan, ProcessPlan, below_root};
 use crate::resolve::{self, Kind};
 use coracle_sys::path::{DEVPTS_SUPER_MAGIC, RESOLVE_IN_ROOT, RESOLVE_NO_SYMLINKS};
 use coracle_sys::{Errno, channel, mount, path, tty};
@@ -86,9 +86,11 @@ fn bind_target(folder: BorrowedFd<'_>, name: &CStr) -> coracle_sys::Result<Owned
 
 /// The container's terminal as `/dev/console`, when it has one; the master side goes to the parent.
 pub(super) fn console(plan: &Plan, prepared: &Prepared) -> Result<Option<OwnedFd>, Failure> {
-    let Some(size) = plan.process.terminal else { return Ok(None) };
+    if plan.process.terminal.is_none() {
+        return Ok(None);
+    }
     let root = prepared.root.as_fd();
-    let terminal = open_terminal(root, size, plan.process.uid, prepared.sync.as_fd())?;
+    let terminal = open_terminal(root, &plan.process, prepared.sync.as_fd())?;
     if plan.own_dev {
         let dev = resolve::find(root, c"dev").on(Step::Terminal, c"/dev")?;
         let target = bind_target(dev.as_fd(), c"console").on(Step::Terminal, c"/dev/console")?;
@@ -102,8 +104,7 @@ pub(super) fn console(plan: &Plan, prepared: &Prepared) -> Result<Option<OwnedFd
 /// Opens a new terminal of the container's own devpts below `root` and hands its master side over.
 pub(crate) fn open_terminal(
     root: BorrowedFd<'_>,
-    (rows, columns): (u16, u16),
-    uid: u32,
+    plan: &ProcessPlan,
     sync: BorrowedFd<'_>,
 ) -> Result<OwnedFd, Failure> {
     let flags = libc::O_RDWR | libc::O_NOCTTY;
@@ -114,11 +115,14 @@ pub(crate) fn open_terminal(
     }
     tty::unlock(master.as_fd()).at(Step::Terminal)?;
     let terminal = tty::peer(master.as_fd()).at(Step::Terminal)?;
-    if (rows, columns) != (0, 0) {
+    if plan.plain_line_ends {
+        tty::keep_line_ends(terminal.as_fd()).at(Step::Terminal)?;
+    }
+    if let Some((rows, columns)) = plan.terminal.filter(|size| *size != (0, 0)) {
         tty::set_size(terminal.as_fd(), rows, columns).at(Step::Terminal)?;
     }
-    if uid != 0 {
-        path::chownat(terminal.as_fd(), c"", uid, u32::MAX).at(Step::Terminal)?;
+    if plan.uid != 0 {
+        path::chownat(terminal.as_fd(), c"", plan.uid, u32::MAX).at(Step::Terminal)?;
     }
     channel::send(sync, &Message::note(Note::Terminal).encode(), Some(master.as_fd())).at(Step::Terminal)?;
     Ok(terminal)

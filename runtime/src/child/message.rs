@@ -3,7 +3,7 @@
 use crate::error::{Step, injected};
 use coracle_sys::{Errno, channel};
 use std::ffi::CStr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// Small enough for a failure to be handed up by value.
 pub(crate) const MESSAGE_BYTES: usize = 112;
@@ -30,12 +30,16 @@ pub(crate) enum Note {
     SeccompListener,
     /// The usher tells the id of the process that it made.
     Pid,
+    /// It waits for the source of a mount that only the parent can give, by its place in the plan.
+    NeedsSource,
 }
 
 impl Note {
     fn from_byte(byte: u8) -> Option<Self> {
-        use Note::{Created, Failed, MountsMade, NamespacesMade, NeedsIdMaps, Pid, SeccompListener, Terminal};
-        [NeedsIdMaps, NamespacesMade, MountsMade, Created, Failed, Terminal, SeccompListener, Pid]
+        use Note::{
+            Created, Failed, MountsMade, NamespacesMade, NeedsIdMaps, NeedsSource, Pid, SeccompListener, Terminal,
+        };
+        [NeedsIdMaps, NamespacesMade, MountsMade, Created, Failed, Terminal, SeccompListener, Pid, NeedsSource]
             .into_iter()
             .find(|note| *note as u8 == byte)
     }
@@ -94,14 +98,18 @@ pub(crate) struct Message {
     pub note: Note,
     /// The step that failed.
     pub step: u16,
-    /// The errno, or the process id of [`Note::Pid`].
+    /// The errno, the process id of [`Note::Pid`], or the place of [`Note::NeedsSource`].
     pub number: i32,
     text: [u8; TEXT_BYTES],
     length: usize,
 }
 
 impl Message {
-    pub(super) fn note(note: Note) -> Self {
+    pub(super) fn needs_source(place: usize) -> Self {
+        Self { number: place as i32, ..Self::note(Note::NeedsSource) }
+    }
+
+    pub(crate) fn note(note: Note) -> Self {
         Self { note, step: 0, number: 0, text: [0; TEXT_BYTES], length: 0 }
     }
 
@@ -147,12 +155,12 @@ impl Message {
     }
 }
 
-/// Waits for a word; the end of the channel means that the parent is gone.
-pub(super) fn listen(channel: BorrowedFd<'_>, wanted: Word) -> Result<(), Failure> {
+/// Waits for a word and what may come with it; the end of the channel means that the parent is gone.
+pub(super) fn listen(channel: BorrowedFd<'_>, wanted: Word) -> Result<Option<OwnedFd>, Failure> {
     let mut byte = [0_u8; 1];
-    let (length, _) = channel::receive(channel, &mut byte, true).at(Step::Synchronize)?;
+    let (length, fd) = channel::receive(channel, &mut byte, true).at(Step::Synchronize)?;
     match (length, byte[0]) {
-        (1, word) if word == wanted as u8 => Ok(()),
+        (1, word) if word == wanted as u8 => Ok(fd),
         (0, _) => Err(Failure::new(Step::Synchronize, c"(it is gone)", Errno::EPIPE)),
         _ => Err(Failure::new(Step::Synchronize, c"(an unexpected word)", Errno::EPROTO)),
     }

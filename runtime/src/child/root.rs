@@ -1,14 +1,14 @@
 //! Building the container's root from the plan, sealing and entering it.
 
-use super::message::At;
-use super::{Failure, Prepared, copy_up, devices};
+use super::message::{At, listen};
+use super::{Failure, Message, Prepared, Word, copy_up, devices};
 use crate::error::Step;
 use crate::plan::{MountStep, Plan, Source, below_root};
 use crate::resolve::{self, Kind};
 use coracle_sys::mount::{
     self, Attributes, Context, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY,
 };
-use coracle_sys::{Errno, path};
+use coracle_sys::{Errno, channel, path};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -48,6 +48,7 @@ pub(super) fn build(plan: &Plan, prepared: &mut Prepared) -> Result<(), Failure>
     mount::attach(prepared.root.as_fd(), top.as_fd()).on(Step::AttachRoot, &plan.root)?;
     for (index, step) in plan.mounts.iter().enumerate() {
         let source = match (prepared.sources[index].take(), &step.source) {
+            (None, Source::Bind { path, .. }) if step.id_map.is_some() => Some(ask_for_source(prepared, index, path)?),
             (None, Source::Bind { path, within_root, recursive }) => {
                 let found = within_root
                     .as_deref()
@@ -91,6 +92,15 @@ pub(crate) fn apply(step: &MountStep, tree: BorrowedFd<'_>) -> coracle_sys::Resu
     step.propagation.iter().try_for_each(|(flag, recursive)| {
         mount::set_attributes(tree, &Attributes { propagation: *flag, ..Attributes::default() }, *recursive)
     })
+}
+
+/// A source that an earlier mount has brought and whose ids only the parent may map.
+fn ask_for_source(prepared: &Prepared, index: usize, path: &CStr) -> Result<(OwnedFd, bool), Failure> {
+    let sync = prepared.sync.as_fd();
+    channel::send(sync, &Message::needs_source(index).encode(), None).at(Step::Synchronize)?;
+    let tree = listen(sync, Word::Go)?.ok_or_else(|| Failure::new(Step::OpenSource, path, Errno::EBADF))?;
+    let kind = path::stat(tree.as_fd()).on(Step::OpenSource, path)?.st_mode & libc::S_IFMT;
+    Ok((tree, kind == libc::S_IFDIR))
 }
 
 /// A copy of a bind source in this process's mount namespace, or of what was found in the root, and whether it is a folder.

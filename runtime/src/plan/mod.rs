@@ -43,12 +43,21 @@ pub struct Options {
     pub no_new_keyring: bool,
     /// Descriptors from 3 on that the program inherits.
     pub preserve_fds: u32,
+    /// Whether the program's terminal leaves line ends as they are, for a caller that copies to another terminal.
+    pub plain_line_ends: bool,
     pub gate: Gate,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { id: String::new(), no_pivot: false, no_new_keyring: false, preserve_fds: 0, gate: Gate::Parent }
+        Self {
+            id: String::new(),
+            no_pivot: false,
+            no_new_keyring: false,
+            preserve_fds: 0,
+            plain_line_ends: false,
+            gate: Gate::Parent,
+        }
     }
 }
 
@@ -113,8 +122,6 @@ pub struct Plan {
     pub(crate) domainname: Option<CString>,
     pub(crate) process: ProcessPlan,
     pub(crate) hooks: Hooks,
-    /// Environment of hooks inside the container that name none.
-    pub(crate) hook_environment: Vec<CString>,
     pub(crate) resources: Option<LinuxResources>,
     pub(crate) resctrl: Option<resctrl::Wanted>,
     pub(crate) cgroups_path: Option<PathBuf>,
@@ -173,7 +180,6 @@ impl Plan {
             domainname: set(spec.domainname(), "domainname", libc::CLONE_NEWUTS)?,
             process: ProcessPlan::compile(process, &linux, options)?,
             hooks: spec.hooks().clone().unwrap_or_default(),
-            hook_environment: hook_environment(process)?,
             resources: linux.resources().clone(),
             resctrl: linux.intel_rdt().as_ref().map(resctrl::Wanted::compile).transpose()?,
             cgroups_path: linux.cgroups_path().clone(),
@@ -242,11 +248,6 @@ impl Plan {
     /// The specification's hooks.
     pub fn hooks(&self) -> &Hooks {
         &self.hooks
-    }
-
-    /// Environment of the program as hooks inside the container get it.
-    pub fn hook_environment(&self) -> &[CString] {
-        &self.hook_environment
     }
 
     /// Whether the program starts without a word of the caller's.
@@ -435,15 +436,6 @@ fn net_devices(linux: &oci_spec::runtime::Linux, namespaces: &Namespaces) -> Res
         return Err(Error::config("linux.netDevices", format!("two interfaces would be called {name}")));
     }
     Ok(devices)
-}
-
-fn hook_environment(process: &Process) -> Result<Vec<CString>> {
-    let listed = process.env().as_deref().unwrap_or_default();
-    let mut strings = listed.iter().map(|entry| c_string("process.env", entry)).collect::<Result<Vec<_>>>()?;
-    if !listed.iter().any(|entry| entry.starts_with("HOME=")) {
-        strings.push(c"HOME=/".into());
-    }
-    Ok(strings)
 }
 
 fn check_hooks(hooks: &Hooks) -> Result<()> {

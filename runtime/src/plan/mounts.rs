@@ -8,7 +8,7 @@ use coracle_sys::mount::{
     MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY, MOUNT_ATTR_RELATIME, MOUNT_ATTR_STRICTATIME,
 };
 use oci_spec::runtime::Mount;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::path::Path;
 
 /// The kernel takes no longer value of one option through the descriptor interface.
@@ -157,8 +157,8 @@ impl MountStep {
     ) -> Result<Self> {
         let field = format!("mounts[{}]", mount.destination().display());
         let mut step = Self {
-            // Relative destinations are read from the root, as runc reads them.
-            target: container_path(&field, mount.destination())?,
+            // Relative destinations are read from the root, and so are those that name the root on the host, as with runc.
+            target: container_path(&field, mount.destination().strip_prefix(root).unwrap_or(mount.destination()))?,
             source: Source::New { filesystem: CString::default(), options: Vec::new() },
             attributes: Attributes::default(),
             recursive_attributes: Attributes::default(),
@@ -283,6 +283,16 @@ impl MountStep {
             gid_map: idmap::text(&format!("{field}.gidMappings"), gid)?,
         };
         Ok(Some(IdMap { maps, recursive }))
+    }
+
+    /// The source below the root, if it is one that an earlier mount brings.
+    pub(crate) fn brought_by(&self, earlier: &[Self]) -> Option<&CStr> {
+        let Source::Bind { within_root: Some(below), .. } = &self.source else { return None };
+        let covers = |step: &Self| {
+            let rest = below.to_bytes().strip_prefix(super::below_root(&step.target).to_bytes());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+        };
+        earlier.iter().any(covers).then_some(below)
     }
 
     pub(crate) fn is_bind(&self) -> bool {

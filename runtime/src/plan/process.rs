@@ -52,6 +52,7 @@ pub(crate) struct ProcessPlan {
     pub seccomp: Option<seccomp::Filter>,
     /// Rows and columns; (0, 0) leaves the terminal's own.
     pub terminal: Option<(u16, u16)>,
+    pub plain_line_ends: bool,
     pub keyring: Option<CString>,
     pub preserve_fds: u32,
 }
@@ -108,6 +109,7 @@ impl ProcessPlan {
             label: label(process)?,
             seccomp: linux.seccomp().as_ref().map(seccomp::compile).transpose()?,
             terminal,
+            plain_line_ends: options.plain_line_ends,
             keyring: (!options.no_new_keyring).then(|| c_string("id", &format!("_ses.{}", options.id))).transpose()?,
             preserve_fds: options.preserve_fds,
         })

@@ -2,7 +2,8 @@
 //! a call whose rules look at arguments has a chain of comparisons at its leaf.
 //!
 //! Reading of a profile: the first rule that names the call and whose argument conditions all hold decides; without one
-//! the default action does. Several conditions on the *same* argument within a rule are alternatives (each makes a rule
+//! the default action does; but a call that is newer than any that the profile names does not exist (`ENOSYS`) rather than
+//! being refused, for programs fall back to older ones only then. Several conditions on the *same* argument within a rule are alternatives (each makes a rule
 //! of its own), as runc has always read them. A call of an architecture that the profile does not list kills the
 //! process. Calls without argument rules are decided by number and architecture alone, which lets the kernel answer
 //! them from its bitmap without running the program.
@@ -23,6 +24,7 @@ const MAX_INSTRUCTIONS: usize = 4096;
 const ARGUMENTS: usize = 6;
 const KILL_PROCESS: u32 = 0x8000_0000;
 const EPERM: u32 = 1;
+const ENOSYS: u32 = 38;
 
 // Opcodes of classic BPF (linux/bpf_common.h) as used here: all on the 32-bit accumulator.
 const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
@@ -62,6 +64,8 @@ type Table = Vec<(u32, Vec<Rule>)>;
 struct Run<'rules> {
     first: u32,
     rules: &'rules [Rule],
+    /// What happens where no rule matches.
+    default: u32,
 }
 
 /// Compiles a profile.
@@ -71,6 +75,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
         return Err(Error::config("linux.seccomp.defaultAction", "SCMP_ACT_NOTIFY would stop the runtime itself"));
     }
     let architectures = architectures(profile);
+    let newer = newer(profile, default);
     let mut program = vec![load(ARCHITECTURE_AT)];
     let x32 = architectures.contains(&Architecture::X32);
     for architecture in architectures.iter().filter(|architecture| **architecture != Architecture::X32) {
@@ -78,18 +83,18 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
         let mut block = vec![load(NUMBER_AT)];
         if *architecture == Architecture::X86_64 {
             let other = if x32 {
-                search(&runs(&self::table(profile, Architecture::X32)?), default)
+                search(&runs(&self::table(profile, Architecture::X32)?, default, newer))
             } else {
                 vec![finish(KILL_PROCESS)]
             };
-            let native = search(&runs(&table), default);
+            let native = search(&runs(&table, default, newer));
             // An x32 call is one of x86_64 by its architecture, told apart by a bit of its number.
             block.push(Instruction { code: JUMP_GREATER_EQUAL, jump_true: 0, jump_false: 1, value: X32_BIT });
             block.push(skip(native.len()));
             block.extend(native);
             block.extend(other);
         } else {
-            block.extend(search(&runs(&table), default));
+            block.extend(search(&runs(&table, default, newer)));
         }
         program.push(Instruction { code: JUMP_EQUAL, jump_true: 1, jump_false: 0, value: architecture.audit() });
         program.push(skip(block.len()));
@@ -136,7 +141,19 @@ pub fn naive(profile: &LinuxSeccomp, audit: u32, number: u32, arguments: [u64; A
             return action(rule.action(), rule.errno_ret());
         }
     }
-    action(profile.default_action(), profile.default_errno_ret())
+    let default = action(profile.default_action(), profile.default_errno_ret())?;
+    let names = profile.syscalls().iter().flatten().flat_map(|rule| rule.names());
+    let last = names.filter_map(|name| architecture.number(name)).max();
+    Ok(if last.is_some_and(|last| number > last) { newer(profile, default) } else { default })
+}
+
+/// The answer to calls above all that a profile names on an architecture.
+fn newer(profile: &LinuxSeccomp, default: u32) -> u32 {
+    match profile.default_action() {
+        // Allowed; or answered by a tracer, which knows best.
+        LinuxSeccompAction::ScmpActAllow | LinuxSeccompAction::ScmpActLog | LinuxSeccompAction::ScmpActTrace => default,
+        _ => LinuxSeccompAction::ScmpActErrno.as_u32(Some(ENOSYS)),
+    }
 }
 
 /// The kernel's word for an action. A missing errno is EPERM, for the default action and for rules alike.
@@ -254,8 +271,8 @@ fn table(profile: &LinuxSeccomp, architecture: Architecture) -> Result<Table> {
 }
 
 /// Splits all numbers into runs of equal rules.
-fn runs(table: &Table) -> Vec<Run<'_>> {
-    let mut runs: Vec<Run<'_>> = vec![Run { first: 0, rules: &[] }];
+fn runs(table: &Table, default: u32, newer: u32) -> Vec<Run<'_>> {
+    let mut runs: Vec<Run<'_>> = vec![Run { first: 0, rules: &[], default }];
     let mut push = |first: u32, rules| {
         let last = runs.last_mut().expect("it begins with one");
         if last.rules == rules {
@@ -264,7 +281,7 @@ fn runs(table: &Table) -> Vec<Run<'_>> {
         if last.first == first {
             last.rules = rules;
         } else {
-            runs.push(Run { first, rules });
+            runs.push(Run { first, rules, default });
         }
     };
     let mut next = 0;
@@ -276,17 +293,20 @@ fn runs(table: &Table) -> Vec<Run<'_>> {
         next = number + 1;
     }
     push(next, &[]);
+    if let (Some(last), false) = (runs.last_mut(), table.is_empty()) {
+        last.default = newer;
+    }
     runs
 }
 
 /// Binary search over the runs; the accumulator holds the call's number.
-fn search(runs: &[Run<'_>], default: u32) -> Vec<Instruction> {
+fn search(runs: &[Run<'_>]) -> Vec<Instruction> {
     if let [run] = runs {
-        return leaf(run.rules, default);
+        return leaf(run.rules, run.default);
     }
     let (low, high) = runs.split_at(runs.len() / 2);
     let pivot = high[0].first;
-    let (low, high) = (search(low, default), search(high, default));
+    let (low, high) = (search(low), search(high));
     let mut block = Vec::with_capacity(low.len() + high.len() + 2);
     if let Ok(distance) = u8::try_from(low.len()) {
         block.push(Instruction { code: JUMP_GREATER_EQUAL, jump_true: distance, jump_false: 0, value: pivot });

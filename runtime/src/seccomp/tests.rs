@@ -94,10 +94,17 @@ fn rule() -> impl Strategy<Value = serde_json::Value> {
 
 fn profile() -> impl Strategy<Value = LinuxSeccomp> {
     let architectures = prop::sample::subsequence(vec!["X86_64", "X86", "X32", "AARCH64", "RISCV64"], 0..=5);
-    (prop::collection::vec(rule(), 0..12), architectures).prop_map(|(rules, architectures)| {
+    let defaults = prop::sample::select(vec![
+        ("ERRNO", Some(38)),
+        ("ERRNO", Some(1)),
+        ("TRACE", Some(5)),
+        ("ALLOW", None),
+        ("KILL", None),
+    ]);
+    (prop::collection::vec(rule(), 0..12), architectures, defaults).prop_map(|(rules, architectures, default)| {
         serde_json::from_value(serde_json::json!({
-            "defaultAction": "SCMP_ACT_ERRNO",
-            "defaultErrnoRet": 38,
+            "defaultAction": format!("SCMP_ACT_{}", default.0),
+            "defaultErrnoRet": default.1,
             "architectures": architectures.iter().map(|name| format!("SCMP_ARCH_{name}")).collect::<Vec<_>>(),
             "syscalls": rules,
         }))

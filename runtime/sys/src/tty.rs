@@ -18,6 +18,19 @@ pub fn peer(master: BorrowedFd<'_>) -> Result<OwnedFd> {
     own(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
 }
 
+/// Lets what is printed end its lines as it does, without a carriage return put before.
+pub fn keep_line_ends(terminal: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: termios is plain data for which all zeroes is valid.
+    let mut modes: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: both take a terminal and a termios, which outlives the calls.
+    unsafe {
+        check(libc::tcgetattr(terminal.as_raw_fd(), &raw mut modes).into())?;
+        modes.c_oflag &= !libc::ONLCR;
+        check(libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &raw const modes).into())?;
+    }
+    Ok(())
+}
+
 /// Makes a terminal the controlling one of this session.
 pub fn set_controlling(terminal: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: takes an integer only.

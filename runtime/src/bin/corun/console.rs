@@ -5,7 +5,7 @@ use coracle_runtime::{Exit, Init};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -44,6 +44,8 @@ impl Raw {
         let saved = tcgetattr(stdin).ok()?;
         let mut raw = saved.clone();
         cfmakeraw(&mut raw);
+        // The container's terminal leaves line ends to this one.
+        raw.output_flags.insert(OutputFlags::OPOST);
         tcsetattr(stdin, SetArg::TCSANOW, &raw).ok()?;
         Some(Self(saved))
     }

@@ -67,7 +67,7 @@ fn make<'folder>(
     for name in
         capability::left_out(specification.process().as_ref().and_then(|process| process.capabilities().as_ref()))
     {
-        context.warn(&format!("ambient capability {name} is not permitted and inheritable, too, and was left out"));
+        context.warn(&format!("can't raise ambient capability {name}: it is not permitted and inheritable, too"));
     }
     let inherited = pass_activation(&mut specification)?;
     let process = specification.process().as_ref();
@@ -84,6 +84,7 @@ fn make<'folder>(
         no_pivot: context.flags.has("no-pivot"),
         no_new_keyring: context.flags.has("no-new-keyring"),
         preserve_fds: context.flags.number("preserve-fds")?.unwrap_or(0) + inherited,
+        plain_line_ends: context.flags.value("console-socket").is_none(),
         gate,
     };
     let plan = Plan::compile(&specification, &bundle, &options)?;
@@ -177,9 +178,7 @@ fn cgroup(context: &Context, plan: &Plan, id: &str) -> Result<Option<Cgroup>> {
         }
         other => other?,
     };
-    if cgroup.is_taken()? {
-        bail!("cgroup {} has processes already: choose another linux.cgroupsPath", cgroup.name().display());
-    }
+    cgroup.check_free()?;
     let applied = cgroup.apply(plan.resources()).or_else(|error| match error {
         // In a user namespace nothing can be done to devices anyway.
         coracle_runtime::Error::Cgroup { source, .. }

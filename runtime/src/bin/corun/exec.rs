@@ -83,7 +83,9 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     match state.status(&folder) {
         Status::Running | Status::Created => {}
         Status::Paused if context.flags.has("ignore-paused") => {}
-        Status::Paused => bail!("container {:?} is paused: resume it first", state.id),
+        Status::Paused => {
+            bail!("cannot exec in a paused container: resume {:?} first, or use --ignore-paused", state.id)
+        }
         other => bail!("container {:?} is {other}: nothing can be run in it", state.id),
     }
     let pidfd = state.pidfd().ok_or_else(|| anyhow!("container {:?} has just ended", state.id))?;
@@ -93,7 +95,7 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
         None => state.cgroup(),
         Some(below) => {
             if Path::new(below).components().any(|part| part == std::path::Component::ParentDir) {
-                bail!("--cgroup: {below:?} leads out of the container's cgroup");
+                bail!("bad sub cgroup path {below:?}: it leads out of the container's cgroup");
             }
             state.need_cgroup()?;
             Some(Cgroup::open(&state.cgroup.join(below.trim_start_matches('/')))?)
@@ -102,6 +104,7 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     let options = Options {
         id: state.id.clone(),
         preserve_fds: context.flags.number("preserve-fds")?.unwrap_or(0),
+        plain_line_ends: context.flags.value("console-socket").is_none(),
         ..Options::default()
     };
     let detach = context.flags.has("detach");

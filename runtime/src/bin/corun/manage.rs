@@ -25,15 +25,10 @@ pub(crate) fn start(context: &Context) -> Result<i32> {
     let specification = folder.load_spec()?;
     let options = Options { id: state.id.clone(), ..Options::default() };
     let plan = Plan::compile(&specification, &state.bundle, &options)?;
-    let environment = plan.hook_environment();
-    hooks::start_container(
-        plan.hooks(),
-        &state.template(),
-        state.pid,
-        pidfd.as_fd(),
-        plan.namespace_flags(),
-        environment,
-    )?;
+    if plan.hooks().start_container().is_some() {
+        let inside = hooks::Inside::new(&plan, state.cgroup().as_ref())?;
+        hooks::start_container(plan.hooks(), &state.template(), state.pid, pidfd.as_fd(), &inside)?;
+    }
     let place = std::fs::File::open(&folder.path)?;
     let address = UnixAddr::new(format!("/proc/self/fd/{}/start.sock", place.as_raw_fd()).as_str())?;
     let stream = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;

@@ -76,7 +76,11 @@ pub(crate) fn decode(bytes: &[u8], of: Format, kind: &Kind) -> Result<Decoded, S
     if value.get("apiVersion").and_then(Value::as_str).unwrap_or_default().is_empty() {
         value["apiVersion"] = kind.api_version().into();
     }
-    strict.extend(conform(&mut value, kind)?);
+    let unknown = conform(&mut value, kind)?;
+    if kind.crd.is_none() {
+        decoder::skip_unknown(&mut strict, &unknown);
+    }
+    strict.extend(unknown);
     decoder::in_document_order(bytes, format(of), &mut strict);
     Ok(Decoded { value, strict })
 }

@@ -55,9 +55,28 @@ pub fn parse(bytes: &[u8], format: Format) -> Result<Decoded, DecodeError> {
 /// Reads bytes as an object of `schema`: wrong types are errors, unknown fields are dropped and reported.
 pub fn decode(bytes: &[u8], format: Format, schema: &Schema) -> Result<Decoded, DecodeError> {
     let mut decoded = parse(bytes, format)?;
-    typed::conform(&mut decoded.value, schema, &mut decoded.warnings)?;
+    let mut unknown = Vec::new();
+    typed::conform(&mut decoded.value, schema, &mut unknown)?;
+    skip_unknown(&mut decoded.warnings, &unknown);
+    decoded.warnings.extend(unknown);
     in_document_order(bytes, format, &mut decoded.warnings);
     Ok(decoded)
+}
+
+/// Leaves out what parsing says of fields that the type does not know: they are skipped whole, so nothing in them counts as repeated.
+pub fn skip_unknown(repeated: &mut Vec<String>, unknown: &[String]) {
+    let unknown: Vec<&str> = unknown.iter().filter_map(|warning| field(warning, "unknown field ")).collect();
+    repeated.retain(|warning| {
+        let path = field(warning, "duplicate field ").unwrap_or_default();
+        !unknown.iter().any(|skipped| {
+            path.strip_prefix(skipped).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+        })
+    });
+}
+
+/// The path that a warning of this kind names.
+fn field<'a>(warning: &'a str, kind: &str) -> Option<&'a str> {
+    warning.strip_prefix(kind)?.strip_prefix('"')?.strip_suffix('"')
 }
 
 /// Puts the warnings of parsing and of conforming into the order in which the document has their fields.

@@ -383,6 +383,16 @@ mod tests {
     }
 
     #[test]
+    fn a_field_that_is_unknown_is_not_called_repeated_too() {
+        let body = br#"{"spec": {"more": {"a": 1, "a": 2}, "more": 1, "moreover": [{"a": 1, "a": 2}], "paused": true, "paused": false}}"#;
+        let decoded = decode(body, Format::Json, &schema("io.k8s.api.apps.v1.Deployment")).expect("decodes");
+        assert_eq!(
+            strict_error(&decoded.warnings),
+            "strict decoding error: unknown field \"spec.more\", unknown field \"spec.moreover\", duplicate field \"spec.paused\""
+        );
+    }
+
+    #[test]
     fn strict_errors_stand_in_document_order() {
         let body = br#"{"spec": {"unknownField": "foo", "replicas": 2, "replicas": 3}, "metadata": {"x": 1}}"#;
         let decoded = decode(body, Format::Json, &schema("io.k8s.api.apps.v1.Deployment")).expect("decodes");

@@ -696,6 +696,30 @@ async fn definitions_change_under_their_objects() {
 }
 
 #[tokio::test]
+async fn what_was_stored_in_another_version_is_read_in_the_one_that_was_asked_for() {
+    let s = Server::start().await;
+    let definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+    let version = |name: &str, storage: bool| json!({"name": name, "served": true, "storage": storage, "schema": {"openAPIV3Schema": {"type": "object"}}});
+    let spec = json!({"spec": {"group": "example.com", "scope": "Cluster", "names": {"plural": "boats", "kind": "Boat"},
+        "versions": [version("v1", true), version("v2", false)]}});
+    s.ok("POST", definitions, object("apiextensions.k8s.io/v1", "CustomResourceDefinition", "boats.example.com", spec))
+        .await;
+    s.ok("POST", "/apis/example.com/v1/boats", object("example.com/v1", "Boat", "old", json!({}))).await;
+    let versions = json!({"spec": {"versions": [version("v1", false), version("v2", true)]}});
+    let definition = s.ok("PATCH", &format!("{definitions}/boats.example.com"), versions).await;
+    assert_eq!(definition["status"]["storedVersions"], json!(["v1", "v2"]));
+    s.ok("POST", "/apis/example.com/v1/boats", object("example.com/v1", "Boat", "recent", json!({}))).await;
+    for version in ["v1", "v2"] {
+        let (all, wanted) = (format!("/apis/example.com/{version}/boats"), format!("example.com/{version}"));
+        let one = s.ok("GET", &format!("{all}/old"), Value::Null).await;
+        assert_eq!(one["apiVersion"], wanted);
+        let list = s.ok("GET", &all, Value::Null).await;
+        let seen: Vec<_> = list["items"].as_array().into_iter().flatten().map(|boat| &boat["apiVersion"]).collect();
+        assert_eq!(seen, [&wanted, &wanted]);
+    }
+}
+
+#[tokio::test]
 async fn admission_sees_the_version_it_names_and_what_it_adds_is_pruned() {
     let s = Server::start().await;
     let text = json!({"type": "string"});

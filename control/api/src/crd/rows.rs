@@ -18,8 +18,16 @@ const MADE_FROM: &str = "madeFrom";
 /// The rows of a definition; those that were made from this revision of it before are kept.
 pub(super) fn of(api: &Arc<ApiServer>, definition: &Value, revision: u64, known: &Rows) -> Vec<Arc<Kind>> {
     let spec = &definition["spec"];
+    let versions = spec["versions"].as_array().cloned().unwrap_or_default();
+    let storage = versions.iter().find(|v| v["storage"].as_bool() == Some(true));
+    let storage = storage.map(|v| object::text(v, "/name").to_owned()).unwrap_or_default();
+    // Objects stay in the version in which they were written until they are written again.
+    let mixed = texts(&definition["status"]["storedVersions"]).iter().any(|stored| *stored != storage);
     // Conditions and other metadata do not make new rows.
-    let made_from = json!({"spec": spec, "uid": object::uid(definition), "deleting": definition.pointer("/metadata/deletionTimestamp")});
+    let made_from = json!({
+        "spec": spec, "uid": object::uid(definition), "mixed": mixed,
+        "deleting": definition.pointer("/metadata/deletionTimestamp"),
+    });
     let (group, plural) = (object::text(spec, "/group"), object::text(spec, "/names/plural"));
     let old: Vec<Arc<Kind>> =
         known.all.iter().filter(|kind| kind.crd.is_some() && kind.is(group, plural)).cloned().collect();
@@ -39,10 +47,6 @@ pub(super) fn of(api: &Arc<ApiServer>, definition: &Value, revision: u64, known:
     let mut crd = json!({"spec": spec, "metadata": {"name": object::name(definition), "uid": object::uid(definition)}});
     crd[MADE_FROM] = made_from;
     let crd = Arc::new(crd);
-    let versions = spec["versions"].as_array().cloned().unwrap_or_default();
-    let storage =
-        versions.iter().find(|v| v["storage"].as_bool() == Some(true)).map(|v| object::text(v, "/name").to_owned());
-    let storage = storage.unwrap_or_default();
     let conversion: Option<Arc<dyn Conversion>> = (object::text(spec, "/conversion/strategy") == "Webhook")
         .then(|| Arc::new(Webhook::new(api, spec)) as Arc<dyn Conversion>);
     let deleting = definition.pointer("/metadata/deletionTimestamp").is_some_and(Value::is_string);
@@ -51,7 +55,7 @@ pub(super) fn of(api: &Arc<ApiServer>, definition: &Value, revision: u64, known:
         .map(|version| {
             let name = object::text(version, "/name");
             let schema = schemas.iter().find(|(of, _)| of == name).map(|(_, schema)| schema.clone());
-            Arc::new(row(&crd, version, &storage, schema, conversion.clone(), deleting))
+            Arc::new(row(&crd, version, &storage, schema, conversion.clone(), deleting, mixed))
         })
         .collect()
 }
@@ -67,6 +71,7 @@ fn row(
     schema: Option<Arc<Schema>>,
     conversion: Option<Arc<dyn Conversion>>,
     deleting: bool,
+    mixed: bool,
 ) -> Kind {
     let spec = &crd["spec"];
     let names = &spec["names"];
@@ -127,7 +132,7 @@ fn row(
         subresources,
         columns,
         schema_name: format!("{}.{name}.{kind}", group.split('.').rev().collect::<Vec<_>>().join(".")),
-        defaults_when_read: coracle_schema::default::has_defaults(&schema),
+        differs_when_read: mixed || coracle_schema::default::has_defaults(&schema),
         schema: OnceLock::from(schema),
         strategy: Arc::new(Custom { has_status, namespaced: object::text(spec, "/scope") == "Namespaced" }),
         prefix: format!("/registry/{group}/{plural}/"),

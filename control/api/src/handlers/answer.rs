@@ -36,7 +36,7 @@ pub(crate) async fn object(call: &Call, code: u16, outgoing: Outgoing) -> Result
 
 /// Whether stored bytes are what a client of this version gets.
 pub(super) fn is_answer(kind: &Kind) -> bool {
-    kind.is_storage_version() && !kind.defaults_when_read
+    kind.is_storage_version() && !kind.differs_when_read
 }
 
 /// Answers with an object in the shape that was asked for.

@@ -223,7 +223,7 @@ pub(crate) async fn all_to_version(kind: &Kind, mut values: Vec<Value>) -> Resul
     if values.iter().any(|value| value.get("apiVersion").and_then(Value::as_str) != Some(wanted.as_str())) {
         values = convert(kind, values, &wanted).await?;
     }
-    if kind.defaults_when_read {
+    if kind.differs_when_read {
         values.iter_mut().for_each(|value| wire::default(kind, value));
     }
     Ok(values)

@@ -58,7 +58,7 @@ pub(crate) fn body_kind(sub: &Subresource, of: &Kind) -> Kind {
         conversion: None,
         crd: None,
         deprecation: None,
-        defaults_when_read: false,
+        differs_when_read: false,
         served: true,
     }
 }

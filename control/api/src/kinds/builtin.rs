@@ -73,7 +73,7 @@ fn row(line: &'static str) -> Kind {
         conversion: crate::convert::builtin(group, resource),
         crd: None,
         deprecation: deprecation(group, version, resource),
-        defaults_when_read: false,
+        differs_when_read: false,
         served: true,
     }
 }

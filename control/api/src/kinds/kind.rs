@@ -101,8 +101,9 @@ pub struct Kind {
     pub crd: Option<Arc<Value>>,
     /// Sentence for a `Warning` header when this version is used and deprecated.
     pub deprecation: Option<String>,
-    /// Whether stored objects may lack defaults that a reader is to see: a CRD's schema got them after they were written.
-    pub defaults_when_read: bool,
+    /// Whether stored objects may not be what a reader is to see: a CRD's schema got defaults after they were written, or they are of
+    /// a version that was the stored one before.
+    pub differs_when_read: bool,
     /// Whether the version is in discovery (a CRD's version may be stored but not served).
     pub served: bool,
 }
@@ -144,7 +145,7 @@ impl Kind {
         self.crd.is_none() && self.group != crate::usage::GROUP
     }
 
-    /// Whether the row's version is the one in the store, so that stored bytes are answers.
+    /// Whether the row's version is the one that is written into the store.
     pub fn is_storage_version(&self) -> bool {
         self.version == self.storage_version && self.group == self.storage_group
     }

@@ -6,22 +6,16 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::Api;
-use kube::api::{Patch, PatchParams, PostParams};
-use serde_json::json;
 
 use crate::net::{Here, inside, service};
 use crate::peers::{self, Contestant, interleave};
 use crate::report::Figure;
-use crate::server::Server;
 use crate::stats::quantile;
 
 /// What everybody is asked for, and the answer: the first Service of many.
 const NAME: &str = "service-0.default.svc.cluster.local";
 const ANSWER: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 11);
-const OURS: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 10);
+pub(crate) const OURS: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 10);
 /// Questions that are on their way at once, and how long they are asked.
 const WINDOW: usize = 32;
 const RUN: Duration = Duration::from_millis(700);
@@ -88,27 +82,29 @@ pub(crate) fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
     figures
 }
 
-fn compare(all: &[Answering], rounds: usize) -> anyhow::Result<Vec<Figure>> {
-    for server in all {
-        let started = Instant::now();
-        let socket = client(server.address)?;
-        while ask(&socket).is_err() {
-            if started.elapsed() > PATIENCE {
-                bail!("{} does not answer", server.name);
-            }
+/// Waits for a server that has just been started.
+fn answers(server: &Answering) -> anyhow::Result<()> {
+    let (started, socket) = (Instant::now(), client(server.address)?);
+    while let Err(error) = ask(&socket) {
+        if started.elapsed() > PATIENCE {
+            return Err(error.context("no answer"));
         }
     }
+    Ok(())
+}
+
+fn compare(all: &[Answering], rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let run = |what: fn(&Answering) -> anyhow::Result<f64>| {
         let contestants = all.iter().map(|server| Contestant {
             name: server.name.clone(),
-            sample: Box::new(move || what(server).map_err(|error| format!("{error:#}"))),
+            sample: Box::new(move || answers(server).and_then(|()| what(server)).map_err(|error| format!("{error:#}"))),
         });
         interleave(contestants.collect(), rounds)
     };
     Ok(vec![
         Figure::compare("DNS answers a second of a processor", "per s", &run(rate)),
-        Figure::compare("DNS answer to a pod, p50", "ms", &run(|server| Ok(quantile(&waits(server)?, 0.5)))),
-        Figure::compare("DNS answer to a pod, p99", "ms", &run(|server| Ok(quantile(&waits(server)?, 0.99)))),
+        Figure::compare("DNS answer to a pod, p50 of each round", "ms", &run(|server| Ok(quantile(&waits(server)?, 0.5)))),
+        Figure::compare("DNS answer to a pod, p99 of each round", "ms", &run(|server| Ok(quantile(&waits(server)?, 0.99)))),
     ])
 }
 
@@ -191,46 +187,6 @@ fn ask(socket: &UdpSocket) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// From a change of a headless Service's endpoints, sent to the API, until its name has the new address.
-pub(crate) async fn follow(coracle: &Path, changes: u8) -> anyhow::Result<Figure> {
-    let server = Server::start(coracle, &[]).await?;
-    let measured = followed(&server, changes).await;
-    server.stop().await.context("take the server down")?;
-    Ok(Figure::ours("change of endpoints to DNS", "ms", measured?))
-}
-
-async fn followed(server: &Server, changes: u8) -> anyhow::Result<Vec<f64>> {
-    let client = server.client().await?;
-    let services: Api<Service> = Api::default_namespaced(client.clone());
-    let slices: Api<EndpointSlice> = Api::default_namespaced(client);
-    let spec = json!({"metadata": {"name": "moving"}, "spec": {"clusterIP": "None", "ports": [{"port": 80}]}});
-    services.create(&PostParams::default(), &serde_json::from_value(spec)?).await?;
-    let slice = json!({"metadata": {"name": "moving", "labels": {"kubernetes.io/service-name": "moving"}},
-        "addressType": "IPv4", "endpoints": [], "ports": []});
-    slices.create(&PostParams::default(), &serde_json::from_value(slice)?).await?;
-    let socket = tokio::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
-    socket.connect((OURS, 53)).await?;
-    let question = asking("moving.default.svc.cluster.local");
-    let mut buffer = [0; 512];
-    let mut waits = Vec::new();
-    for last in 1..=changes {
-        let address = Ipv4Addr::new(10, 42, 7, last);
-        let patch = json!({"endpoints": [{"addresses": [address.to_string()]}]});
-        let started = Instant::now();
-        slices.patch("moving", &PatchParams::default(), &Patch::Merge(patch)).await?;
-        loop {
-            socket.send(&question).await?;
-            let len = tokio::time::timeout(PATIENCE, socket.recv(&mut buffer)).await.context("no answer")??;
-            if buffer[..len].windows(4).any(|bytes| bytes == address.octets()) {
-                break;
-            }
-            anyhow::ensure!(started.elapsed() < PATIENCE, "the name never got {address}");
-        }
-        waits.push(started.elapsed().as_secs_f64() * 1e3);
-    }
-    Ok(waits)
-}
-
 /// The other servers that this machine has, each at an address of its own with the same names.
 fn others(folder: &Path) -> anyhow::Result<Vec<Answering>> {
     let mut all = Vec::new();
@@ -260,7 +216,7 @@ fn others(folder: &Path) -> anyhow::Result<Vec<Answering>> {
             names.iter().map(|(name, address)| format!("  local-data: \"{name}. A {address}\"\n")).collect();
         all.push(started("unbound", Ipv4Addr::new(192, 0, 2, 2), |address| {
             let text = format!(
-                "server:\n  interface: {address}\n  access-control: 0.0.0.0/0 allow\n  username: \"\"\n  chroot: \"\"\n  pidfile: \"\"\n  \
+                "server:\n  interface: {address}\n  access-control: 0.0.0.0/0 allow\n  username: \"\"\n  chroot: \"\"\n  directory: \"/\"\n  pidfile: \"\"\n  \
                  use-syslog: no\n  do-daemonize: no\n  num-threads: 1\n  local-zone: \"cluster.local.\" static\n{data}remote-control:\n  control-enable: no\n"
             );
             // A file that cannot be written shows when the server finds none.

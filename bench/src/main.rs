@@ -3,10 +3,10 @@
 
 mod api;
 mod api_scale;
+mod cluster;
 mod dns;
 mod hollow;
 mod host;
-mod join;
 mod kube_apiserver;
 mod net;
 mod node;
@@ -173,10 +173,10 @@ fn main() -> anyhow::Result<()> {
             figures.extend(measured.context("node")?);
         }
         if wanted(Verb::Net) {
-            figures.push(runtime.block_on(join::measure(&coracle, options.rounds)).context("join")?);
+            figures.push(runtime.block_on(cluster::join(&coracle, options.rounds)).context("join")?);
         }
         if wanted(Verb::Dns) {
-            figures.push(runtime.block_on(dns::follow(&coracle, 100)).context("dns")?);
+            figures.push(runtime.block_on(cluster::follow(&coracle, 100)).context("dns")?);
         }
         if wanted(Verb::ApiScale) {
             let scale = api_scale::Scale { pods: options.held, listed: options.objects, watchers: options.watchers };

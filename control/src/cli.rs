@@ -70,6 +70,9 @@ pub(crate) struct ServerOptions {
     /// Domain of the cluster's names
     #[arg(long, default_value = "cluster.local")]
     pub(crate) cluster_domain: String,
+    /// Domain with resolvers of its own, such as `corp.example=192.0.2.1,192.0.2.2:5353`; repeat it for more
+    #[arg(long, value_name = "DOMAIN=ADDRESSES", value_parser = crate::cluster::stub_domain)]
+    pub(crate) dns_stub_domain: Vec<crate::cluster::StubDomain>,
     /// How packets reach the pods of other hosts
     #[arg(long, alias = "flannel-backend", value_enum, default_value = "host-gw")]
     pub(crate) network_backend: NetworkBackend,
@@ -172,6 +175,9 @@ pub(crate) struct NodeOptions {
     /// What carries the rules of Services and policies out; nftables where the kernel has it, else iptables
     #[arg(long, value_name = "MODE")]
     pub(crate) proxy_mode: Option<crate::cluster::ProxyMode>,
+    /// Ranges of local addresses at which node ports are open; at every local address if not given
+    #[arg(long, value_delimiter = ',', value_name = "CIDRS")]
+    pub(crate) nodeport_addresses: Vec<ipnet::IpNet>,
     /// Let the host's CNI plugins make the pods' networks
     #[arg(long)]
     pub(crate) cni: bool,

@@ -1,6 +1,6 @@
 //! What every node of a cluster must know alike. The server is told by flags and tells its agents by a ConfigMap.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, bail};
 use coracle_netns::{Overlay, WireGuardKey};
@@ -29,6 +29,23 @@ pub(crate) struct Cluster {
     pub(crate) cluster_dns: Vec<IpAddr>,
     pub(crate) cluster_domain: String,
     pub(crate) network_backend: NetworkBackend,
+    #[serde(default)]
+    pub(crate) stub_domains: Vec<StubDomain>,
+}
+
+/// A domain and the resolvers of its names.
+pub(crate) type StubDomain = (String, Vec<SocketAddr>);
+
+/// Reads `DOMAIN=ADDRESS[:PORT],…`.
+pub(crate) fn stub_domain(text: &str) -> Result<StubDomain, String> {
+    const DNS_PORT: u16 = 53;
+    let wrong = || format!("{text:?} is not of the form DOMAIN=ADDRESS,…, such as corp.example=192.0.2.1");
+    let (domain, resolvers) = text.split_once('=').filter(|(domain, _)| !domain.is_empty()).ok_or_else(wrong)?;
+    let resolver = |text: &str| {
+        let address = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::new(ip, DNS_PORT)));
+        address.map_err(|_| wrong())
+    };
+    Ok((domain.to_owned(), resolvers.split(',').map(|text| resolver(text.trim())).collect::<Result<_, _>>()?))
 }
 
 /// How packets reach the pods of other hosts.
@@ -91,6 +108,7 @@ impl Cluster {
             dns_ips: self.cluster_dns.clone(),
             cluster_domain: self.cluster_domain.clone(),
             node_ips: ips.to_vec(),
+            stub_domains: self.stub_domains.clone(),
             overlay: match (self.network_backend, key) {
                 (NetworkBackend::HostGw, _) => Overlay::Routes,
                 (NetworkBackend::Vxlan, _) => VXLAN,
@@ -106,4 +124,20 @@ fn range(name: &str, text: &str) -> anyhow::Result<Vec<IpNet>> {
     text.split(',')
         .map(|range| range.trim().parse().with_context(|| format!("{name} {range} is no address range")))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stub_domains_name_their_resolvers() {
+        let read = |text: &str| stub_domain(text).map(|(domain, all)| (domain, all.iter().map(ToString::to_string).collect()));
+        let found = |domain: &str, all: &[&str]| Ok((domain.to_owned(), all.iter().map(ToString::to_string).collect::<Vec<_>>()));
+        assert_eq!(read("corp.example=192.0.2.1, 192.0.2.2:5353"), found("corp.example", &["192.0.2.1:53", "192.0.2.2:5353"]));
+        assert_eq!(read("x=fd00::1,[fd00::2]:54"), found("x", &["[fd00::1]:53", "[fd00::2]:54"]));
+        for wrong in ["x", "=192.0.2.1", "x=", "x=resolver.example", "x=192.0.2.1,"] {
+            assert!(stub_domain(wrong).is_err(), "{wrong}");
+        }
+    }
 }

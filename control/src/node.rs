@@ -144,6 +144,7 @@ pub(crate) async fn start(
     let ranges = agent.pod_cidrs().await?;
     let mut network = cluster.network(&options.folders.run_dir, &name, &ips, &ranges, key)?;
     network.proxy_mode = options.proxy_mode.map(Into::into);
+    network.node_port_addresses.clone_from(&options.nodeport_addresses);
     network.cni = options
         .cni
         .then(|| CniConfig { conf_dir: options.cni_conf_dir.clone(), bin_dirs: options.cni_bin_dir.clone() });

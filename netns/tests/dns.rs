@@ -138,6 +138,40 @@ fn pods_and_host_get_answers_and_changes_are_seen_at_once() {
     });
 }
 
+#[test]
+fn stub_domains_have_resolvers_of_their_own() {
+    on_own_host(|| {
+        let ((general, asked), (stub, asked_stub)) = (upstream(), upstream());
+        let node = Node::start(|config| {
+            config.upstreams = vec![general];
+            config.stub_domains = vec![("corp.example".into(), vec![stub]), ("example".into(), vec![general])];
+        });
+        let network = node.network().clone();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let serving = std::thread::spawn(move || {
+            runtime().block_on(async {
+                tokio::select! {
+                    _ = network.serve_dns() => panic!("the server ended"),
+                    _ = stopped => {}
+                }
+            });
+        });
+        let socket = client();
+        let counts = || [&asked, &asked_stub].map(|asked| asked.load(std::sync::atomic::Ordering::SeqCst));
+        for name in ["a.corp.example.", "B.CORP.example.", "corp.example."] {
+            assert_eq!(answer(&exchange(&socket, name)).1, ["192.0.2.53"], "{name}");
+        }
+        assert_eq!(counts(), [0, 3]);
+        for name in ["notcorp.example.", "example.org."] {
+            assert_eq!(answer(&exchange(&socket, name)).1, ["192.0.2.53"], "{name}");
+        }
+        assert_eq!(counts(), [2, 3]);
+        stop.send(()).unwrap();
+        serving.join().unwrap();
+        node.network().destroy().unwrap();
+    });
+}
+
 fn socket_address() -> SocketAddr {
     DNS.parse().unwrap()
 }

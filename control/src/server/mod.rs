@@ -45,6 +45,7 @@ async fn start(options: &ServerOptions, parts: &mut Parts) -> anyhow::Result<()>
         cluster_dns: host::cluster_dns(&options.cluster_dns, &options.service_cidr)?,
         cluster_domain: options.cluster_domain.clone(),
         network_backend: options.network_backend,
+        stub_domains: options.dns_stub_domain.clone(),
     };
     cluster.check()?;
     let config = Config {

@@ -101,7 +101,7 @@ fn keep_for(response: &Message) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use hickory_proto::op::OpCode;
-    use hickory_proto::rr::rdata::A;
+    use hickory_proto::rr::rdata::{A, SOA};
 
     use super::*;
 
@@ -124,6 +124,27 @@ mod tests {
         };
         assert_eq!((later(0), later(4), later(10)), (Some(10), Some(6), None));
         assert!(cache.get(&lower, (true, false), now).is_none());
+    }
+
+    #[test]
+    fn no_is_kept_for_as_long_as_the_zone_says_and_not_longer_than_half_a_minute() {
+        let soa = |ttl, minimum| {
+            let name = Name::from_ascii("example.com.").unwrap();
+            let soa = SOA::new(name.clone(), name.clone(), 1, 1, 1, 1, minimum);
+            Record::from_rdata(name, ttl, RData::SOA(soa))
+        };
+        for (record, code, kept) in [
+            (Some(soa(20, 10)), ResponseCode::NXDomain, Some(10)),
+            (Some(soa(5, 10)), ResponseCode::NoError, Some(5)),
+            (Some(soa(900, 900)), ResponseCode::NXDomain, Some(NEGATIVE_TTL_MAX_S)),
+            (None, ResponseCode::NXDomain, None),
+            (Some(soa(20, 10)), ResponseCode::Refused, None),
+        ] {
+            let mut message = Message::response(1, OpCode::Query);
+            message.metadata.response_code = code;
+            message.authorities.extend(record);
+            assert_eq!(keep_for(&message), kept, "{code}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub(crate) use server::Server;
 /// What an empty zone replies to a datagram, for fuzzers.
 pub(crate) fn reply_to(config: &crate::Config, bytes: &[u8]) -> Option<Vec<u8>> {
     match response::step(&zone::Zone::new(config), bytes) {
-        response::Step::Reply(message) => response::encode(&message, None, true, &Metrics::default()),
+        response::Step::Reply { message, size } => response::encode(&message, size, true, &Metrics::default()),
         _ => None,
     }
 }

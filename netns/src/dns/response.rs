@@ -14,8 +14,8 @@ const HEADER_BYTES: usize = 12;
 
 /// What to do about a question.
 pub(super) enum Step {
-    /// Send this.
-    Reply(Message),
+    /// Send this, to an asker that takes so many bytes by UDP if it says.
+    Reply { message: Message, size: Option<u16> },
     /// Ask elsewhere, and put these records before what comes.
     Forward { request: Message, question: Query, before: Vec<Record> },
     /// Say nothing.
@@ -29,13 +29,15 @@ pub(super) fn step(zone: &Zone, bytes: &[u8]) -> Step {
         Err(_) if bytes.len() < HEADER_BYTES || bytes[2] & 0x80 != 0 => return Step::Silence,
         Err(_) => {
             let id = u16::from_be_bytes([bytes[0], bytes[1]]);
-            return Step::Reply(Message::error_msg(id, OpCode::Query, ResponseCode::FormErr));
+            let message = Message::error_msg(id, OpCode::Query, ResponseCode::FormErr);
+            return Step::Reply { message, size: None };
         }
     };
     if request.metadata.message_type == MessageType::Response {
         return Step::Silence;
     }
-    let refuse = |code| Step::Reply(reply(&request, code));
+    let size = request.edns.as_ref().map(|edns| edns.max_payload());
+    let refuse = |code| Step::Reply { message: reply(&request, code), size };
     if request.metadata.op_code != OpCode::Query {
         return refuse(ResponseCode::NotImp);
     }
@@ -56,13 +58,13 @@ pub(super) fn step(zone: &Zone, bytes: &[u8]) -> Step {
             message.answers = answers;
             message.additionals = additionals;
             rotate(&mut message);
-            Step::Reply(message)
+            Step::Reply { message, size }
         }
         Answer::NoName => {
             let mut message = reply(&request, ResponseCode::NXDomain);
             message.metadata.authoritative = true;
             message.authorities.push(zone.authority());
-            Step::Reply(message)
+            Step::Reply { message, size }
         }
         Answer::Outside { answers, name } => {
             let question = Query::query(name, question.query_type);

@@ -141,9 +141,8 @@ async fn serve_udp(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
         let next = step(&shared.zone.read(), &buffer[..len]);
         match next {
             Step::Silence => count(&shared.metrics.malformed),
-            Step::Reply(message) => {
-                let edns = asked_size(&message, &buffer[..len]);
-                if let Some(bytes) = encode(&message, edns, true, &shared.metrics) {
+            Step::Reply { message, size } => {
+                if let Some(bytes) = encode(&message, size, true, &shared.metrics) {
                     send(&socket, &bytes, peer).await;
                 }
             }
@@ -169,12 +168,6 @@ async fn serve_udp(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
             tokio::task::yield_now().await;
         }
     }
-}
-
-/// The size that the asker offered; a reply has an OPT record only if the question had one.
-fn asked_size(message: &Message, request: &[u8]) -> Option<u16> {
-    message.edns.as_ref()?;
-    Message::from_vec(request).ok()?.edns.map(|edns| edns.max_payload())
 }
 
 async fn send(socket: &UdpSocket, bytes: &[u8], peer: SocketAddr) {
@@ -227,7 +220,7 @@ async fn converse(shared: &Shared, mut stream: TcpStream) -> io::Result<()> {
         let next = step(&shared.zone.read(), question);
         let message = match next {
             Step::Silence => return Ok(()),
-            Step::Reply(message) => message,
+            Step::Reply { message, .. } => message,
             Step::Forward { request, question, before } => forward(shared, &request, &question, before).await,
         };
         let Some(bytes) = encode(&message, None, false, &shared.metrics) else { return Ok(()) };

@@ -55,7 +55,7 @@ fn question(name: &str, kind: RecordType) -> Vec<u8> {
 
 fn ask(zone: &Zone, name: &str, kind: RecordType) -> Message {
     match step(zone, &question(name, kind)) {
-        Step::Reply(message) => Message::from_vec(&encode(&message, None, true, &Metrics::default()).unwrap()).unwrap(),
+        Step::Reply { message, .. } => Message::from_vec(&encode(&message, None, true, &Metrics::default()).unwrap()).unwrap(),
         _ => panic!("{name} is not answered here"),
     }
 }
@@ -167,7 +167,7 @@ fn long_answers_are_cut_for_udp_and_whole_for_tcp() {
     let slice = EndpointSlice { service: key.clone(), ports: Vec::new(), endpoints };
     let service = Service { headless: true, ..Service::default() };
     zone.set(&key, Some(&Entry { service: Some(service), slices: vec![("1".into(), slice)] }));
-    let Step::Reply(message) = step(&zone, &question("big.ns.svc.cluster.local.", RecordType::A)) else { panic!() };
+    let Step::Reply { message, .. } = step(&zone, &question("big.ns.svc.cluster.local.", RecordType::A)) else { panic!() };
     for (edns, udp, limit) in
         [(None, true, 512), (Some(1232), true, 1232), (Some(65_000), true, 1232), (None, false, 65_535)]
     {
@@ -177,6 +177,64 @@ fn long_answers_are_cut_for_udp_and_whole_for_tcp() {
         assert_eq!(parsed.metadata.truncation, udp);
         assert_eq!(parsed.answers.len() == 200, !udp);
     }
+}
+
+/// The reply to a datagram, if there is one.
+fn reply(bytes: &[u8]) -> Option<Message> {
+    match step(&zone(), bytes) {
+        Step::Reply { message, size } => {
+            let bytes = encode(&message, size, true, &Metrics::default()).unwrap();
+            assert!(bytes.len() <= 1232);
+            Some(Message::from_vec(&bytes).unwrap())
+        }
+        Step::Forward { .. } | Step::Silence => None,
+    }
+}
+
+#[test]
+fn extensions_are_answered_as_asked() {
+    let ask = |version: u8, size: u16| {
+        let mut message = Message::from_vec(&question("web.ns.svc.cluster.local.", RecordType::A)).unwrap();
+        let mut edns = hickory_proto::op::Edns::new();
+        edns.set_version(version).set_max_payload(size);
+        message.set_edns(edns);
+        reply(&message.to_vec().unwrap()).unwrap()
+    };
+    assert!(reply(&question("web.ns.svc.cluster.local.", RecordType::A)).unwrap().edns.is_none());
+    let answer = ask(0, 4096);
+    assert_eq!((answer.answers.len(), answer.edns.unwrap().max_payload()), (1, 1232));
+    // One number has two names.
+    assert_eq!(u16::from(ask(1, 4096).metadata.response_code), u16::from(ResponseCode::BADVERS));
+    // Less than every resolver takes is taken for that.
+    assert_eq!(ask(0, 1).answers.len(), 1);
+}
+
+#[test]
+fn hostile_questions_are_survived() {
+    let header = |questions: u16| [[0, 7, 1, 0].as_slice(), &questions.to_be_bytes(), &[0; 6]].concat();
+    let with = |questions: u16, body: &[u8]| [header(questions).as_slice(), body].concat();
+    let kind = [0, 1, 0, 1];
+    let refused = |bytes: &[u8], why: &str| {
+        let code = reply(bytes).map(|message| message.metadata.response_code);
+        assert_eq!(code, Some(ResponseCode::FormErr), "{why}");
+    };
+    refused(&with(1, &[[0xc0, 12].as_slice(), &kind].concat()), "a name that is itself");
+    refused(&with(1, &[[1, b'a', 0xc0, 12].as_slice(), &kind].concat()), "a name that goes round");
+    refused(&with(1, &[[0xc0, 200].as_slice(), &kind].concat()), "a name after the end");
+    refused(&with(1, &[[0x41, b'a', 0].as_slice(), &kind].concat()), "a label of a kind that is not in use");
+    let label = [[63].as_slice(), &[b'x'; 63]].concat();
+    refused(&with(1, &[label.repeat(5).as_slice(), &[0], &kind].concat()), "a name of 320 bytes");
+    refused(&with(u16::MAX, &[[0].as_slice(), &kind].concat()), "65,535 questions that are not there");
+    let several = [[0].as_slice(), &kind, &[0], &kind].concat();
+    refused(&with(2, &several), "two questions");
+    refused(&header(0), "no question");
+    // An answer is no question: replying to it could go on for ever.
+    let mut answer = question("web.ns.svc.cluster.local.", RecordType::A);
+    answer[2] |= 0x80;
+    assert!(reply(&answer).is_none() && reply(&answer[..11]).is_none() && reply(&[]).is_none());
+    // Labels that are no text are somebody else's.
+    assert!(reply(&with(1, &[[2, 0xff, 0xfe, 0].as_slice(), &kind].concat())).is_none());
+    assert!(reply(&vec![0; 65_535]).is_some());
 }
 
 proptest! {
@@ -191,7 +249,7 @@ proptest! {
         let mut bytes = question("_sql._tcp.db.ns.svc.cluster.local.", RecordType::SRV);
         let at = at % bytes.len();
         bytes[at] = value;
-        if let Step::Reply(message) = step(&zone(), &bytes) {
+        if let Step::Reply { message, .. } = step(&zone(), &bytes) {
             encode(&message, Some(512), true, &Metrics::default());
         }
     }

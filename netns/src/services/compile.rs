@@ -209,3 +209,38 @@ fn is_hinted(here: &Here, endpoint: &Endpoint) -> Hinted {
         zone: here.zone.as_ref().is_some_and(|zone| endpoint.zone_hints.contains(zone)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{EndpointPort, ObjectKey};
+
+    #[test]
+    fn hints_are_followed_when_all_have_them() {
+        let here = Here { node: "here".into(), zone: Some("z1".into()) };
+        let endpoint = |host: u8, zone: &str, node: &str| {
+            let some = |text: &str| if text.is_empty() { Vec::new() } else { vec![Arc::from(text)] };
+            let address = IpAddr::from([10, 42, 0, host]);
+            Endpoint { zone_hints: some(zone), node_hints: some(node), ..Endpoint::ready(address, Some(node)) }
+        };
+        let chosen = |endpoints: Vec<Endpoint>| {
+            let ports = vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: 80 }];
+            let slice = EndpointSlice { service: ObjectKey::new("n", "s"), ports, endpoints };
+            let serving = serving(&here, Family::V4, &ServicePort { port: 80, ..ServicePort::default() }, [&slice].into_iter());
+            serving.cluster.iter().map(|address| address.to_string()).collect::<Vec<_>>()
+        };
+        let (one, two, three) = ("10.42.0.1:80", "10.42.0.2:80", "10.42.0.3:80");
+        // PreferSameZone (and PreferClose, its older name).
+        assert_eq!(chosen(vec![endpoint(1, "z1", ""), endpoint(2, "z2", "")]), [one]);
+        assert_eq!(chosen(vec![endpoint(1, "z1", ""), endpoint(2, "", "")]), [one, two], "half-made hints");
+        assert_eq!(chosen(vec![endpoint(1, "z2", ""), endpoint(2, "z3", "")]), [one, two], "none for us");
+        // PreferSameNode: the node, else the zone, else all.
+        let (there, near, far) = (endpoint(1, "z1", "here"), endpoint(2, "z1", "there"), endpoint(3, "z2", "far"));
+        assert_eq!(chosen(vec![there.clone(), near.clone(), far.clone()]), [one]);
+        assert_eq!(chosen(vec![near, far.clone()]), [two]);
+        assert_eq!(chosen(vec![far]), [three]);
+        // An endpoint that is not ready has no say.
+        let late = Endpoint { ready: false, serving: false, ..endpoint(3, "", "") };
+        assert_eq!(chosen(vec![there, late]), [one]);
+    }
+}

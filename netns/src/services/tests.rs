@@ -53,7 +53,7 @@ fn service(family: Family, n: usize) -> impl Strategy<Value = Service> {
     (any::<[bool; 6]>(), 0_u8..3).prop_map(
         move |([sticky, internal, external, node_port, balancer, outside], ranges)| Service {
             cluster_ips: vec![ip(family, 43, 20 + number)],
-            ports: [Protocol::Tcp, Protocol::Udp]
+            ports: [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
                 .map(|protocol| ServicePort {
                     name: format!("{protocol:?}"),
                     protocol,
@@ -99,7 +99,7 @@ fn change(event: &Event) -> ProxyChange {
     match event {
         Event::Service(n, service) => ProxyChange::Service(key(*n), service.clone()),
         Event::Slice(n, slice, endpoints) => {
-            let ports = [Protocol::Tcp, Protocol::Udp]
+            let ports = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
                 .map(|protocol| EndpointPort { name: format!("{protocol:?}"), protocol, port: 8080 })
                 .into();
             let object = endpoints.clone().map(|endpoints| EndpointSlice { service: key(*n), ports, endpoints });
@@ -181,7 +181,7 @@ fn tables(family: Family) -> BTreeMap<Family, Table> {
     BTreeMap::from([(family, layout::table(&config(family), family))])
 }
 
-fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, bool)], batch: usize) -> Result<(), TestCaseError> {
+fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, u8)], batch: usize) -> Result<(), TestCaseError> {
     let (mut stepwise, mut tables_stepwise) = (Proxy::new("here", config(family).dns_ips), tables(family));
     for events in history.chunks(batch) {
         stepwise.update(events.iter().map(change), &mut tables_stepwise);
@@ -197,7 +197,7 @@ fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, bool)], batch
     let chains = iptables::compile(&config(family), &stepwise, table);
     prop_assert_eq!(&chains, &iptables::compile(&config(family), &at_once, other));
     let local = HashSet::from([ip(family, 0, 1)]);
-    for (source, to, random, udp) in probes {
+    for (source, to, random, protocol) in probes {
         let source = if *source < 128 { ip(family, 42, *source % 8 + 10) } else { ip(family, 0, *source % 24) };
         let n = to % 4;
         let (to, port) = match to / 4 % 4 {
@@ -206,7 +206,7 @@ fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, bool)], batch
             2 => (ip(family, 0, 200 + n), 80),
             _ => (ip(family, 0, 1), 30_000 + u16::from(n)),
         };
-        let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp }.number();
+        let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp][usize::from(protocol % 3)].number();
         let mut packet =
             Packet { source, destination: to, protocol, port, mark: 0, local: &local, random: u32::from(*random) };
         let mut same = packet.clone();
@@ -238,8 +238,8 @@ fn check(family: Family, history: &[Event], probes: &[(u8, u8, u8, bool)], batch
     Ok(())
 }
 
-fn probes() -> impl Strategy<Value = Vec<(u8, u8, u8, bool)>> {
-    proptest::collection::vec(any::<(u8, u8, u8, bool)>(), 40)
+fn probes() -> impl Strategy<Value = Vec<(u8, u8, u8, u8)>> {
+    proptest::collection::vec(any::<(u8, u8, u8, u8)>(), 40)
 }
 
 proptest! {

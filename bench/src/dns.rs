@@ -103,8 +103,16 @@ fn compare(all: &[Answering], rounds: usize) -> anyhow::Result<Vec<Figure>> {
     };
     Ok(vec![
         Figure::compare("DNS answers a second of a processor", "per s", &run(rate)),
-        Figure::compare("DNS answer to a pod, p50 of each round", "ms", &run(|server| Ok(quantile(&waits(server)?, 0.5)))),
-        Figure::compare("DNS answer to a pod, p99 of each round", "ms", &run(|server| Ok(quantile(&waits(server)?, 0.99)))),
+        Figure::compare(
+            "DNS answer to a pod, p50 of each round",
+            "ms",
+            &run(|server| Ok(quantile(&waits(server)?, 0.5))),
+        ),
+        Figure::compare(
+            "DNS answer to a pod, p99 of each round",
+            "ms",
+            &run(|server| Ok(quantile(&waits(server)?, 0.99))),
+        ),
     ])
 }
 

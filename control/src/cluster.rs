@@ -132,9 +132,15 @@ mod tests {
 
     #[test]
     fn stub_domains_name_their_resolvers() {
-        let read = |text: &str| stub_domain(text).map(|(domain, all)| (domain, all.iter().map(ToString::to_string).collect()));
-        let found = |domain: &str, all: &[&str]| Ok((domain.to_owned(), all.iter().map(ToString::to_string).collect::<Vec<_>>()));
-        assert_eq!(read("corp.example=192.0.2.1, 192.0.2.2:5353"), found("corp.example", &["192.0.2.1:53", "192.0.2.2:5353"]));
+        let read =
+            |text: &str| stub_domain(text).map(|(domain, all)| (domain, all.iter().map(ToString::to_string).collect()));
+        let found = |domain: &str, all: &[&str]| {
+            Ok((domain.to_owned(), all.iter().map(ToString::to_string).collect::<Vec<_>>()))
+        };
+        assert_eq!(
+            read("corp.example=192.0.2.1, 192.0.2.2:5353"),
+            found("corp.example", &["192.0.2.1:53", "192.0.2.2:5353"])
+        );
         assert_eq!(read("x=fd00::1,[fd00::2]:54"), found("x", &["[fd00::1]:53", "[fd00::2]:54"]));
         for wrong in ["x", "=192.0.2.1", "x=", "x=resolver.example", "x=192.0.2.1,"] {
             assert!(stub_domain(wrong).is_err(), "{wrong}");

@@ -55,7 +55,9 @@ fn question(name: &str, kind: RecordType) -> Vec<u8> {
 
 fn ask(zone: &Zone, name: &str, kind: RecordType) -> Message {
     match step(zone, &question(name, kind)) {
-        Step::Reply { message, .. } => Message::from_vec(&encode(&message, None, true, &Metrics::default()).unwrap()).unwrap(),
+        Step::Reply { message, .. } => {
+            Message::from_vec(&encode(&message, None, true, &Metrics::default()).unwrap()).unwrap()
+        }
         _ => panic!("{name} is not answered here"),
     }
 }
@@ -167,7 +169,9 @@ fn long_answers_are_cut_for_udp_and_whole_for_tcp() {
     let slice = EndpointSlice { service: key.clone(), ports: Vec::new(), endpoints };
     let service = Service { headless: true, ..Service::default() };
     zone.set(&key, Some(&Entry { service: Some(service), slices: vec![("1".into(), slice)] }));
-    let Step::Reply { message, .. } = step(&zone, &question("big.ns.svc.cluster.local.", RecordType::A)) else { panic!() };
+    let Step::Reply { message, .. } = step(&zone, &question("big.ns.svc.cluster.local.", RecordType::A)) else {
+        panic!()
+    };
     for (edns, udp, limit) in
         [(None, true, 512), (Some(1232), true, 1232), (Some(65_000), true, 1232), (None, false, 65_535)]
     {

@@ -226,7 +226,8 @@ mod tests {
         let chosen = |endpoints: Vec<Endpoint>| {
             let ports = vec![EndpointPort { name: String::new(), protocol: Protocol::Tcp, port: 80 }];
             let slice = EndpointSlice { service: ObjectKey::new("n", "s"), ports, endpoints };
-            let serving = serving(&here, Family::V4, &ServicePort { port: 80, ..ServicePort::default() }, [&slice].into_iter());
+            let serving =
+                serving(&here, Family::V4, &ServicePort { port: 80, ..ServicePort::default() }, [&slice].into_iter());
             serving.cluster.iter().map(|address| address.to_string()).collect::<Vec<_>>()
         };
         let (one, two, three) = ("10.42.0.1:80", "10.42.0.2:80", "10.42.0.3:80");

@@ -284,6 +284,32 @@ fn running_pods_are_resized_debugged_probed_and_refused() {
         pod("classy", json!({"runtimeClassName": "unknown", "containers": [sleeper(json!({}))]})),
         json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "unknown"}, "handler": "nothing"}),
     ].into_iter().rev().collect::<Vec<_>>());
+    // What is mounted in one pod shows on the host and in another.
+    let shared = host.path("shared").display().to_string();
+    host.shell(&format!("mkdir {shared} && mount --bind {shared} {shared} && mount --make-shared {shared}"));
+    let sharing = |name: &str, script: &str, propagation: &str| {
+        let mount = json!([{"name": "v", "mountPath": "/v", "mountPropagation": propagation}]);
+        let main = with(shell(script), json!({"volumeMounts": mount, "securityContext": {"privileged": true}}));
+        pod(name, json!({"volumes": [{"name": "v", "hostPath": {"path": shared}}], "containers": [main]}))
+    };
+    create(
+        &host,
+        &[
+            sharing("sees", "while ! test -f /v/inner/file; do sleep 0.1; done", "HostToContainer"),
+            sharing("apart", "while ! test -f /v/done; do sleep 0.1; done; test ! -f /v/inner/file", "None"),
+        ],
+    );
+    for pod in ["sees", "apart"] {
+        let running = || status(&host, pod)["containerStatuses"][0]["state"]["running"].is_object();
+        assert_eventually!(PATIENCE_S, running(), "{pod}: {:#}\n{}", status(&host, pod), host.log());
+    }
+    let mounts = "mkdir /v/inner && mount -t tmpfs none /v/inner && touch /v/inner/file /v/done";
+    create(&host, &[sharing("mounts", mounts, "Bidirectional")]);
+    for pod in ["mounts", "sees", "apart"] {
+        assert_eventually!(PATIENCE_S, status(&host, pod)["phase"] == "Succeeded", "{pod}: {:#}", status(&host, pod));
+    }
+    host.shell(&format!("test -f {shared}/inner/file && umount {shared}/inner && umount {shared}"));
+
     let is = |pod: &str, type_: &str| condition(&status(&host, pod), type_).unwrap_or_default();
     for pod in ["resized", "sidecars", "together", "fixed-n1"] {
         assert_eventually!(PATIENCE_S, is(pod, "Ready") == "True", "{pod}: {:#}\n{}", status(&host, pod), host.log());

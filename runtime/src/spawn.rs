@@ -218,7 +218,8 @@ fn root(plan: &Plan) -> Result<(OwnedFd, bool)> {
 }
 
 /// Copies of the bind sources with all attributes set, where the new process could not make them: it may lack the right
-/// to reach or change them. The others it makes itself, in the order of the mounts.
+/// to reach or change them, and where it looks nothing is shared with the host any more. The others it makes itself, in the
+/// order of the mounts.
 fn sources(plan: &Plan, cgroup: Option<&Cgroup>, privileged: bool) -> Result<Vec<Option<(OwnedFd, bool)>>> {
     let early = privileged && plan.opens_before_clone();
     let mut trees = Vec::with_capacity(plan.mounts.len());
@@ -229,7 +230,9 @@ fn sources(plan: &Plan, cgroup: Option<&Cgroup>, privileged: bool) -> Result<Vec
                 trees.push(None);
                 continue;
             }
-            Source::Bind { path, recursive, .. } if early || step.id_map.is_some() => {
+            Source::Bind { path, recursive, within_root }
+                if early || step.id_map.is_some() || (privileged && within_root.is_none() && step.is_shared()) =>
+            {
                 let name = path.to_string_lossy().into_owned();
                 (mount::clone_tree(None, path, *recursive).step(Step::OpenSource, &name)?, name)
             }

@@ -19,6 +19,8 @@ use crate::supervisor::protocol::FdKind;
 
 /// Capacity of the pipe to an attached client: what it may lag behind before it loses its place.
 const ATTACH_BUFFER_BYTES: i32 = 1 << 20;
+/// How long a command that was killed is waited for.
+const KILLED_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Native {
     pub(super) async fn exec_with_streams(&self, id: &ContainerId, request: ExecRequest) -> Result<ExecSession> {
@@ -77,10 +79,11 @@ impl Native {
         timeout: Option<Duration>,
     ) -> Result<ExecOutput> {
         let request = ExecRequest { command: command.to_vec(), stdout: true, stderr: true, ..ExecRequest::default() };
-        let ExecSession { streams, exit, pid } = self.exec_with_streams(id, request).await?;
+        let ExecSession { streams, mut exit, pid } = self.exec_with_streams(id, request).await?;
         let collected = async {
             let (stdout, stderr) = tokio::join!(collect(streams.stdout), collect(streams.stderr));
-            let exit = exit.await.map_err(|_| RuntimeError::Supervisor("lost before the command ended".into()))?;
+            let exit =
+                (&mut exit).await.map_err(|_| RuntimeError::Supervisor("lost before the command ended".into()))?;
             Ok(ExecOutput { stdout: stdout?, stderr: stderr?, exit_code: exit.code })
         };
         let Some(limit) = timeout else { return collected.await };
@@ -93,6 +96,8 @@ impl Native {
                 {
                     tracing::debug!(container = %id, %errno, "command ended as it timed out");
                 }
+                // Whoever is told that it timed out finds it gone, unless the kernel cannot end it.
+                drop(tokio::time::timeout(KILLED_PATIENCE, exit).await);
                 Err(RuntimeError::DeadlineExceeded { command: command.to_vec(), timeout: limit })
             }
         }

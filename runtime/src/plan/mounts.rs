@@ -149,6 +149,11 @@ pub(super) fn root_propagation(wanted: Option<&str>) -> Result<(u64, bool)> {
 }
 
 impl MountStep {
+    /// Whether mounts made below it are to show where it comes from.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.propagation.iter().any(|(flag, _)| *flag == libc::MS_SHARED)
+    }
+
     pub(super) fn compile(
         mount: &Mount,
         (bundle, root): (&Path, &Path),

@@ -12,8 +12,8 @@ use kube::{Api, ResourceExt};
 
 use crate::machine::{Controller, Error, Host, Key, Outcome, Sources};
 
-/// Length of a node's prefix (`--node-cidr-mask-size-ipv4`, `-ipv6`).
-const NODE_PREFIX: u8 = 24;
+/// Length of a node's prefix (`--node-cidr-mask-size-ipv4`, `-ipv6`): room for the 500 pods that a node may have.
+const NODE_PREFIX: u8 = 23;
 const NODE_PREFIX_V6: u8 = 64;
 
 pub(crate) struct NodeIpam {
@@ -23,10 +23,10 @@ pub(crate) struct NodeIpam {
     cluster: Vec<IpNet>,
 }
 
-/// The first node range of a cluster's range that nobody holds.
+/// The first node range of a cluster's range of which nobody holds a part; ranges of another length may be held.
 fn first_free(cluster: &IpNet, held: &HashSet<IpNet>) -> Option<IpNet> {
     let length = if cluster.addr().is_ipv4() { NODE_PREFIX } else { NODE_PREFIX_V6 };
-    cluster.subnets(length).ok()?.find(|range| !held.contains(range))
+    cluster.subnets(length).ok()?.find(|range| !held.iter().any(|other| range.contains(other) || other.contains(range)))
 }
 
 /// The ranges that a node holds.
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn ranges_are_given_once_and_run_out() {
-        for (cluster, last, count) in [("10.42.0.0/22", "10.42.3.0/24", 4), ("fd00:42::/62", "fd00:42:0:3::/64", 4)] {
+        for (cluster, last, count) in [("10.42.0.0/21", "10.42.6.0/23", 4), ("fd00:42::/62", "fd00:42:0:3::/64", 4)] {
             let (cluster, mut held, mut all) = (cluster.parse().expect("a range"), HashSet::new(), Vec::new());
             while let Some(next) = first_free(&cluster, &held) {
                 assert!(held.insert(next));
@@ -92,5 +92,12 @@ mod tests {
             }
             assert_eq!((all.len(), all.last().map(String::as_str)), (count, Some(last)));
         }
+    }
+
+    #[test]
+    fn ranges_of_another_length_are_left_alone() {
+        let cluster = "10.42.0.0/21".parse().expect("a range");
+        let held = ["10.42.1.0/24", "10.42.2.0/25"].map(|range| range.parse().expect("a range")).into();
+        assert_eq!(first_free(&cluster, &held).map(|range| range.to_string()).as_deref(), Some("10.42.4.0/23"));
     }
 }

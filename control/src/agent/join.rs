@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use coracle_kubelet::certificates::{CertificateError, Manager, NodeCertificate};
@@ -78,21 +79,29 @@ async fn authority(url: &Uri, token: Option<&JoinToken>) -> anyhow::Result<Strin
     token::authority_of(&info.context("the server does not tell its authority")?, pin)
 }
 
+/// How long a token may be unknown: another server, or one that has just started, learns of it a moment after it is made.
+const UNKNOWN_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Asks until a server answers. A server that has just started says for a moment that the right or the object is
-/// not there (403, 404) or that it is busy (429); any other no is final.
+/// not there (403, 404) or that it is busy (429), and for a bounded time that it does not know the token (401); any other no
+/// is final.
 pub(super) async fn patiently<T, F: Future<Output = Result<T, kube::Error>>>(
     step: &'static str,
     ask: impl Fn() -> F,
 ) -> anyhow::Result<T> {
     let mut told = false;
+    let mut unknown_since = None;
     loop {
         match ask().await {
             Ok(answer) => return Ok(answer),
-            Err(kube::Error::Api(status)) if status.code == 401 => {
+            Err(kube::Error::Api(status))
+                if status.code == 401
+                    && unknown_since.get_or_insert_with(Instant::now).elapsed() >= UNKNOWN_PATIENCE =>
+            {
                 bail!("{step}: the token is not known or has ended: make another (coracle token create on a server)")
             }
             Err(kube::Error::Api(status))
-                if (400..500).contains(&status.code) && !matches!(status.code, 403 | 404 | 429) =>
+                if (400..500).contains(&status.code) && !matches!(status.code, 401 | 403 | 404 | 429) =>
             {
                 return Err(kube::Error::Api(status)).context(step);
             }

@@ -65,7 +65,7 @@ fn provide(host: &Host) {
                 "apiVersion": "v1", "kind": "PersistentVolume",
                 "metadata": {"name": format!("pv-{}", claim["metadata"]["name"].as_str().expect("a name"))},
                 "spec": {
-                    "capacity": {"storage": "1Mi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "of-driver",
+                    "capacity": {"storage": "1Mi"}, "accessModes": claim["spec"]["accessModes"], "storageClassName": "of-driver",
                     "persistentVolumeReclaimPolicy": "Retain", "volumeMode": claim["spec"]["volumeMode"],
                     "claimRef": {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "namespace": "default",
                         "name": claim["metadata"]["name"], "uid": claim["metadata"]["uid"]},
@@ -202,6 +202,47 @@ fn volumes_of_a_driver_are_staged_published_grown_and_given_back_exactly_once() 
         .map(|entry| entry["volume"].to_string())
         .collect();
     assert_eq!(given_back.len(), 4, "two claims and two volumes of pods: {given_back:?}");
+
+    // A volume of one pod is not for a second, whoever placed it here; one that has ended lets it go.
+    let one = |name: &str, more: Value| {
+        let mut one = pod(name);
+        one["spec"]["volumes"] = json!([{"name": "files", "persistentVolumeClaim": {"claimName": "alone"}}]);
+        one["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "files", "mountPath": "/files"}]);
+        one["spec"]["containers"][0].as_object_mut().expect("a container").remove("volumeDevices");
+        one["spec"].as_object_mut().expect("a specification").extend(more.as_object().expect("fields").clone());
+        one
+    };
+    let mut alone = claim("alone", "Filesystem");
+    alone["spec"]["accessModes"] = json!(["ReadWriteOncePod"]);
+    create(&host, &[alone, one("holds", json!({}))]);
+    assert_eventually!(
+        PATIENCE_S,
+        {
+            provide(&host);
+            is_running(&host, "holds")
+        },
+        "{}",
+        host.get(&["describe", "pod", "holds"])
+    );
+    let mut waits = one("waits", json!({"nodeName": "n1", "restartPolicy": "Never"}));
+    waits["spec"]["containers"][0]["command"] = json!(["/bin/true"]);
+    create(&host, &[waits]);
+    let told = || host.get(&["describe", "pod", "waits"]);
+    assert_eventually!(PATIENCE_S, told().contains("ReadWriteOncePod access mode and is already in use"), "{}", told());
+    host.get(&["delete", "pod", "holds"]);
+    let phase = || host.get(&["get", "pod", "waits", "-o", "jsonpath={.status.phase}"]);
+    assert_eventually!(
+        PATIENCE_S,
+        {
+            provide(&host);
+            phase() == "Succeeded"
+        },
+        "{}\n{}",
+        told(),
+        host.log()
+    );
+    assert_eventually!(PATIENCE_S, in_use(&host) == 0 && attachments().is_empty(), "{}\n{}", attachments(), host.log());
+    host.get(&["delete", "pod", "waits"]);
     drop(driver);
     let left = host.take_down();
     assert!(left.is_empty(), "left behind: {left:#?}");

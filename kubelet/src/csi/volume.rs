@@ -101,6 +101,13 @@ impl Csi {
             // A pod that runs does not wait for a driver that is not back yet.
             return Ok(Published { path, is_new: false, driver_sets_group: false, folder, record, lock });
         }
+        let alone = wanted.access_modes == ["ReadWriteOncePod"];
+        if alone && record::all(layout)?.iter().any(|(other, held)| other != uid && held.is_same_volume(&record)) {
+            return Err(VolumeError::Claim {
+                claim: wanted.pod_volume,
+                reason: "volume uses the ReadWriteOncePod access mode and is already in use by another pod".into(),
+            });
+        }
         let is_ready = ready.is_some();
         let driver = self.driver(&wanted.driver)?;
         let driver_sets_group = driver.can(Capability::VolumeMountGroup);

@@ -58,6 +58,12 @@ impl Hierarchy {
         Ok(this)
     }
 
+    /// One that nothing is made in.
+    #[cfg(test)]
+    pub(crate) fn nowhere() -> Self {
+        Self { mount: PathBuf::new(), root: PathBuf::new(), available: Vec::new() }
+    }
+
     /// The controllers that pods' limits need and this host has not.
     pub fn missing(&self) -> Vec<&'static str> {
         WANTED.into_iter().filter(|name| !self.has(name)).collect()

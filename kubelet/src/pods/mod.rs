@@ -22,6 +22,9 @@ pub mod eviction;
 mod manager;
 pub mod table;
 
+#[cfg(test)]
+mod simulation;
+
 pub use context::Context;
 pub(crate) use context::allocatable;
 pub(crate) use id_ranges::IdRanges;

@@ -202,6 +202,7 @@ async fn running(server: &Server, client: &Client, many: usize) -> anyhow::Resul
         ours("pods at once: processor time of ours", "s", cpu_s),
         ours("running pods: PSS of ours a pod", "KiB", (full.all - idle.all) / many as f64 * 1024.0),
         ours("running pods: RSS of the supervisor", "MiB", full.supervisor_rss),
+        ours("running pods: of that its own, the program's text apart", "MiB", full.supervisor_own),
         ours("running pods, nothing happening", "% of a core", idle_share * 100.0),
         ours("pods deleted at once, all gone", "s", ended_s),
     ])

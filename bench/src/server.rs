@@ -129,6 +129,7 @@ impl Server {
             memory.all += of(field)? / 1024.0;
             if is_supervisor {
                 memory.supervisor_rss += of("Rss")? / 1024.0;
+                memory.supervisor_own += of("Anonymous")? / 1024.0;
             }
         }
         Ok(memory)
@@ -181,6 +182,8 @@ pub(crate) struct Memory {
     /// Of all our processes, by the field that was asked for.
     pub(crate) all: f64,
     pub(crate) supervisor_rss: f64,
+    /// Without what it shares with the server: the program's text.
+    pub(crate) supervisor_own: f64,
 }
 
 /// Time that a process has computed, in seconds.

@@ -1,4 +1,5 @@
-//! Prometheus as Debian has it against a server and its node: it takes all that they show, with the rights that it usually has.
+//! Prometheus and a shipper of logs as Debian has them, against a server and its node: they take all that is shown, with the
+//! rights and by the names that they usually have.
 #![forbid(unsafe_code)]
 
 #[allow(dead_code, reason = "each file of tests uses a part of it")]
@@ -75,9 +76,10 @@ fn configuration(host: &Host) -> String {
     json!({"global": {"scrape_interval": "1s"}, "scrape_configs": rows.map(job)}).to_string()
 }
 
-struct Prometheus(Child);
+/// A program that ends with the value.
+struct Program(Child);
 
-impl Drop for Prometheus {
+impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -107,7 +109,7 @@ fn prometheus_finds_all_targets_up() {
     let mut command: Command = host.command(need("prometheus", "prometheus"));
     command.args([flag("config.file", "prometheus.yml"), flag("storage.tsdb.path", "tsdb")]);
     command.arg("--web.listen-address=127.0.0.1:9090").stdout(Stdio::null()).stderr(log);
-    let _prometheus = Prometheus(command.spawn().expect("prometheus starts"));
+    let _prometheus = Program(command.spawn().expect("prometheus starts"));
 
     let targets = || {
         let answer = ask(&host, "targets?state=active");
@@ -144,5 +146,70 @@ fn prometheus_finds_all_targets_up() {
         assert_eventually!(PATIENCE_S, found() > 0, "nobody answers {query}\n{}", host.log());
     }
     host.get(&["delete", "pod", "speaks"]);
+    assert!(host.take_down().is_empty());
+}
+
+/// What a shipper sends: the file's name, and the line as it stands there.
+const SHIPPED: &str = r#"
+global(workDirectory="FOLDER")
+module(load="imfile")
+input(type="imfile" file="FOLDER/log/containers/*.log" tag="kube" addMetadata="on" freshStartTail="off")
+template(name="line" type="string" string="%$!metadata!filename% %msg%\n")
+action(type="omfile" file="FOLDER/shipped.txt" template="line")
+"#;
+
+/// Pod, namespace and container of a file's name, as Fluent Bit's filter and Promtail's pipeline take it apart:
+/// `POD_NAMESPACE_CONTAINER-ID.log`, where the id has 64 hexadecimal digits.
+fn whose(file: &str) -> Option<(&str, &str, &str)> {
+    let name = file.rsplit('/').next()?.strip_suffix(".log")?;
+    let (rest, id) = name.rsplit_once('-')?;
+    let is_id = id.len() == 64 && id.bytes().all(|digit| digit.is_ascii_digit() || (b'a'..=b'f').contains(&digit));
+    let (pod, rest) = rest.split_once('_')?;
+    let (namespace, container) = rest.split_once('_')?;
+    is_id.then_some((pod, namespace, container))
+}
+
+#[test]
+fn a_shipper_finds_the_logs_by_their_links() {
+    let mut host = Host::new("shipper");
+    host.start();
+    host.import(&Image::busybox(IMAGE));
+    let folder = host.path("").display().to_string();
+    std::fs::write(host.path("rsyslog.conf"), SHIPPED.replace("FOLDER", folder.trim_end_matches('/')))
+        .expect("written");
+    let mut command = host.command(need("rsyslogd", "rsyslog"));
+    command.arg("-n").arg("-f").arg(host.path("rsyslog.conf")).arg("-i").arg(host.path("rsyslog.pid"));
+    let _shipper = Program(command.spawn().expect("rsyslogd starts"));
+    let container = |name: &str, script: &str| json!({"name": name, "image": IMAGE, "imagePullPolicy": "Never", "command": ["/bin/sh", "-c", script]});
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "two-words", "namespace": "kube-public"}, "spec": {
+        "terminationGracePeriodSeconds": 0,
+        "containers": [
+            container("first", "echo one two; echo three >&2; sleep 100000"),
+            container("second-one", "i=0; while [ $i -lt 1000 ]; do i=$((i+1)); echo $i; done; sleep 100000"),
+        ],
+    }});
+    assert!(host.apply(&pod.to_string()).status.success());
+    // Of each line whose it is, its stream, whether it is whole, and what the container wrote.
+    let shipped = || -> Vec<(String, String)> {
+        let text = std::fs::read_to_string(host.path("shipped.txt")).unwrap_or_default();
+        let take = |line: &str| {
+            let mut words = line.splitn(5, ' ');
+            let (pod, namespace, container) = whose(words.next()?)?;
+            let time = words.next()?;
+            assert!(time.parse::<k8s_openapi::jiff::Timestamp>().is_ok(), "{line}");
+            let (stream, tag, content) = (words.next()?, words.next()?, words.next()?);
+            Some((format!("{namespace}/{pod}/{container} {stream} {tag}"), content.to_owned()))
+        };
+        text.lines().filter_map(take).collect()
+    };
+    let of = |whose: &str| -> Vec<String> {
+        shipped().into_iter().filter(|(known, _)| known == whose).map(|(_, content)| content).collect()
+    };
+    let numbers: Vec<String> = (1..=1000).map(|number: u32| number.to_string()).collect();
+    let second = || of("kube-public/two-words/second-one stdout F");
+    assert_eventually!(PATIENCE_S, second() == numbers, "{:?}\n{}", shipped(), host.log());
+    let first = ["stdout", "stderr"].map(|stream| format!("kube-public/two-words/first {stream} F"));
+    assert_eventually!(PATIENCE_S, of(&first[0]) == ["one two"] && of(&first[1]) == ["three"], "{:?}", shipped());
+    host.get(&["delete", "pod", "-n", "kube-public", "two-words"]);
     assert!(host.take_down().is_empty());
 }

@@ -136,8 +136,9 @@ impl<K: Replicated> Sets<K> {
     async fn claim(&self, set: &K) -> Result<(Vec<Arc<Replica>>, usize), Error> {
         let (ours, others) = (self.replicas.of(&set.uid().unwrap_or_default()), self.replicas.orphans(set));
         let leaving = ours.iter().filter(|pod| pod.is_leaving).count();
-        let selects = |pod: &Arc<Replica>| set.selects(Some(&pod.labels));
-        let (mut active, strays): (Vec<_>, Vec<_>) = ours.into_iter().filter(|pod| pod.is_active).partition(selects);
+        let mut selects = once_a_template(|labels| set.selects(Some(labels)));
+        let ours = ours.into_iter().filter(|pod| pod.is_active);
+        let (mut active, strays): (Vec<_>, Vec<_>) = ours.partition(|pod| selects(pod));
         let orphans = others.into_iter().filter(|pod| pod.is_active && selects(pod));
         let namespace = set.namespace().unwrap_or_default();
         let open = strays.into_iter().chain(orphans).filter_map(|pod| self.pods.get(&namespace, &pod.name));
@@ -184,6 +185,15 @@ impl<K: Replicated> Sets<K> {
             }
         }
         on_node
+    }
+}
+
+/// A test of labels that is done once for pods one after the other that share them, as those of one template do.
+fn once_a_template(test: impl Fn(&Labels) -> bool) -> impl FnMut(&Replica) -> bool {
+    let mut last: Option<(Arc<Labels>, bool)> = None;
+    move |pod| match &last {
+        Some((labels, passed)) if Arc::ptr_eq(labels, &pod.labels) => *passed,
+        _ => last.insert((pod.labels.clone(), test(&pod.labels))).1,
     }
 }
 
@@ -248,7 +258,8 @@ fn status<K: Replicated>(
     now: Timestamp,
 ) -> (ReplicaSetStatus, Option<Duration>) {
     let labels = set.template().and_then(|template| template.metadata.as_ref()?.labels.clone()).unwrap_or_default();
-    let count = |keep: &dyn Fn(&Replica) -> bool| {
+    let mut labelled = once_a_template(|own| selector::matches_map(&labels, Some(own)));
+    let count = |keep: &mut dyn FnMut(&Replica) -> bool| {
         i32::try_from(active.iter().filter(|pod| keep(pod)).count()).unwrap_or(i32::MAX)
     };
     let (available, next) = pods::available(active.iter().map(|pod| pod.until_available(set.min_ready_seconds(), now)));
@@ -276,9 +287,9 @@ fn status<K: Replicated>(
         _ => {}
     }
     let status = ReplicaSetStatus {
-        replicas: count(&|_| true),
-        fully_labeled_replicas: non_zero(count(&|pod| selector::matches_map(&labels, Some(&pod.labels)))),
-        ready_replicas: non_zero(count(&|pod| pod.is_ready)),
+        replicas: count(&mut |_| true),
+        fully_labeled_replicas: non_zero(count(&mut labelled)),
+        ready_replicas: non_zero(count(&mut |pod| pod.is_ready)),
         available_replicas: non_zero(i32::try_from(available).unwrap_or(i32::MAX)),
         observed_generation: set.meta().generation,
         conditions: (!conditions.is_empty()).then_some(conditions),

@@ -101,7 +101,10 @@ async fn built_in_rules_come_back_and_open_watches_are_counted() {
     let path = format!("{GROUP}/flowschemas/service-accounts");
     let get = || async {
         let text = send(&client, "", "GET", &path, Value::Null).await.into_body();
-        serde_json::from_str::<Value>(&text).expect("JSON")
+        let mut schema = serde_json::from_str::<Value>(&text).expect("JSON");
+        // Conditions are written at any time.
+        schema["metadata"].as_object_mut().expect("metadata").remove("resourceVersion");
+        schema
     };
     let precedence = |schema: &Value| schema["spec"]["matchingPrecedence"].as_i64();
     let mut schema = get().await;
@@ -128,4 +131,29 @@ async fn built_in_rules_come_back_and_open_watches_are_counted() {
     assert_eq!(open().await, Some(1));
     drop(watch);
     assert_eventually_async!(20, open().await == Some(0), "the watch has ended");
+}
+
+#[tokio::test]
+async fn schemas_tell_whether_their_level_is_missing() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let told = |name: &'static str| {
+        let client = client.clone();
+        async move {
+            let text = send(&client, "", "GET", &format!("{GROUP}/flowschemas/{name}"), Value::Null).await.into_body();
+            let schema: Value = serde_json::from_str(&text).expect("JSON");
+            let condition = &schema["status"]["conditions"][0];
+            [&condition["type"], &condition["status"], &condition["reason"]].map(|text| text.as_str().unwrap_or("").to_owned())
+        }
+    };
+    assert_eventually_async!(20, told("probes").await == ["Dangling", "False", "Found"], "its level is there");
+    let schema = json!({"apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "FlowSchema",
+        "metadata": {"name": "lost"}, "spec": {"priorityLevelConfiguration": {"name": "nowhere"}}});
+    assert_eq!(send(&client, "", "POST", &format!("{GROUP}/flowschemas"), schema).await.status(), 201);
+    assert_eventually_async!(20, told("lost").await == ["Dangling", "True", "NotFound"], "its level is not there");
+    let level = json!({"apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "PriorityLevelConfiguration",
+        "metadata": {"name": "nowhere"}, "spec": {"type": "Limited", "limited": {"nominalConcurrencyShares": 1,
+            "limitResponse": {"type": "Reject"}}}});
+    assert_eq!(send(&client, "", "POST", &format!("{GROUP}/prioritylevelconfigurations"), level).await.status(), 201);
+    assert_eventually_async!(20, told("lost").await == ["Dangling", "False", "Found"], "its level is there");
 }

@@ -97,6 +97,37 @@ async fn lists_come_in_pages_and_selections() {
 }
 
 #[tokio::test]
+async fn what_is_compacted_is_gone_and_a_list_may_go_on_at_the_newest() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "default");
+    for n in 0..4 {
+        maps.create(&PostParams::default(), &map(&format!("m{n}"))).await.expect("created");
+    }
+    let page = maps.list(&ListParams::default().limit(2)).await.expect("a page");
+    let (old, token) = (page.metadata.resource_version.expect("a version"), page.metadata.continue_.expect("a token"));
+    maps.delete("m2", &DeleteParams::default()).await.expect("deleted");
+    maps.create(&PostParams::default(), &map("m9")).await.expect("created");
+    let newest = server.api.store.revision().await.expect("a revision");
+    server.api.store.compact(newest).await.expect("compacted");
+    let get = async |query: &str| json_of(&client, &format!("/api/v1/namespaces/default/configmaps?{query}")).await;
+    let (code, status) = get(&format!("limit=2&continue={token}")).await;
+    assert_eq!((code, &status["reason"]), (410, &json!("Expired")), "{status}");
+    let token = status["metadata"]["continue"].as_str().expect("a token for the rest as it is now");
+    let (code, rest) = get(&format!("continue={token}")).await;
+    let items = rest["items"].as_array().expect("items");
+    let names: Vec<_> = items.iter().filter_map(|item| item["metadata"]["name"].as_str()).collect();
+    assert_eq!((code, names), (200, vec!["m3", "m9"]));
+    let version: u64 = rest["metadata"]["resourceVersion"].as_str().and_then(|text| text.parse().ok()).expect("a version");
+    assert!(version >= newest, "{version} is before {newest}");
+    let (code, status) = get(&format!("resourceVersion={old}&resourceVersionMatch=Exact")).await;
+    assert_eq!((code, &status["reason"]), (410, &json!("Expired")), "{status}");
+    // A watch says so in its stream, and ends.
+    let (code, event) = get(&format!("watch=true&resourceVersion={old}")).await;
+    assert_eq!((code, &event["type"], &event["object"]["code"]), (200, &json!("ERROR"), &json!(410)), "{event}");
+}
+
+#[tokio::test]
 async fn field_selectors_name_fields_of_the_version_asked_for() {
     let server = Server::start().await;
     let client = server.client().await;

@@ -5,6 +5,8 @@
 mod rules;
 mod seats;
 
+mod conditions;
+
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,10 +50,11 @@ pub(crate) async fn follow(api: &Arc<ApiServer>) {
     schemas.synced().await;
     levels.synced().await;
     api.flow.configure(&schemas, &levels);
+    let told = conditions::write(api, &schemas, &levels).await;
     let (weak, shutdown) = (Arc::downgrade(api), api.shutdown.clone());
     tokio::spawn(async move {
         // What changed while no server ran was looked at when this one started.
-        let mut again = false;
+        let mut again = told.is_err();
         loop {
             tokio::select! {
                 delta = changed_schemas.next() => if delta.is_none() { return },
@@ -63,12 +66,15 @@ pub(crate) async fn follow(api: &Arc<ApiServer>) {
             while changed_schemas.try_next().is_some() {}
             while changed_levels.try_next().is_some() {}
             let Some(api) = weak.upgrade() else { return };
-            let kept = crate::bootstrap::keep_flow_control(&api).await;
+            let mut kept = crate::bootstrap::keep_flow_control(&api).await;
+            if kept.is_ok() {
+                kept = conditions::write(&api, &schemas, &levels).await;
+            }
             again = kept.is_err();
             if let Err(status) = kept {
                 tracing::warn!(
                     why = status.message,
-                    "built-in rules of priority and fairness are not as they should be, trying again"
+                    "rules of priority and fairness are not as they should be, trying again"
                 );
             }
             api.flow.configure(&schemas, &levels);

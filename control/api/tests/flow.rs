@@ -143,7 +143,8 @@ async fn schemas_tell_whether_their_level_is_missing() {
             let text = send(&client, "", "GET", &format!("{GROUP}/flowschemas/{name}"), Value::Null).await.into_body();
             let schema: Value = serde_json::from_str(&text).expect("JSON");
             let condition = &schema["status"]["conditions"][0];
-            [&condition["type"], &condition["status"], &condition["reason"]].map(|text| text.as_str().unwrap_or("").to_owned())
+            [&condition["type"], &condition["status"], &condition["reason"]]
+                .map(|text| text.as_str().unwrap_or("").to_owned())
         }
     };
     assert_eventually_async!(20, told("probes").await == ["Dangling", "False", "Found"], "its level is there");

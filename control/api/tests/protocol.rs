@@ -118,7 +118,8 @@ async fn what_is_compacted_is_gone_and_a_list_may_go_on_at_the_newest() {
     let items = rest["items"].as_array().expect("items");
     let names: Vec<_> = items.iter().filter_map(|item| item["metadata"]["name"].as_str()).collect();
     assert_eq!((code, names), (200, vec!["m3", "m9"]));
-    let version: u64 = rest["metadata"]["resourceVersion"].as_str().and_then(|text| text.parse().ok()).expect("a version");
+    let version: u64 =
+        rest["metadata"]["resourceVersion"].as_str().and_then(|text| text.parse().ok()).expect("a version");
     assert!(version >= newest, "{version} is before {newest}");
     let (code, status) = get(&format!("resourceVersion={old}&resourceVersionMatch=Exact")).await;
     assert_eq!((code, &status["reason"]), (410, &json!("Expired")), "{status}");

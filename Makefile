@@ -38,6 +38,7 @@ fuzz-smoke: ## Run every fuzz target for a short time from its corpus
 bench: ## Measure us and the peers found on this host, interleaved
 	$(CARGO) build --release -p coracle -p coracle-bench
 	$(CARGO) $(CORUN)
+	$(CARGO) rustc --release -p coracle-bench --bin floor -- $(STATIC)
 	$(TARGET_DIR)/release/coracle-bench --corun $(TARGET_DIR)/corun/corun all
 
 install: build ## Install coracle and corun under PREFIX (/usr/local)

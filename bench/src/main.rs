@@ -38,7 +38,7 @@ struct Cli {
 
 #[derive(Clone, Copy, PartialEq, Subcommand)]
 enum Verb {
-    /// `run` of /bin/true: corun, runc, crun
+    /// Containers: corun, runc, crun
     Oci,
     /// Server start, pod create → Ready, idle memory
     PodStart,

@@ -2,13 +2,13 @@
 
 use crate::cgroup::Cgroup;
 use crate::child::{self, Failure, Message, Program, Surroundings};
-use crate::error::{Result, Step, StepResult};
+use crate::error::{Error, Result, Step, StepResult};
 use crate::hooks::{self, StateTemplate};
 use crate::plan::{Options, Plan, ProcessPlan};
 use crate::spawn::{Init, Stdio, Story, Streams, procfs};
 use crate::usher::{OwnPids, usher};
 use coracle_sys::process::{self, CloneRequest};
-use coracle_sys::{channel, identity, namespace, path};
+use coracle_sys::{Errno, channel, identity, namespace, path};
 use oci_spec::runtime::{Process, Spec};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -24,8 +24,25 @@ pub struct Target<'container> {
 }
 
 /// Clones a process into a container and its `cgroup`; the program starts by itself. Follow it with
-/// [`Init::wait_running`] or [`Init::advance`].
+/// [`Init::wait_running`] or [`Init::advance`]. Where the container's first process has moved below that cgroup, which hands
+/// controllers down and so takes no processes, the new one goes where that is.
 pub fn spawn(
+    target: &Target<'_>,
+    process: &Process,
+    cgroup: Option<&Cgroup>,
+    stdio: Stdio<'_>,
+    options: &Options,
+) -> Result<Init> {
+    match spawn_in(target, process, cgroup, stdio, options) {
+        Err(Error::Step { step: Step::Clone, errno: Errno::EBUSY, .. }) if cgroup.is_some() => {
+            spawn_in(target, process, Some(&Cgroup::of_process(target.pid)?), stdio, options)
+        }
+        other => other,
+    }
+}
+
+/// The same into this cgroup and no other.
+pub fn spawn_in(
     target: &Target<'_>,
     process: &Process,
     cgroup: Option<&Cgroup>,

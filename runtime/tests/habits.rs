@@ -247,6 +247,38 @@ fn a_command_stays_in_the_cgroup_of_its_container() {
     }
 }
 
+/// As an init system in a container does, that moves aside and hands controllers down.
+#[test]
+fn a_command_follows_the_first_process_within_the_cgroup() {
+    let mut bundle = Bundle::new(
+        "cd /sys/fs/cgroup; mkdir below; echo 1 > below/cgroup.procs; read -r one others < cgroup.controllers; \
+         test -z \"$one\" || echo +$one > cgroup.subtree_control; touch /tmp/moved; exec sleep 100",
+    );
+    std::fs::create_dir(bundle.root().join("tmp")).expect("a folder");
+    bundle.spec["root"]["readonly"] = false.into();
+    for mount in bundle.spec["mounts"].as_array_mut().expect("mounts") {
+        if mount["destination"] == "/sys/fs/cgroup" {
+            mount["options"] = json!(["rw"]);
+        }
+    }
+    bundle.ok(&["run", "-d", &bundle.id]);
+    assert_eventually!(30, bundle.root().join("tmp/moved").exists());
+    let output = bundle.command(&[
+        "exec",
+        &bundle.id,
+        "sh",
+        "-c",
+        "grep -c . /sys/fs/cgroup/cgroup.subtree_control; cat /proc/self/cgroup",
+    ]);
+    let out = String::from_utf8_lossy(&output.stdout);
+    let own = out.lines().find(|line| line.starts_with("0::")).unwrap_or_else(|| panic!("{output:?}"));
+    // Without a controller to hand down, both places take processes.
+    let handed_down = out.lines().next() == Some("1");
+    assert_eq!(own, if handed_down { "0::/below" } else { "0::/" }, "{out}");
+    let exact = bundle.command(&["exec", "--cgroup", "/", &bundle.id, "true"]);
+    assert_eq!(exact.status.success(), !handed_down, "{exact:?}");
+}
+
 /// Neither what the maker was given by accident nor what it opened itself.
 #[test]
 fn a_container_that_waits_holds_no_descriptors_of_its_maker() {

@@ -110,6 +110,14 @@ impl Cgroup {
         Err(Error::Cgroup { action: "use", path: self.path.clone(), source: std::io::Error::other(reason) })
     }
 
+    /// That of a process.
+    pub fn of_process(pid: i32) -> Result<Self> {
+        let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let text = std::fs::read_to_string(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        let name = text.lines().find_map(|line| line.strip_prefix("0::"));
+        Self::open(Path::new(name.ok_or_else(|| Error::config(path.display().to_string(), "names no cgroup"))?))
+    }
+
     /// Its folder on the host.
     pub fn folder(&self) -> &Path {
         &self.path

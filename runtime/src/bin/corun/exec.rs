@@ -116,7 +116,8 @@ pub(crate) fn exec(context: &Context) -> Result<i32> {
     let target = exec::Target { pid: state.pid, pidfd: pidfd.as_fd(), spec: &specification, bundle: &state.bundle };
     let standard = coracle_sys::process::borrow_standard;
     let stdio = Stdio { stdin: standard(0), stdout: standard(1), stderr: standard(2) };
-    let mut init = exec::spawn(&target, &process, cgroup.as_ref(), stdio, &options)?;
+    let spawn = if context.flags.value("cgroup").is_some() { exec::spawn_in } else { exec::spawn };
+    let mut init = spawn(&target, &process, cgroup.as_ref(), stdio, &options)?;
     init.wait_running()?;
     context.debug(&format!("process {} was added to container {:?}", init.pid(), state.id));
     if let Some(socket) = context.flags.value("pidfd-socket") {

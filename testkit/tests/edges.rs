@@ -27,7 +27,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "coracle-store",
         ],
     ),
-    ("coracle-bench", &["coracle-testkit", "coracle-scheduler", "coracle-api", "coracle-netns"]),
+    (
+        "coracle-bench",
+        &["coracle-testkit", "coracle-scheduler", "coracle-api", "coracle-netns", "coracle-runtime", "coracle-sys"],
+    ),
     ("coracle-testkit", &[]),
     ("coracle-hello", &[]),
     ("coracle-fuzz", &["coracle-kubelet", "coracle-netns", "coracle-runtime", "coracle-schema"]),

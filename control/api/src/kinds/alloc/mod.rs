@@ -117,7 +117,9 @@ async fn reserve(ctx: &Context, new: &mut Value, old: Option<&Value>, reserved: 
     let spec = child(new, "spec");
     let now = if text(spec, "type") == "ExternalName" { Vec::new() } else { addresses(spec) };
     reserved.freed = mine.into_iter().filter(|ip| !now.contains(ip)).collect();
-    let now = port::ports(spec);
+    // Ports that the type does not have are dropped before the object is written.
+    let has_ports = matches!(text(spec, "type"), "NodePort" | "LoadBalancer");
+    let now = if has_ports { port::ports(spec) } else { Vec::new() };
     reserved.freed_ports = before_ports.into_iter().filter(|port| !now.contains(port)).collect();
     Ok(())
 }

@@ -189,7 +189,7 @@ async fn attempt(
         if ctx.dry_run || new == old {
             return Ok(Some(Outcome::Marked(Outgoing::Value(new))));
         }
-        let draft = write::draft(&kind, new).await?;
+        let draft = write::draft(&kind, &new).await?;
         return match call.api.store.put(key, draft, Precondition::Revision(entry.revision)).await {
             Ok(entry) => Ok(Some(Outcome::Marked(Outgoing::Stored(entry.value)))),
             Err(Error::Conflict { .. }) => Ok(None),

@@ -190,7 +190,7 @@ async fn commit(
             Err(other) => Err(write::store_error(other)),
         };
     }
-    let draft = write::draft(kind, new.clone()).await?;
+    let draft = write::draft(kind, new).await?;
     match ctx.api.store.put(key, draft, Precondition::Revision(entry.revision)).await {
         Ok(entry) => Ok(Committed::Written(entry)),
         Err(Error::Conflict { .. }) => Ok(Committed::Raced),

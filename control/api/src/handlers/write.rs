@@ -31,15 +31,15 @@ pub(super) async fn create(call: &mut Call, body: ReqBody) -> Result<Response, S
     if !kind.stored() {
         return review(call, object).await;
     }
-    let mut tries = 0;
-    loop {
-        let generated = object::name(&object).is_empty() && !object::text(&object, "/metadata/generateName").is_empty();
+    let generated = object::name(&object).is_empty() && !object::text(&object, "/metadata/generateName").is_empty();
+    for _ in 0..if generated { GENERATE_TRIES } else { 0 } {
         match store_new(call, object.clone(), None).await {
-            Ok(outgoing) => return answer::object(call, 201, outgoing).await,
-            Err(status) if status.reason == "AlreadyExists" && generated && tries < GENERATE_TRIES => tries += 1,
-            Err(status) => return Err(status),
+            Err(status) if status.reason == "AlreadyExists" => {}
+            created => return answer::object(call, 201, created?).await,
         }
     }
+    let outgoing = store_new(call, object, None).await?;
+    answer::object(call, 201, outgoing).await
 }
 
 /// POST of an object that is answered, not stored.
@@ -129,7 +129,7 @@ async fn commit_new(ctx: &Context, kind: &Kind, object: &mut Value) -> Result<Op
             None => Ok(None),
         };
     }
-    let draft = draft(kind, object.clone()).await?;
+    let draft = draft(kind, object).await?;
     match ctx.api.store.put(&key, draft, Precondition::Absent).await {
         Ok(entry) => Ok(Some(entry)),
         Err(Error::Conflict { .. }) => Err(Status::already_exists(kind, &name)),
@@ -147,14 +147,13 @@ pub(super) fn store_error(error: Error) -> Status {
 }
 
 /// Encodes an object in its storage version.
-pub(super) async fn draft(kind: &Kind, mut object: Value) -> Result<Draft, Status> {
-    if !kind.is_storage_version() {
-        object = convert(kind, vec![object], &stored_api_version(kind))
-            .await?
-            .pop()
-            .ok_or_else(|| Status::internal("a conversion lost its object"))?;
+pub(super) async fn draft(kind: &Kind, object: &Value) -> Result<Draft, Status> {
+    if kind.is_storage_version() {
+        return Draft::encode(object).map_err(Status::internal);
     }
-    Draft::encode(&object).map_err(Status::internal)
+    let converted = convert(kind, vec![object.clone()], &stored_api_version(kind)).await?.pop();
+    let converted = converted.ok_or_else(|| Status::internal("a conversion lost its object"))?;
+    Draft::encode(&converted).map_err(Status::internal)
 }
 
 /// The plugins that look at a request.

@@ -291,7 +291,7 @@ fn node_ports_open_at_the_addresses_that_are_asked_for() {
         serve(&pod.netns, 8080, "a");
         let ports = vec![ServicePort { port: 80, node_port: Some(30080), ..ServicePort::default() }];
         let web = Service { ports, ..service("10.43.0.80") };
-        node.update(vec![Change::Service(key("web"), Some(web)), slice("web", endpoints(&[pod.clone()]))]);
+        node.update(vec![Change::Service(key("web"), Some(web)), slice("web", endpoints(std::slice::from_ref(&pod)))]);
         for from_world in [true, false] {
             let ask = |to: &str| {
                 let ask = || ask(socket(to), PATIENCE);

@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn the_least_useful_pods_go_first() {
-        let mut pods = vec![
+        let mut pods = [
             pod("steady", "n", true, 0),
             pod("restarting", "n", true, 3),
             pod("unready", "n", false, 0),

@@ -31,7 +31,7 @@ enum Fate {
 
 impl Faulty {
     /// A store with trouble as long as `on` says so.
-    pub(crate) fn new(inner: SharedStore, seed: u64, on: Arc<AtomicBool>) -> SharedStore {
+    pub(crate) fn over(inner: SharedStore, seed: u64, on: Arc<AtomicBool>) -> SharedStore {
         Arc::new(Self { inner, random: Mutex::new(StdRng::seed_from_u64(seed)), on })
     }
 

@@ -94,7 +94,7 @@ async fn run(seed: u64, end: End) {
     let mut random = StdRng::seed_from_u64(seed);
     let trouble = Arc::new(AtomicBool::new(false));
     let (on, salt) = (trouble.clone(), random.random());
-    let mut cluster = Cluster::start_on(move |store| Faulty::new(store, salt, on)).await;
+    let mut cluster = Cluster::start_on(move |store| Faulty::over(store, salt, on)).await;
     cluster.behave(|pod| if counts(pod, "j") { running(pod).map(|_| ended("Succeeded", 0)) } else { running(pod) });
     for node in ["n1", "n2"] {
         cluster.node(node, json!({})).await;

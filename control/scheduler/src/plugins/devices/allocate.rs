@@ -157,7 +157,8 @@ impl Search<'_> {
             0 => enough(draws),
             _ => *shared,
         };
-        if !alternative.admin && !(may_share && alternative.portions.get(&device).is_none_or(|draws| enough(draws))) {
+        let free = may_share && alternative.portions.get(&device).is_none_or(|draws| enough(draws));
+        if !(free || alternative.admin) {
             return false;
         }
         alternative.constraints.iter().all(|number| {

@@ -128,6 +128,17 @@ async fn a_failed_flush_or_write_poisons() {
     }
 }
 
+/// What a folder holds now, in a folder of its own.
+fn copied(folder: &std::path::Path) -> std::io::Result<tempfile::TempDir> {
+    let copy = tempfile::tempdir()?;
+    let mut files = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
+    files.sort();
+    for path in files {
+        std::fs::copy(&path, copy.path().join(path.file_name().unwrap_or_default()))?;
+    }
+    Ok(copy)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_write_is_acknowledged_before_its_flush() {
     let folder = tempfile::tempdir().unwrap();
@@ -150,12 +161,13 @@ async fn no_write_is_acknowledged_before_its_flush() {
     for _ in 0..20 {
         // What the disk would hold if the power went now.
         let known = acknowledged.lock().clone();
-        let copy = tempfile::tempdir().unwrap();
-        let mut files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
-        files.sort();
-        for path in files {
-            std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
-        }
+        let copy = loop {
+            match copied(folder.path()) {
+                // A new segment took its final name, or an old one went, after its folder was read.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                copy => break copy.unwrap(),
+            }
+        };
         let found = Embedded::open(copy.path(), options.clone()).unwrap();
         for entry in known {
             assert_eq!(found.get(&entry.key).await.unwrap().as_ref(), Some(&entry));

@@ -144,15 +144,21 @@ impl Supervisor {
 
     fn handle(&mut self, part: Part, number: u32, event: Ready) -> io::Result<()> {
         match part {
-            Part::Listener => self.accept(),
-            Part::Link if number == self.link_number => self.read_link(),
+            Part::Listener => {
+                self.accept()?;
+                self.arm_again(part, number, event)
+            }
+            Part::Link if number == self.link_number => {
+                self.read_link()?;
+                self.arm_again(part, number, event)
+            }
             Part::LinkRoom if number == self.link_number => {
                 if let Some(link) = self.link.as_mut()
                     && link.flush().is_err()
                 {
                     self.close_link()?;
                 }
-                Ok(())
+                self.arm_again(part, number, event)
             }
             Part::Link | Part::LinkRoom => Ok(()),
             Part::Stdout | Part::Stderr => {
@@ -181,7 +187,8 @@ impl Supervisor {
         }
     }
 
-    /// Queues a poll again that the kernel ended although what it was for still exists.
+    /// Queues a poll again that the kernel ended although what it was for still exists, as it does when more completes at once
+    /// than the ring holds.
     fn arm_again(&mut self, part: Part, number: u32, event: Ready) -> io::Result<()> {
         if event.armed || event.error.is_some() {
             return Ok(());
@@ -198,10 +205,14 @@ impl Supervisor {
             }),
             Part::ExecExit => self.execs.get(&number).map(|e| e.init.pidfd()),
             Part::ExecSync => self.execs.get(&number).filter(|e| e.pending.is_some()).map(|e| e.init.sync_fd()),
-            Part::Listener | Part::Link | Part::LinkRoom => None,
+            Part::Listener => Some(self.listener.as_fd()),
+            Part::Link | Part::LinkRoom => {
+                self.link.as_ref().filter(|_| number == self.link_number).map(|link| link.as_fd())
+            }
         };
+        let interest = if part == Part::LinkRoom { Interest::WRITE } else { Interest::READ };
         match fd {
-            Some(fd) => self.ring.poll(fd, Interest::READ, event.token),
+            Some(fd) => self.ring.poll(fd, interest, event.token),
             None => Ok(()),
         }
     }

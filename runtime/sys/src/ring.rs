@@ -188,6 +188,26 @@ mod tests {
     }
 
     #[test]
+    fn polls_that_complete_together_beyond_the_rings_room_are_all_told_and_end_unarmed() {
+        let (reader, mut writer) = io::pipe().expect("pipe");
+        let mut ring = Ring::new().expect("ring");
+        let polls = u64::from(COMPLETIONS) + 100;
+        for token in 0..polls {
+            ring.poll(reader.as_fd(), Interest::READ, token).expect("poll");
+        }
+        let mut ready = Vec::new();
+        ring.wait(Some(Duration::ZERO), &mut ready).expect("wait");
+        assert!(ready.is_empty());
+        writer.write_all(b"x").expect("write");
+        while (ready.len() as u64) < polls {
+            let before = ready.len();
+            ring.wait(Some(Duration::from_secs(5)), &mut ready).expect("wait");
+            assert!(ready.len() > before, "{before} of {polls} were told");
+        }
+        assert!(ready.iter().any(|event| !event.armed && event.error.is_none()), "whoever polls must arm again");
+    }
+
+    #[test]
     fn a_cancelled_poll_ends() {
         let (reader, _writer) = io::pipe().expect("pipe");
         let mut ring = Ring::new().expect("ring");
